@@ -1,0 +1,67 @@
+# Every command of the project; `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+# Index for the CPU build of torch; empty means the default of pip.
+TORCH_INDEX ?=
+MINUTES ?= 5
+KILL ?= 0
+CORPUS ?=
+STATE ?= demo-state
+PORT ?= 0
+
+.PHONY: help setup check test demo wheel lock vendor clean format
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
+	    awk -F ':.*## ' '{ printf "  %-14s %s\n", $$1, $$2 }'
+
+setup: $(VENV)/.built ## Make .venv, install what is needed, build the extension
+
+$(VENV)/.installed: ci/requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --require-hashes -r ci/requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	touch $@
+
+SOURCES := setup.py pyproject.toml $(wildcard bitnet_ext/*.pyx bitnet_ext/kernels_*.[ch])
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-build-isolation --no-deps --editable .
+	touch $@
+
+check: setup ## Lint, types and import rules: ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: setup ## Run every test
+	$(BIN)/pytest
+
+demo: setup ## Train on this machine: MINUTES=5 KILL=1 CORPUS=folder STATE=folder
+	@$(BIN)/bitnet-coordinator demo --minutes $(MINUTES) --state $(STATE) \
+	    --port $(PORT) $(if $(filter 1,$(KILL)),--kill) \
+	    $(if $(CORPUS),--corpus $(CORPUS))
+
+wheel: setup ## Build the wheel into dist/
+	bash ci/wheel.sh
+
+lock: ## Write ci/requirements.lock anew (needs pip-tools)
+	bash ci/lock.sh
+
+vendor: ## Fetch the page's libraries anew into webui/vendor (needs npm)
+	bash ci/vendor.sh
+
+format: setup ## Format the Python code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what was built (not the demo's state)
+	rm -rf $(VENV) build dist *.egg-info bitnet_ext/*.so

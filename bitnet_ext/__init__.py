@@ -1,0 +1,17 @@
+"""The floor that coordinator and worker share: kernels, layout, frames, contracts.
+
+Map of the package:
+
+- `layout`: ModelShape -> ordered segments of the flat vector, and its hash
+- `ternary`: int8 activations x packed ternary weights (the door to the C kernels)
+- `packing`: 2-bit packing of ternary values
+- `codecs`: how a flat vector becomes payload bytes (fp32, block int8 with error
+  feedback), bf16 conversion, finite checks
+- `frames`: header + payload + SHA-256, the only binary format on wire and disk
+- `reference`: the plain NumPy twin of every kernel
+- `wire`: messages, verdicts and errors that both processes speak
+
+It imports NumPy and the standard library (msgspec in `wire`), never torch.
+"""
+
+from __future__ import annotations

@@ -1,0 +1,141 @@
+/* Chooses the variants for this machine, and drives the kernels through a product. */
+#include "kernels_core.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct variant {
+    const char *name;
+    const struct loops *loops;
+    panel_kernel *panels;
+};
+
+/* Best last. */
+static const struct variant variants[] = {
+    {"portable", &loops_portable, panels_portable},
+#if defined(__x86_64__)
+    {"avx2", &loops_avx2, panels_avx2},
+    {"avxvnni", &loops_avx2, panels_avxvnni},
+    {"avx512vnni", &loops_avx512, panels_avx512vnni},
+#endif
+};
+
+static int active = 0;
+
+int isa_count(void) { return (int)(sizeof variants / sizeof *variants); }
+
+const char *isa_name(int index) { return variants[index].name; }
+
+int isa_supported(int index)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2");
+    switch (index) {
+    case 1:
+        return avx2;
+    case 2:
+        return avx2 && __builtin_cpu_supports("avxvnni");
+    case 3:
+        return avx2 && __builtin_cpu_supports("avx512vnni") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq");
+    }
+#endif
+    return index == 0;
+}
+
+int isa_active(void) { return __atomic_load_n(&active, __ATOMIC_RELAXED); }
+
+void isa_select(int index) { __atomic_store_n(&active, index, __ATOMIC_RELAXED); }
+
+const struct loops *active_loops(void) { return variants[isa_active()].loops; }
+
+/* One item of work: rows that stay in L2 by panels that stay in L2. */
+enum { ITEM_ROWS = 96, ITEM_PANELS = 8 };
+/* Waking a thread costs more than this many multiply-adds. */
+#define MIN_PARALLEL 500000.0
+
+struct job {
+    const struct product *product;
+    panel_kernel *panels;
+    ptrdiff_t num_panels, num_chunks;
+};
+
+static void multiply_item(void *context, ptrdiff_t item)
+{
+    const struct job *job = context;
+    ptrdiff_t m = item / job->num_chunks * ITEM_ROWS;
+    ptrdiff_t first = item % job->num_chunks * ITEM_PANELS;
+    ptrdiff_t end = first + ITEM_PANELS, num_m = job->product->num_m - m;
+    job->panels(job->product, m, num_m < ITEM_ROWS ? num_m : ITEM_ROWS, first,
+                end < job->num_panels ? end : job->num_panels);
+}
+
+int multiply(struct product *p, int threads)
+{
+    const struct variant *variant = &variants[isa_active()];
+    int32_t *sums = malloc((size_t)(p->num_m * p->num_groups) * sizeof *sums + 1);
+    if (!sums)
+        return NO_MEMORY;
+    variant->loops->row_sums(p->q, p->num_m, TILE_K * p->num_k4, TILE_K * p->group_k4,
+                             sums);
+    p->row_sum = sums;
+    ptrdiff_t num_panels = (p->num_n + TILE_N - 1) / TILE_N;
+    struct job job = {p, variant->panels, num_panels,
+                      (num_panels + ITEM_PANELS - 1) / ITEM_PANELS};
+    ptrdiff_t count = (p->num_m + ITEM_ROWS - 1) / ITEM_ROWS * job.num_chunks;
+    double work = 4.0 * (double)p->num_m * (double)p->num_n * (double)p->num_k4;
+    run_parallel(multiply_item, &job, count, work < MIN_PARALLEL ? 1 : threads);
+    free(sums);
+    return OK;
+}
+
+static float absmean_scale(const float *w, ptrdiff_t count)
+{
+    double mean = count ? active_loops()->sum_of_sizes(w, count) / (double)count : 0.0;
+    if (!isfinite(mean))
+        return NAN;
+    return (float)mean < 1e-5f ? 1e-5f : (float)mean;
+}
+
+/* Spreads 4 rows of codes (4, 4 * num_k4), rows n..n+3, over both orientations. */
+static void place_strip(const uint8_t *strip, ptrdiff_t n, ptrdiff_t num_k,
+                        uint8_t *forward, uint8_t *backward, ptrdiff_t num_n4)
+{
+    ptrdiff_t num_k4 = (num_k + 3) / 4, width = 4 * num_k4;
+    uint8_t *to = forward + n / TILE_N * num_k4 * TILE_BYTES + n % TILE_N * TILE_K;
+    for (ptrdiff_t k4 = 0; k4 < num_k4; k4++)
+        for (int row = 0; row < 4; row++)
+            memcpy(to + k4 * TILE_BYTES + 4 * row, strip + row * width + 4 * k4, 4);
+    for (ptrdiff_t panel = 0; panel * TILE_N < num_k; panel++) {
+        const uint8_t *from = strip + panel * TILE_N;
+        ptrdiff_t left = num_k - panel * TILE_N, size = left < TILE_N ? left : TILE_N;
+        to = backward + (panel * num_n4 + n / 4) * TILE_BYTES;
+        for (ptrdiff_t k = 0; k < size; k++)
+            for (int row = 0; row < 4; row++)
+                to[4 * k + row] = from[row * width + k];
+    }
+}
+
+int quantise_weight(const float *w, ptrdiff_t num_n, ptrdiff_t num_k, float *scale,
+                    uint8_t *forward, uint8_t *backward)
+{
+    ptrdiff_t width = (num_k + 3) / 4 * 4;
+    /* What lies past the last row is never read as a result, and past the last
+       column it meets zeros of `q`. */
+    uint8_t *strip = calloc((size_t)width + 1, 4);
+    if (!strip)
+        return NO_MEMORY;
+    *scale = absmean_scale(w, num_n * num_k);
+    for (ptrdiff_t n = 0; n < num_n; n += 4) {
+        ptrdiff_t rows = num_n - n < 4 ? num_n - n : 4;
+        for (ptrdiff_t row = 0; row < rows; row++)
+            active_loops()->ternary_strip(w + (n + row) * num_k, num_k, *scale / 2,
+                                          strip + row * width);
+        place_strip(strip, n, num_k, forward, backward, (num_n + 3) / 4);
+    }
+    free(strip);
+    return OK;
+}

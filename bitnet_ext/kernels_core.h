@@ -1,0 +1,84 @@
+/* What the C kernels offer to `_kernels.pyx`; nothing here knows Python.
+
+   Letters: M rows of activations, K their columns, N rows of a weight, G groups of
+   a row. Callers have checked every length; sizes may be zero. Every variant of a
+   kernel gives the same bits. */
+#ifndef BITNET_KERNELS_CORE_H
+#define BITNET_KERNELS_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "frames are little-endian and so must this machine be"
+#endif
+
+/* A tile holds 32 rows of a weight by 4 of its columns, as bytes 0, 1, 2. */
+enum { TILE_N = 32, TILE_K = 4, TILE_BYTES = TILE_N * TILE_K };
+/* Values of the int8 codec that share a scale. */
+enum { BLOCK = 256 };
+
+enum status { OK = 0, NO_MEMORY = 1, NOT_FINITE = 2, TOO_LARGE = 3, BAD_VALUE = 4 };
+
+/* One product: out[m, n] = scale * sum over k of q[m, k] * row_scale * w[n, k]. */
+struct product {
+    const int8_t *q;        /* (M, K4 * 4), rows without gaps, zeros past K */
+    const float *row_scale; /* (M, G) */
+    const int32_t *row_sum; /* (M, G): sums of q; filled in by `multiply` */
+    const uint8_t *tiles;   /* (ceil(N / 32), K4, 32, 4) */
+    float *out;             /* (M, N) */
+    ptrdiff_t num_m, num_n, num_k4, group_k4, num_groups;
+    float scale;
+};
+
+/* The loops that exist once for each level of vector instructions. */
+struct loops {
+    void (*quantise_rows)(const float *x, ptrdiff_t num_m, ptrdiff_t num_k,
+                          ptrdiff_t group, int8_t *q, float *scale);
+    void (*row_sums)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k,
+                     ptrdiff_t group, int32_t *sums);
+    double (*sum_of_sizes)(const float *w, ptrdiff_t count);
+    void (*ternary_strip)(const float *w, ptrdiff_t num_k, float half, uint8_t *codes);
+    int (*encode_int8)(const float *x, const float *residual, ptrdiff_t count,
+                       uint8_t *payload, float *new_residual);
+    int (*check_int8)(const uint8_t *payload, ptrdiff_t count);
+    void (*add_int8)(const uint8_t *payload, ptrdiff_t count, float weight, float *into);
+    int (*check_fp32)(const uint8_t *values, ptrdiff_t count);
+    void (*add_fp32)(const uint8_t *values, ptrdiff_t count, float weight, float *into);
+    void (*to_bf16)(const float *x, ptrdiff_t count, uint16_t *out);
+    void (*from_bf16)(const uint16_t *x, ptrdiff_t count, float *out);
+    int (*pack)(const int8_t *values, ptrdiff_t num_n, ptrdiff_t num_k, uint8_t *out);
+    int (*unpack)(const uint8_t *codes, ptrdiff_t num_n, ptrdiff_t num_k, int8_t *out);
+};
+
+/* Computes `num_m` rows from row `m` for the panels (32 columns) first..end. */
+typedef void panel_kernel(const struct product *p, ptrdiff_t m, ptrdiff_t num_m,
+                          ptrdiff_t first, ptrdiff_t end);
+
+extern const struct loops loops_portable;
+panel_kernel panels_portable;
+#if defined(__x86_64__)
+extern const struct loops loops_avx2, loops_avx512;
+panel_kernel panels_avx2, panels_avxvnni, panels_avx512vnni;
+#endif
+
+/* Instruction sets: how many are known, their names, whether this machine has them
+   (best last), which one runs. */
+int isa_count(void);
+const char *isa_name(int index);
+int isa_supported(int index);
+int isa_active(void);
+void isa_select(int index);
+const struct loops *active_loops(void);
+
+/* out = rows times weight; `threads` is at most what is used. */
+int multiply(struct product *p, int threads);
+/* Writes both orientations of a weight (N, K); `scale` is NaN where w is not finite. */
+int quantise_weight(const float *w, ptrdiff_t num_n, ptrdiff_t num_k, float *scale,
+                    uint8_t *forward, uint8_t *backward);
+
+/* Runs work(context, i) for i in 0..count on up to `threads` threads. */
+void run_parallel(void (*work)(void *context, ptrdiff_t item), void *context,
+                  ptrdiff_t count, int threads);
+
+#endif

@@ -1,0 +1,265 @@
+/* int8 rows times ternary tiles: int32 inside a group, then float32 over groups.
+
+   Weights are the bytes 0, 1, 2, so each sum starts at minus the row's own sum.
+   A group's sum is exact; groups are added in order, and nothing is fused: every
+   variant gives the same bits.
+
+   A tile kernel computes a few rows by one panel of 32 columns. Its accumulators are
+   named variables and its dot product is one line of assembly, because compilers
+   keep arrays of vectors on the stack and copy registers around the intrinsic. */
+#include "kernels_core.h"
+
+#include <string.h>
+
+/* Writes `rows` rows from row `m` of a panel to `out`, rows `step` numbers apart. */
+struct tile_kernel {
+    ptrdiff_t rows;
+    void (*run)(const struct product *p, ptrdiff_t m, ptrdiff_t panel, float *out,
+                ptrdiff_t step);
+};
+
+enum { MOST_ROWS = 12 };
+
+/* The part of a product that one pass over a tile works on: one group. */
+struct pass {
+    const int8_t *q;    /* first row, first column of the group */
+    const uint8_t *tile;
+    ptrdiff_t row_bytes, num_k4;
+    const float *row_scale; /* of the first row; rows are num_groups apart */
+    const int32_t *row_sum;
+    int is_first;
+    float last_scale; /* 1 but for the last group */
+};
+
+static inline __attribute__((always_inline)) struct pass
+pass_of(const struct product *p, ptrdiff_t m, ptrdiff_t panel, ptrdiff_t g)
+{
+    ptrdiff_t k4 = g * p->group_k4, left = p->num_k4 - k4;
+    struct pass pass = {
+        .q = p->q + (m * p->num_k4 + k4) * TILE_K,
+        .tile = p->tiles + (panel * p->num_k4 + k4) * TILE_BYTES,
+        .row_bytes = p->num_k4 * TILE_K,
+        .num_k4 = left < p->group_k4 ? left : p->group_k4,
+        .row_scale = p->row_scale + m * p->num_groups + g,
+        .row_sum = p->row_sum + m * p->num_groups + g,
+        .is_first = g == 0,
+        .last_scale = g + 1 == p->num_groups ? p->scale : 1.0f,
+    };
+    return pass;
+}
+
+/* Runs tile kernels over a block of rows; `kernels` go from most rows to one. */
+static void sweep(const struct product *p, ptrdiff_t m, ptrdiff_t num_m, ptrdiff_t panel,
+                  const struct tile_kernel *kernels)
+{
+    ptrdiff_t left = p->num_n - panel * TILE_N, end = m + num_m;
+    float *out = p->out + panel * TILE_N, edge[MOST_ROWS * TILE_N];
+    while (m < end) {
+        while (kernels->rows > end - m)
+            kernels++;
+        if (left >= TILE_N) {
+            kernels->run(p, m, panel, out + m * p->num_n, p->num_n);
+        } else {
+            kernels->run(p, m, panel, edge, TILE_N);
+            for (ptrdiff_t row = 0; row < kernels->rows; row++)
+                memcpy(out + (m + row) * p->num_n, edge + row * TILE_N,
+                       (size_t)left * sizeof *edge);
+        }
+        m += kernels->rows;
+    }
+}
+
+#define PANELS(name, ...)                                                              \
+    void panels_##name(const struct product *p, ptrdiff_t m, ptrdiff_t num_m,          \
+                       ptrdiff_t first, ptrdiff_t end)                                 \
+    {                                                                                  \
+        static const struct tile_kernel kernels[] = {__VA_ARGS__};                     \
+        for (ptrdiff_t panel = first; panel < end; panel++)                            \
+            sweep(p, m, num_m, panel, kernels);                                        \
+    }
+
+static void tile_portable(const struct product *p, ptrdiff_t m, ptrdiff_t panel,
+                          float *out, ptrdiff_t step)
+{
+    (void)step;
+    for (ptrdiff_t g = 0; g < p->num_groups; g++) {
+        struct pass pass = pass_of(p, m, panel, g);
+        int32_t sums[TILE_N];
+        for (int n = 0; n < TILE_N; n++)
+            sums[n] = -*pass.row_sum;
+        for (ptrdiff_t k4 = 0; k4 < pass.num_k4; k4++) {
+            const int8_t *q = pass.q + k4 * TILE_K;
+            const uint8_t *w = pass.tile + k4 * TILE_BYTES;
+            for (int n = 0; n < TILE_N; n++, w += TILE_K)
+                sums[n] += q[0] * w[0] + q[1] * w[1] + q[2] * w[2] + q[3] * w[3];
+        }
+        for (int n = 0; n < TILE_N; n++) {
+            float part = (float)sums[n] * *pass.row_scale;
+            out[n] = (pass.is_first ? part : out[n] + part) * pass.last_scale;
+        }
+    }
+}
+
+PANELS(portable, {1, tile_portable})
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define ROWS_1(DO) DO(0)
+#define ROWS_2(DO) ROWS_1(DO) DO(1)
+#define ROWS_4(DO) ROWS_2(DO) DO(2) DO(3)
+#define ROWS_6(DO) ROWS_4(DO) DO(4) DO(5)
+#define ROWS_8(DO) ROWS_6(DO) DO(6) DO(7)
+#define ROWS_12(DO) ROWS_8(DO) DO(8) DO(9) DO(10) DO(11)
+
+/* Rows as a base and a small multiple of `step`, which an address can hold. */
+#define Q_0 (q0)
+#define Q_1 (q0 + step)
+#define Q_2 (q0 + 2 * step)
+#define Q_3 (q0 + step3)
+#define Q_4 (q4)
+#define Q_5 (q4 + step)
+#define Q_6 (q4 + 2 * step)
+#define Q_7 (q4 + step3)
+#define Q_8 (q8)
+#define Q_9 (q8 + step)
+#define Q_10 (q8 + 2 * step)
+#define Q_11 (q8 + step3)
+#define POINT_AT_ROWS(pass)                                                            \
+    ptrdiff_t step = (pass).row_bytes, step3 = 3 * step;                               \
+    const int8_t *q0 = (pass).q, *q4 = q0 + 4 * step, *q8 = q4 + 4 * step;             \
+    (void)step3, (void)q4, (void)q8
+
+static inline __attribute__((always_inline)) int32_t load_int(const int8_t *at)
+{
+    int32_t four;
+    memcpy(&four, at, 4);
+    return four;
+}
+
+#define TARGET_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define TARGET_256 __attribute__((target("avx2")))
+
+TARGET_512 static inline __attribute__((always_inline)) void
+finish_512(const struct pass *pass, float scale, __m512i sums, float *out)
+{
+    __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(scale));
+    if (!pass->is_first)
+        part = _mm512_add_ps(_mm512_loadu_ps(out), part);
+    _mm512_storeu_ps(out, _mm512_mul_ps(part, _mm512_set1_ps(pass->last_scale)));
+}
+
+TARGET_256 static inline __attribute__((always_inline)) void
+finish_256(const struct pass *pass, float scale, __m256i sums, float *out)
+{
+    __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(scale));
+    if (!pass->is_first)
+        part = _mm256_add_ps(_mm256_loadu_ps(out), part);
+    _mm256_storeu_ps(out, _mm256_mul_ps(part, _mm256_set1_ps(pass->last_scale)));
+}
+
+/* AVX-512 VNNI: rows by 32 columns, two accumulators a row. */
+#define START_512(i)                                                                   \
+    __m512i a##i = _mm512_set1_epi32(-pass.row_sum[i * p->num_groups]), b##i = a##i;
+#define STEP_512(i)                                                                    \
+    {                                                                                  \
+        __m512i four = _mm512_set1_epi32(load_int(Q_##i));                             \
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(a##i) : "v"(w0), "v"(four));              \
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(b##i) : "v"(w1), "v"(four));              \
+    }
+#define FINISH_512(i)                                                                  \
+    finish_512(&pass, pass.row_scale[i * p->num_groups], a##i, out + i * out_step);    \
+    finish_512(&pass, pass.row_scale[i * p->num_groups], b##i, out + i * out_step + 16);
+#define TILE_512(rows)                                                                 \
+    TARGET_512 static void tile_512_##rows(const struct product *p, ptrdiff_t m,       \
+                                           ptrdiff_t panel, float *out,                \
+                                           ptrdiff_t out_step)                         \
+    {                                                                                  \
+        for (ptrdiff_t g = 0; g < p->num_groups; g++) {                                \
+            struct pass pass = pass_of(p, m, panel, g);                                \
+            POINT_AT_ROWS(pass);                                                       \
+            const uint8_t *w = pass.tile, *w_end = w + pass.num_k4 * TILE_BYTES;       \
+            ROWS_##rows(START_512)                                                     \
+            for (; w < w_end; w += TILE_BYTES, q0 += 4, q4 += 4, q8 += 4) {            \
+                __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);   \
+                ROWS_##rows(STEP_512)                                                  \
+            }                                                                          \
+            ROWS_##rows(FINISH_512)                                                    \
+        }                                                                              \
+    }
+TILE_512(12)
+TILE_512(8)
+TILE_512(4)
+TILE_512(2)
+TILE_512(1)
+PANELS(avx512vnni, {12, tile_512_12}, {8, tile_512_8}, {4, tile_512_4}, {2, tile_512_2},
+       {1, tile_512_1})
+
+/* 256 bits: rows by 16 columns, so two halves of a panel, one after the other. */
+#define START_256(i)                                                                   \
+    __m256i a##i = _mm256_set1_epi32(-pass.row_sum[i * p->num_groups]), b##i = a##i;
+#define FINISH_256(i)                                                                  \
+    finish_256(&pass, pass.row_scale[i * p->num_groups], a##i, to + i * out_step);     \
+    finish_256(&pass, pass.row_scale[i * p->num_groups], b##i, to + i * out_step + 8);
+#define TILE_256(level, target, rows, SUM)                                             \
+    target static void tile_##level##_##rows(const struct product *p, ptrdiff_t m,     \
+                                             ptrdiff_t panel, float *out,              \
+                                             ptrdiff_t out_step)                       \
+    {                                                                                  \
+        for (int half = 0; half < 2; half++)                                           \
+            for (ptrdiff_t g = 0; g < p->num_groups; g++) {                            \
+                struct pass pass = pass_of(p, m, panel, g);                            \
+                POINT_AT_ROWS(pass);                                                   \
+                float *to = out + 16 * half;                                           \
+                const uint8_t *w = pass.tile + 64 * half;                              \
+                const uint8_t *w_end = w + pass.num_k4 * TILE_BYTES;                   \
+                ROWS_##rows(START_256)                                                 \
+                SUM(rows)                                                              \
+                ROWS_##rows(FINISH_256)                                                \
+            }                                                                          \
+    }
+#define WALK(rows, end, STEP)                                                          \
+    for (; w < end; w += TILE_BYTES, q0 += 4, q4 += 4, q8 += 4) {                      \
+        __m256i w0 = _mm256_loadu_si256((const __m256i *)w);                           \
+        __m256i w1 = _mm256_loadu_si256((const __m256i *)(w + 32));                    \
+        ROWS_##rows(STEP)                                                              \
+    }
+
+/* AVX2: sums of pairs stay within int16 for 32 steps: 32 * 2 * 2 * 128 = 16384. */
+#define START_SHORT(i) __m256i c##i = _mm256_setzero_si256(), d##i = c##i;
+#define STEP_SHORT(i)                                                                  \
+    {                                                                                  \
+        __m256i four = _mm256_set1_epi32(load_int(Q_##i));                             \
+        c##i = _mm256_add_epi16(c##i, _mm256_maddubs_epi16(w0, four));                 \
+        d##i = _mm256_add_epi16(d##i, _mm256_maddubs_epi16(w1, four));                 \
+    }
+#define WIDEN_SHORT(i)                                                                 \
+    a##i = _mm256_add_epi32(a##i, _mm256_madd_epi16(c##i, ones));                      \
+    b##i = _mm256_add_epi32(b##i, _mm256_madd_epi16(d##i, ones));
+#define SUM_AVX2(rows)                                                                 \
+    const __m256i ones = _mm256_set1_epi16(1);                                         \
+    while (w < w_end) {                                                                \
+        const uint8_t *stop = w_end - w > 32 * TILE_BYTES ? w + 32 * TILE_BYTES : w_end; \
+        ROWS_##rows(START_SHORT)                                                       \
+        WALK(rows, stop, STEP_SHORT)                                                   \
+        ROWS_##rows(WIDEN_SHORT)                                                       \
+    }
+TILE_256(avx2, TARGET_256, 4, SUM_AVX2)
+TILE_256(avx2, TARGET_256, 2, SUM_AVX2)
+TILE_256(avx2, TARGET_256, 1, SUM_AVX2)
+PANELS(avx2, {4, tile_avx2_4}, {2, tile_avx2_2}, {1, tile_avx2_1})
+
+#define STEP_VNNI(i)                                                                   \
+    {                                                                                  \
+        __m256i four = _mm256_set1_epi32(load_int(Q_##i));                             \
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(a##i) : "x"(w0), "x"(four));        \
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(b##i) : "x"(w1), "x"(four));        \
+    }
+#define SUM_AVXVNNI(rows) WALK(rows, w_end, STEP_VNNI)
+TILE_256(avxvnni, TARGET_256, 6, SUM_AVXVNNI)
+TILE_256(avxvnni, TARGET_256, 4, SUM_AVXVNNI)
+TILE_256(avxvnni, TARGET_256, 2, SUM_AVXVNNI)
+TILE_256(avxvnni, TARGET_256, 1, SUM_AVXVNNI)
+PANELS(avxvnni, {6, tile_avxvnni_6}, {4, tile_avxvnni_4}, {2, tile_avxvnni_2},
+       {1, tile_avxvnni_1})
+#endif

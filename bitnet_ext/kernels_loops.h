@@ -1,0 +1,254 @@
+/* Elementwise loops and reductions, compiled once for each vector level.
+
+   Included by `kernels_loops.c` with TARGET (an attribute) and LEVEL (a suffix).
+   Written so that a compiler vectorises them without changing one bit: maxima are
+   taken on bit patterns, sums have a fixed order of lanes, and nothing is fused. */
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define NAME(name) PASTE(name, LEVEL)
+
+/* Bits of the largest |x|; at least INFINITE where any is not finite. */
+TARGET static inline int32_t NAME(largest)(const float *x, ptrdiff_t count)
+{
+    int32_t largest = 0;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        int32_t bits = bits_of(x[i]) & SIZE_MASK;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+/* q = x / scale to nearest, halves to even, where scale = largest / 127. */
+TARGET static inline void NAME(round_values)(const float *x, ptrdiff_t count,
+                                             float largest, float scale, int8_t *q)
+{
+    float inverse = 127.0f / largest;
+    int32_t furthest = 0;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        float ratio = x[i] * inverse, shifted = ratio + ROUNDER;
+        int32_t off = bits_of(ratio - (shifted - ROUNDER)) & SIZE_MASK;
+        furthest = off > furthest ? off : furthest;
+        q[i] = (int8_t)bits_of(shifted);
+    }
+    /* The product is within 4e-5 of the quotient: only near a half can they differ. */
+    if (float_of(furthest) < 0.4999f)
+        return;
+    for (ptrdiff_t i = 0; i < count; i++)
+        q[i] = (int8_t)bits_of(x[i] / scale + ROUNDER);
+}
+
+TARGET static inline float NAME(quantise)(const float *x, ptrdiff_t count, int8_t *q)
+{
+    int32_t bits = NAME(largest)(x, count);
+    float largest = float_of(bits), scale = largest / 127.0f;
+    if (bits >= INFINITE || scale < FLT_MIN) {
+        memset(q, 0, (size_t)count);
+        return bits >= INFINITE ? NAN : 0.0f;
+    }
+    NAME(round_values)(x, count, largest, scale, q);
+    return scale;
+}
+
+TARGET static void NAME(quantise_rows)(const float *x, ptrdiff_t num_m, ptrdiff_t num_k,
+                                       ptrdiff_t group, int8_t *q, float *scale)
+{
+    for (ptrdiff_t m = 0; m < num_m; m++)
+        for (ptrdiff_t k = 0; k < num_k; k += group) {
+            ptrdiff_t count = num_k - k < group ? num_k - k : group;
+            *scale++ = NAME(quantise)(x + m * num_k + k, count, q + m * num_k + k);
+        }
+}
+
+TARGET static void NAME(row_sums)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k,
+                                  ptrdiff_t group, int32_t *sums)
+{
+    for (ptrdiff_t m = 0; m < num_m; m++)
+        for (ptrdiff_t k = 0; k < num_k; k += group) {
+            ptrdiff_t end = num_k - k < group ? num_k : k + group;
+            int32_t sum = 0;
+            for (ptrdiff_t i = k; i < end; i++)
+                sum += q[m * num_k + i];
+            *sums++ = sum;
+        }
+}
+
+/* Sum of |w| in 16 lanes of doubles; lane i takes elements i, i + 16, ... */
+TARGET static double NAME(sum_of_sizes)(const float *w, ptrdiff_t count)
+{
+    double lanes[16] = {0}, sum = 0;
+    ptrdiff_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        for (int lane = 0; lane < 16; lane++)
+            lanes[lane] += fabs((double)w[i + lane]);
+    for (int lane = 0; i < count; i++, lane++)
+        lanes[lane] += fabs((double)w[i]);
+    for (int lane = 0; lane < 16; lane++)
+        sum += lanes[lane];
+    return sum;
+}
+
+/* Codes 0, 1, 2 for -1, 0, +1. With half = scale / 2 the comparisons give what
+   rounding w / scale to even and clipping gives: exactly a half goes to 0. */
+TARGET static void NAME(ternary_strip)(const float *w, ptrdiff_t num_k, float half,
+                                       uint8_t *codes)
+{
+    for (ptrdiff_t k = 0; k < num_k; k++)
+        codes[k] = (uint8_t)(1 + (w[k] > half) - (w[k] < -half));
+}
+
+TARGET static int NAME(encode_int8)(const float *x, const float *residual,
+                                    ptrdiff_t count, uint8_t *payload,
+                                    float *new_residual)
+{
+    ptrdiff_t num_blocks = (count + BLOCK - 1) / BLOCK;
+    int8_t *q = (int8_t *)payload + 4 * num_blocks;
+    float values[BLOCK];
+    for (ptrdiff_t block = 0; block < num_blocks; block++) {
+        ptrdiff_t start = block * BLOCK;
+        ptrdiff_t size = count - start < BLOCK ? count - start : BLOCK;
+        for (ptrdiff_t i = 0; i < size; i++)
+            values[i] = residual ? x[start + i] + residual[start + i] : x[start + i];
+        float scale = NAME(quantise)(values, size, q + start);
+        if (!(scale <= MAX_SCALE))
+            return isnan(scale) ? NOT_FINITE : TOO_LARGE;
+        memcpy(payload + 4 * block, &scale, 4);
+        if (new_residual)
+            for (ptrdiff_t i = 0; i < size; i++)
+                new_residual[start + i] = values[i] - scale * (float)q[start + i];
+    }
+    return OK;
+}
+
+TARGET static int NAME(check_int8)(const uint8_t *payload, ptrdiff_t count)
+{
+    ptrdiff_t num_blocks = (count + BLOCK - 1) / BLOCK;
+    const uint8_t *q = payload + 4 * num_blocks;
+    int not_finite = 0, too_large = 0, bad = 0;
+    for (ptrdiff_t block = 0; block < num_blocks; block++) {
+        float scale = load_float(payload + 4 * block);
+        int32_t bits = bits_of(scale);
+        not_finite |= (bits & SIZE_MASK) >= INFINITE;
+        too_large |= scale > MAX_SCALE;
+        /* Negative, minus zero or subnormal: no encoder writes that. */
+        bad |= bits != 0 && bits < bits_of(FLT_MIN);
+    }
+    for (ptrdiff_t i = 0; i < count; i++)
+        bad |= q[i] == 128;
+    return not_finite ? NOT_FINITE : too_large ? TOO_LARGE : bad ? BAD_VALUE : OK;
+}
+
+TARGET static void NAME(add_int8)(const uint8_t *payload, ptrdiff_t count, float weight,
+                                  float *into)
+{
+    ptrdiff_t num_blocks = (count + BLOCK - 1) / BLOCK;
+    const int8_t *q = (const int8_t *)payload + 4 * num_blocks;
+    for (ptrdiff_t block = 0; block < num_blocks; block++) {
+        float scale = load_float(payload + 4 * block);
+        ptrdiff_t start = block * BLOCK;
+        ptrdiff_t end = count - start < BLOCK ? count : start + BLOCK;
+        for (ptrdiff_t i = start; i < end; i++)
+            into[i] += weight * (scale * (float)q[i]);
+    }
+}
+
+TARGET static int NAME(check_fp32)(const uint8_t *values, ptrdiff_t count)
+{
+    int32_t largest = 0;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        int32_t bits = bits_of(load_float(values + 4 * i)) & SIZE_MASK;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest >= INFINITE ? NOT_FINITE : OK;
+}
+
+TARGET static void NAME(add_fp32)(const uint8_t *values, ptrdiff_t count, float weight,
+                                  float *into)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        into[i] += weight * load_float(values + 4 * i);
+}
+
+/* To nearest, halves to even; a NaN keeps its sign and top bits and stays a NaN. */
+TARGET static void NAME(to_bf16)(const float *x, ptrdiff_t count, uint16_t *out)
+{
+    for (ptrdiff_t i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)bits_of(x[i]);
+        uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        int is_nan = (bits & SIZE_MASK) > INFINITE;
+        out[i] = (uint16_t)(is_nan ? bits >> 16 | 0x40 : rounded);
+    }
+}
+
+TARGET static void NAME(from_bf16)(const uint16_t *x, ptrdiff_t count, float *out)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        out[i] = float_of((int32_t)((uint32_t)x[i] << 16));
+}
+
+/* 0 -> 0b00, +1 -> 0b01, -1 -> 0b10. */
+TARGET static inline unsigned NAME(code_of)(int8_t value)
+{
+    return (unsigned)(value & 1) + (value < 0);
+}
+
+/* Four values to a byte, lowest bits first; each row on bytes of its own. */
+TARGET static int NAME(pack)(const int8_t *values, ptrdiff_t num_n, ptrdiff_t num_k,
+                             uint8_t *out)
+{
+    uint8_t bad = 0;
+    for (ptrdiff_t i = 0; i < num_n * num_k; i++)
+        bad |= (uint8_t)(values[i] + 1) > 2;
+    for (ptrdiff_t n = 0; n < num_n; n++, values += num_k, out += (num_k + 3) / 4) {
+        for (ptrdiff_t b = 0; b < num_k / 4; b++)
+            out[b] = (uint8_t)(NAME(code_of)(values[4 * b]) |
+                               NAME(code_of)(values[4 * b + 1]) << 2 |
+                               NAME(code_of)(values[4 * b + 2]) << 4 |
+                               NAME(code_of)(values[4 * b + 3]) << 6);
+        unsigned last = 0;
+        for (int i = 0; i < num_k % 4; i++)
+            last |= NAME(code_of)(values[num_k / 4 * 4 + i]) << (2 * i);
+        if (num_k % 4)
+            out[num_k / 4] = (uint8_t)last;
+    }
+    return bad ? BAD_VALUE : OK;
+}
+
+TARGET static inline int8_t NAME(value_of)(unsigned byte, int place)
+{
+    unsigned code = byte >> (2 * place);
+    return (int8_t)((int)(code & 1) - (int)(code >> 1 & 1));
+}
+
+TARGET static int NAME(unpack)(const uint8_t *codes, ptrdiff_t num_n, ptrdiff_t num_k,
+                               int8_t *out)
+{
+    uint8_t bad = 0;
+    ptrdiff_t width = (num_k + 3) / 4;
+    for (ptrdiff_t i = 0; i < num_n * width; i++)
+        bad |= codes[i] & codes[i] >> 1 & 0x55;
+    for (ptrdiff_t n = 0; n < num_n; n++, codes += width, out += num_k) {
+        for (ptrdiff_t b = 0; b < num_k / 4; b++) {
+            out[4 * b] = NAME(value_of)(codes[b], 0);
+            out[4 * b + 1] = NAME(value_of)(codes[b], 1);
+            out[4 * b + 2] = NAME(value_of)(codes[b], 2);
+            out[4 * b + 3] = NAME(value_of)(codes[b], 3);
+        }
+        if (num_k % 4)
+            bad |= codes[width - 1] >> (2 * (num_k % 4));
+        for (int i = 0; i < num_k % 4; i++)
+            out[num_k / 4 * 4 + i] = NAME(value_of)(codes[width - 1], i);
+    }
+    return bad ? BAD_VALUE : OK;
+}
+
+const struct loops NAME(loops) = {
+    NAME(quantise_rows), NAME(row_sums),   NAME(sum_of_sizes), NAME(ternary_strip),
+    NAME(encode_int8),   NAME(check_int8), NAME(add_int8),     NAME(check_fp32),
+    NAME(add_fp32),      NAME(to_bf16),    NAME(from_bf16),    NAME(pack),
+    NAME(unpack),
+};
+
+#undef PASTE_
+#undef PASTE
+#undef NAME

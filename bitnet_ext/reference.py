@@ -1,0 +1,131 @@
+"""The plain NumPy twin of every kernel: slow, short, and the meaning of each.
+
+Tests hold the kernels to these bit for bit; nothing else uses them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_ext.codecs import BLOCK, Vector
+from bitnet_ext.ternary import QuantisedRows
+
+_LANES = 16
+_SMALLEST = np.finfo(np.float32).smallest_normal
+
+
+def absmean_scale(w_NK: NDArray[np.float32]) -> float:
+    """Return the mean of |w|, at least 1e-5; NaN where it is not finite.
+
+    The sum is of doubles in 16 lanes, so that its rounding is the same everywhere.
+    """
+    sizes = np.abs(w_NK.reshape(-1).astype(np.float64))
+    if not sizes.size:
+        return float(np.float32(1e-5))
+    rows = np.pad(sizes, (0, -sizes.size % _LANES)).reshape(-1, _LANES)
+    lanes = np.add.accumulate(rows, axis=0)[-1]
+    mean = np.add.accumulate(lanes)[-1] / sizes.size
+    if not np.isfinite(mean):
+        return float("nan")
+    return float(max(np.float32(mean), np.float32(1e-5)))
+
+
+def ternary_values(w_NK: NDArray[np.float32]) -> NDArray[np.int8]:
+    """Return w / scale rounded, halves to even, clipped to -1, 0, 1; int8 (N, K)."""
+    scale = np.float32(absmean_scale(w_NK))
+    if np.isnan(scale):
+        return np.zeros(w_NK.shape, dtype=np.int8)
+    values: NDArray[np.int8] = np.clip(np.rint(w_NK / scale), -1, 1).astype(np.int8)
+    return values
+
+
+def quantise_group(x: Vector) -> tuple[NDArray[np.int8], np.float32]:
+    """Return int8 values (n,) and the scale of one group of numbers."""
+    zeros = np.zeros(x.shape, dtype=np.int8)
+    if not np.isfinite(x).all():
+        return zeros, np.float32(np.nan)
+    scale = np.abs(x).max(initial=np.float32(0)) / np.float32(127)
+    if scale < _SMALLEST:
+        return zeros, np.float32(0)
+    return np.rint(x / scale).astype(np.int8), scale
+
+
+def quantise_rows(x_MK: NDArray[np.float32], group: int) -> QuantisedRows:
+    """Return the rows in groups of `group` columns."""
+    num_rows, num_columns = x_MK.shape
+    starts = range(0, num_columns, group)
+    q = np.zeros((num_rows, num_columns), dtype=np.int8)
+    scale = np.zeros((num_rows, len(starts)), dtype=np.float32)
+    for row in range(num_rows):
+        for g, start in enumerate(starts):
+            part = slice(start, start + group)
+            q[row, part], scale[row, g] = quantise_group(x_MK[row, part])
+    return QuantisedRows(q, scale, group)
+
+
+def matmul(
+    rows: QuantisedRows, values_NK: NDArray[np.int8], scale: float
+) -> NDArray[np.float32]:
+    """Return the product as float32 (M, N): exact in a group, then group by group."""
+    total = np.zeros((rows.q.shape[0], values_NK.shape[0]), dtype=np.float32)
+    for g in range(rows.scale.shape[1]):
+        part = slice(g * rows.group, (g + 1) * rows.group)
+        exact = rows.q[:, part].astype(np.int64) @ values_NK[:, part].T.astype(np.int64)
+        scaled = exact.astype(np.float32) * rows.scale[:, g : g + 1]
+        total = total + scaled if g else scaled
+    return total * np.float32(scale)
+
+
+def pack(values_NK: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Return 2-bit codes, uint8 (N, ceil(K / 4)), of ternary values int8 (N, K)."""
+    codes = np.array([0b00, 0b01, 0b10], dtype=np.uint8)[values_NK]
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 4)))
+    first, second, third, fourth = (codes[:, place::4] for place in range(4))
+    packed = first | second << 2 | third << 4 | fourth << 6
+    return packed.astype(np.uint8)
+
+
+def unpack(packed_NB: NDArray[np.uint8], num_columns: int) -> NDArray[np.int8]:
+    """Return the values, int8 (N, K), of sound 2-bit codes."""
+    shifts = np.array([0, 2, 4, 6], dtype=np.uint8)
+    codes = (packed_NB[:, :, None] >> shifts) & 3
+    flat = codes.reshape(packed_NB.shape[0], packed_NB.shape[1] * 4)[:, :num_columns]
+    values: NDArray[np.int8] = np.array([0, 1, -1], dtype=np.int8)[flat]
+    return values
+
+
+def encode_int8(vector: Vector) -> bytes:
+    """Return the int8 payload of finite numbers (n,)."""
+    blocks = [
+        quantise_group(vector[start : start + BLOCK])
+        for start in range(0, vector.size, BLOCK)
+    ]
+    scales = b"".join(scale.astype("<f4").tobytes() for _, scale in blocks)
+    return scales + b"".join(q.tobytes() for q, _ in blocks)
+
+
+def decode_int8(payload: bytes, num_elements: int) -> Vector:
+    """Return the numbers (n,) of a sound int8 payload."""
+    num_blocks = -(-num_elements // BLOCK)
+    scales = np.frombuffer(payload, "<f4", num_blocks)
+    q = np.frombuffer(payload, np.int8, num_elements, 4 * num_blocks)
+    return np.repeat(scales, BLOCK)[:num_elements] * q.astype(np.float32)
+
+
+def decode_add(decoded: Vector, into: Vector, weight: float) -> Vector:
+    """Return into + weight * decoded, two float32 roundings for each number."""
+    return into + np.float32(weight) * decoded
+
+
+def to_bf16(vector: Vector) -> NDArray[np.uint16]:
+    """Return the nearest bf16 bits, halves to even; a NaN gets the quiet bit."""
+    bits = vector.view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    quiet = bits >> 16 | 0x40
+    return np.where(np.isnan(vector), quiet, rounded).astype(np.uint16)
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> Vector:
+    """Return the numbers of bf16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,210 @@
+"""int8 activations times ternary weights: the door to the C kernels.
+
+Weights are quantised as in BitNet b1.58: the scale is the mean of |w|, values are
+w / scale rounded (halves to even) and clipped to -1, 0, 1. Activations are int8 with
+one scale a row, or a row and group of columns. Products are exact in int32 inside a
+group; groups are added in float32, in order. So a result has the same bits on every
+CPU and for every number of threads.
+
+What is not finite goes through visibly: a group of columns (or a weight) that holds
+a NaN or an infinity gets the scale NaN, and so does every product it is part of.
+
+Letters in shapes: M rows of activations, K their columns, N rows of a weight, G
+groups of a row.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_ext import _kernels
+
+#: Name of a kernel variant; where it is set, no other runs.
+ISA_VARIABLE: Final = "BITNET_EXT_ISA"
+#: Longest row: with more, a sum of int8 times ternary could leave int32.
+MAX_COLUMNS: Final = 1 << 22
+
+_TILE_ROWS: Final = 32
+_TILE_COLUMNS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedRows:
+    """Rows of int8 with their scales; a value is `q * scale` of its group."""
+
+    #: int8 (M, K), from -127 to 127.
+    q: NDArray[np.int8]
+    #: float32 (M, G), G = ceil(K / group).
+    scale: NDArray[np.float32]
+    #: Columns that share a scale; the last group of a row may hold fewer.
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTernary:
+    """A ternary matrix (N, K) in the order in which the kernel reads it.
+
+    Blocks of 32 rows by 4 columns, block after block along the columns, then the
+    next 32 rows; a byte is the value plus one. Only kernels look inside.
+    """
+
+    tiles: NDArray[np.uint8]
+    num_rows: int
+    num_columns: int
+    #: The value of +1; a float32.
+    scale: float
+
+    def values(self) -> NDArray[np.int8]:
+        """Return the values -1, 0, 1 as int8 (N, K)."""
+        num_k4 = -(-self.num_columns // _TILE_COLUMNS)
+        tiles = self.tiles.reshape(-1, num_k4, _TILE_ROWS, _TILE_COLUMNS)
+        rows = tiles.transpose(0, 2, 1, 3).reshape(
+            tiles.shape[0] * _TILE_ROWS, num_k4 * _TILE_COLUMNS
+        )
+        kept = rows[: self.num_rows, : self.num_columns]
+        return kept.astype(np.int8) - np.int8(1)
+
+
+@dataclass(frozen=True, slots=True)
+class TernaryWeight:
+    """One weight (N, K) for both directions, with one scale."""
+
+    #: (N, K): takes rows of K columns to rows of N.
+    forward: PackedTernary
+    #: (K, N): takes rows of N columns back to rows of K.
+    backward: PackedTernary
+
+    @property
+    def scale(self) -> float:
+        """The mean of |w|, at least 1e-5; NaN where the weight is not finite."""
+        return self.forward.scale
+
+
+def quantise_weight(w_NK: NDArray[np.float32]) -> TernaryWeight:
+    """Return the ternary form of a float32 matrix (N, K).
+
+    Raises ValueError for another type or shape.
+    """
+    w_NK = _matrix(w_NK, "weight")
+    num_rows, num_columns = w_NK.shape
+    forward = _empty_tiles(num_rows, num_columns)
+    backward = _empty_tiles(num_columns, num_rows)
+    status, scale = _kernels.quantise_weight(w_NK, forward, backward)
+    _check(status)
+    return TernaryWeight(
+        PackedTernary(forward, num_rows, num_columns, scale),
+        PackedTernary(backward, num_columns, num_rows, scale),
+    )
+
+
+def quantise_rows(x_MK: NDArray[np.float32], group: int | None = None) -> QuantisedRows:
+    """Return a float32 matrix (M, K) as int8 rows.
+
+    `scale` is the largest |x| of a group over 127, and `q` is x / scale rounded,
+    halves to even. Without `group` a row is one group. A group of zeros (or of
+    numbers so small that the scale is subnormal) has scale 0 and values 0; one with
+    a NaN or an infinity has scale NaN. Raises ValueError for another type or shape
+    and for a group that is not a positive multiple of 4.
+    """
+    x_MK = _matrix(x_MK, "rows")
+    num_rows, num_columns = x_MK.shape
+    if group is None or group >= num_columns:
+        group = max(num_columns, 1)
+    _check_group(group, num_columns)
+    q = np.empty((num_rows, num_columns), dtype=np.int8)
+    scale = np.empty((num_rows, -(-num_columns // group)), dtype=np.float32)
+    _kernels.quantise_rows(x_MK, group, q, scale)
+    return QuantisedRows(q, scale, group)
+
+
+def matmul(
+    rows: QuantisedRows, weight: PackedTernary, *, threads: int = 1
+) -> NDArray[np.float32]:
+    """Return `rows @ weight.T` as float32 (M, N), for rows (M, K) and a weight (N, K).
+
+    `threads` is the most that are used; the result does not depend on it. Raises
+    ValueError when the shapes do not fit.
+    """
+    q_MK = np.ascontiguousarray(rows.q)
+    num_rows, num_columns = q_MK.shape
+    if num_columns != weight.num_columns:
+        raise ValueError(
+            f"rows must have {weight.num_columns} columns, got {num_columns}"
+        )
+    _check_group(rows.group, num_columns)
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if not num_columns:
+        return np.zeros((num_rows, weight.num_rows), dtype=np.float32)
+    missing = -num_columns % _TILE_COLUMNS
+    if missing:
+        q_MK = np.pad(q_MK, ((0, 0), (0, missing)))
+    out = np.empty((num_rows, weight.num_rows), dtype=np.float32)
+    status = _kernels.multiply(
+        q_MK,
+        np.ascontiguousarray(rows.scale),
+        -(-rows.group // _TILE_COLUMNS),
+        weight.tiles,
+        weight.scale,
+        out,
+        threads,
+    )
+    _check(status)
+    return out
+
+
+def active_isa() -> str:
+    """Return the name of the kernel variant that runs."""
+    return _kernels.selected_isa()
+
+
+def supported_isas() -> list[str]:
+    """Return the variants that this machine can run, the fastest last."""
+    return _kernels.supported_isas()
+
+
+def choose_isa(name: str | None) -> None:
+    """Run the variant of that name from now on; None means the fastest.
+
+    Raises ValueError, naming the variants of this machine, for any other.
+    """
+    supported = supported_isas()
+    if name is not None and name not in supported:
+        raise ValueError(
+            f"{ISA_VARIABLE} must be one of {', '.join(supported)} on this machine, "
+            f"got {name!r}"
+        )
+    _kernels.select_isa(name or supported[-1])
+
+
+def _matrix(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+    if x.ndim != 2 or x.dtype != np.float32:
+        raise ValueError(f"{name} must be a float32 matrix, got {x.dtype} {x.shape}")
+    if max(x.shape) > MAX_COLUMNS:
+        raise ValueError(f"{name} must be at most {MAX_COLUMNS} wide, got {x.shape}")
+    return np.ascontiguousarray(x)
+
+
+def _check_group(group: int, num_columns: int) -> None:
+    """Groups start where tiles do; one that holds the whole row may be any size."""
+    if group < 1 or (group < num_columns and group % _TILE_COLUMNS):
+        raise ValueError(f"group must be a positive multiple of 4, got {group}")
+
+
+def _empty_tiles(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
+    """Return tiles of zeros: not all that lies past the edges is written."""
+    num_panels, num_k4 = -(-num_rows // _TILE_ROWS), -(-num_columns // _TILE_COLUMNS)
+    return np.zeros(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, dtype=np.uint8)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("a ternary kernel found no memory for its sums")
+
+
+choose_isa(os.environ.get(ISA_VARIABLE))

@@ -1,0 +1,40 @@
+"""Holds only what pyproject.toml cannot: the extension and the list of packages."""
+
+from __future__ import annotations
+
+from glob import glob
+
+from Cython.Build import cythonize
+from setuptools import Extension, find_packages, setup
+
+# One wheel for every CPython from 3.11 on: the limited API of 3.11.
+LIMITED_API = "0x030B0000"
+
+# No fused multiply-add: the same payloads must give the same bits on every CPU.
+COMPILE_ARGS = ["-O3", "-std=gnu11", "-pthread", "-ffp-contract=off"]
+
+# Baseline instruction set only: faster variants are chosen at import by CPU feature.
+extensions = [
+    Extension(
+        "bitnet_ext._kernels",
+        ["bitnet_ext/_kernels.pyx", *sorted(glob("bitnet_ext/kernels_*.c"))],
+        depends=sorted(glob("bitnet_ext/kernels_*.h")),
+        define_macros=[
+            ("Py_LIMITED_API", LIMITED_API),
+            ("CYTHON_LIMITED_API", "1"),
+        ],
+        extra_compile_args=COMPILE_ARGS,
+        extra_link_args=["-pthread"],
+        py_limited_api=True,
+    )
+]
+
+setup(
+    packages=find_packages(
+        include=["bitnet_ext*", "coordinator*", "worker*", "webui*"]
+    ),
+    # Else the files of MANIFEST.in, for the source archive, would enter the wheel.
+    include_package_data=False,
+    ext_modules=cythonize(extensions, language_level=3),
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
