@@ -1,0 +1,123 @@
+"""Scores a weight version on the held-out stream: summed nats, in full precision.
+
+The stream is `EOT document EOT document ...`. Every token but EOT is scored once,
+with its own document alone as context: windows start at the document's EOT,
+never reach into the next one, and overlap by half, so that a token in a long
+document still sees at least half a window of what came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from worker.model.transformer import NO_TARGET, BitNetModel
+from worker.train import Hooks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How well a version predicts; `nats / tokens` is its loss."""
+
+    nats: float
+    tokens: int
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A run of inputs of one document and what to score in it."""
+
+    #: Index of the first input in the stream.
+    start: int
+    #: Number of inputs; the target of each is the token after it.
+    length: int
+    #: Targets before this one belong to an earlier window.
+    first_scored: int
+
+
+def evaluate(
+    model: BitNetModel,
+    weights: NDArray[np.float32],
+    tokens: NDArray[np.int32],
+    eot_id: int,
+    batch_size: int,
+    hooks: Hooks,
+) -> Score:
+    """Return the score of the flat vector `weights` on a stream of int32 tokens.
+
+    Raises ValueError when the stream does not start with EOT, and whatever
+    `hooks.check` raises.
+    """
+    started_s = hooks.clock()
+    model.flat.load(weights)
+    # Windows of one length share a batch, so that little is spent on padding.
+    cut = sorted(
+        windows(tokens, eot_id, model.shape.seq_len), key=lambda window: window.length
+    )
+    nats, num_scored = 0.0, 0
+    for first in range(0, len(cut), batch_size):
+        hooks.check()
+        step_started_s = hooks.clock()
+        batch_nats, batch_scored = _score(
+            model, tokens, cut[first : first + batch_size]
+        )
+        nats += batch_nats
+        num_scored += batch_scored
+        hooks.progress(num_scored, hooks.clock() - step_started_s)
+    return Score(nats=nats, tokens=num_scored, compute_s=hooks.clock() - started_s)
+
+
+def windows(tokens: NDArray[np.int32], eot_id: int, seq_len: int) -> Iterator[Window]:
+    """Yield the windows of a stream, document by document."""
+    if not len(tokens) or tokens[0] != eot_id:
+        raise ValueError(
+            f"tokens must start with EOT ({eot_id}), got {tokens[:1].tolist()}"
+        )
+    starts = np.flatnonzero(tokens == eot_id)
+    ends = np.append(starts[1:], len(tokens))
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        yield from _windows_of_document(start, end - start - 1, seq_len)
+
+
+def _windows_of_document(
+    start: int, num_targets: int, seq_len: int
+) -> Iterator[Window]:
+    """Yield the windows of the document whose EOT is at `start`."""
+    stride = max(1, seq_len // 2)
+    offset, num_scored = 0, 0
+    while num_scored < num_targets:
+        length = min(seq_len, num_targets - offset)
+        yield Window(start + offset, length, num_scored - offset)
+        num_scored = offset + length
+        offset += stride
+
+
+@torch.no_grad()
+def _score(
+    model: BitNetModel, tokens: NDArray[np.int32], cut: list[Window]
+) -> tuple[float, int]:
+    """Return summed nats and number of tokens of one batch of windows."""
+    width = max(window.length for window in cut)
+    inputs = np.zeros((len(cut), width), dtype=np.int64)
+    targets = np.full_like(inputs, NO_TARGET)
+    for row, window in enumerate(cut):
+        end = window.start + window.length
+        inputs[row, : window.length] = tokens[window.start : end]
+        targets[row, window.first_scored : window.length] = tokens[
+            window.start + window.first_scored + 1 : end + 1
+        ]
+    hidden_BTH = model(torch.from_numpy(inputs))
+    # Only positions that count go through the head, the costly part.
+    scored_BT = torch.from_numpy(targets != NO_TARGET)
+    nats = functional.cross_entropy(
+        model.logits(hidden_BTH[scored_BT]),
+        torch.from_numpy(targets)[scored_BT],
+        reduction="none",
+    )
+    return nats.sum(dtype=torch.float64).item(), len(nats)

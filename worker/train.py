@@ -1,0 +1,277 @@
+"""One training task: K local AdamW steps on a stretch of tokens.
+
+1. cut the stretch in windows of `seq_len` inputs; shuffle them by the task's seed
+2. batch by batch: loss, gradient, global-norm clip, AdamW at the next learning rate
+3. the pseudo-gradient is base minus trained, over the whole flat vector
+
+The base weights are never written to. The moments of AdamW outlive the task: the
+new ones are handed back, and the caller keeps them once the work is accepted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitnet_ext.layout import ModelShape, SegmentKind, num_params, segments
+from bitnet_ext.wire.messages import HyperParameters, Task
+from bitnet_ext.wire.verdicts import FailCode
+from worker.errors import TaskError
+from worker.model.flatten import segment_of
+from worker.model.transformer import NO_TARGET, BitNetModel
+
+
+class NonFiniteLossError(TaskError):
+    """A loss or a gradient is NaN or infinite: training diverged."""
+
+    code = FailCode.NON_FINITE_LOSS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What long work calls between two steps."""
+
+    #: Tokens done so far, and the wall seconds of the step just done.
+    progress: Callable[[int, float], None]
+    #: Ends the work by raising (told to stop, lease lost).
+    check: Callable[[], None]
+    #: Monotonic seconds.
+    clock: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What AdamW remembers: flat float32 tensors in layout order.
+
+    Kept from task to task; to forget them costs far more than any codec.
+    """
+
+    #: Running mean of the gradient, and of its square.
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    #: Steps so far, one number for each segment, as the fused optimiser wants it.
+    step: Tensor
+
+    @classmethod
+    def zeros(cls, shape: ModelShape) -> Moments:
+        """Return the moments of an optimiser that has made no step."""
+        size = num_params(shape)
+        return cls(
+            torch.zeros(size), torch.zeros(size), torch.zeros(len(segments(shape)))
+        )
+
+    def copy(self) -> Moments:
+        """Return moments that share no memory with these."""
+        return Moments(self.exp_avg.clone(), self.exp_avg_sq.clone(), self.step.clone())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences of one local step; int64 (B, T), padded to the longest."""
+
+    inputs: Tensor
+    #: The token after each input, NO_TARGET where there is none.
+    targets: Tensor
+    #: Inputs that are not padding.
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a finished task hands back."""
+
+    #: Base minus trained: the outer optimiser subtracts it. float32, layout order.
+    pseudo_gradient: NDArray[np.float32]
+    #: The moments after the last step; commit them when the work is accepted.
+    moments: Moments
+    num_steps: int
+    #: Input positions trained, each once: the length of the stretch.
+    tokens: int
+    #: Nats a token: of the first step, of the last, and over all targets.
+    loss_first: float
+    loss_last: float
+    loss_mean: float
+    compute_s: float
+
+
+def train(
+    model: BitNetModel,
+    base: NDArray[np.float32],
+    moments: Moments,
+    tokens: NDArray[np.int32],
+    task: Task,
+    hooks: Hooks,
+) -> TrainResult:
+    """Run the local steps of `task` from the flat vector `base`.
+
+    `tokens` is int32: the stretch, and the token after it where the shard has one.
+    Afterwards the model holds the trained weights; `base` and `moments` are as
+    they were.
+    Raises NonFiniteLossError when training diverges, TaskError when the task
+    contradicts itself, and whatever `hooks.check` raises.
+    """
+    num_tokens = _stretch_length(tokens, task)
+    started_s = hooks.clock()
+    model.flat.load(base)
+    steps = LocalSteps(model, moments.copy(), task.hyper)
+    losses, nats, num_targets, tokens_done = [], 0.0, 0, 0
+    for index, batch in enumerate(batches(tokens, num_tokens, task)):
+        hooks.check()
+        step_started_s = hooks.clock()
+        rate = learning_rate(task.hyper, index, task.num_steps)
+        losses.append(steps.step(batch, rate))
+        batch_targets = int((batch.targets != NO_TARGET).sum())
+        nats += losses[-1] * batch_targets
+        num_targets += batch_targets
+        tokens_done += batch.num_tokens
+        hooks.progress(tokens_done, hooks.clock() - step_started_s)
+    return TrainResult(
+        pseudo_gradient=_pseudo_gradient(base, model),
+        moments=steps.moments,
+        num_steps=len(losses),
+        tokens=tokens_done,
+        loss_first=losses[0],
+        loss_last=losses[-1],
+        loss_mean=nats / max(1, num_targets),
+        compute_s=hooks.clock() - started_s,
+    )
+
+
+class LocalSteps:
+    """AdamW on the flat vector of a model; the moments given to it are updated."""
+
+    def __init__(
+        self, model: BitNetModel, moments: Moments, hyper: HyperParameters
+    ) -> None:
+        self.moments = moments
+        self._model = model
+        self._clip_norm = hyper.clip_norm
+        self._optimizer = _adamw(model, moments, hyper)
+
+    def step(self, batch: Batch, rate: float) -> float:
+        """Make one step and return the loss before it, in nats a token.
+
+        Raises NonFiniteLossError before anything is changed.
+        """
+        flat = self._model.flat
+        flat.grads.zero_()
+        loss = self._model.loss(batch.inputs, batch.targets)
+        torch.autograd.backward(loss)
+        self._clip(loss.item())
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        flat.mark_changed()
+        return loss.item()
+
+    def _clip(self, loss: float) -> None:
+        """Scale the gradient to the largest norm allowed; refuse what is not finite."""
+        grads = self._model.flat.grads
+        # One number that is finite only when all of them are.
+        norm = torch.linalg.vector_norm(grads).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteLossError(
+                f"training diverged: loss {loss}, gradient norm {norm}"
+            )
+        if norm > self._clip_norm:
+            grads.mul_(self._clip_norm / norm)
+
+
+def _adamw(
+    model: BitNetModel, moments: Moments, hyper: HyperParameters
+) -> torch.optim.AdamW:
+    """Return the fused optimiser, its state being views of the moments."""
+    flat = model.flat
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    for segment, parameter in zip(flat.segments, flat.parameters, strict=True):
+        is_norm = segment.kind is SegmentKind.NORM
+        (plain if is_norm else decayed).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": hyper.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        betas=(hyper.beta1, hyper.beta2),
+        eps=hyper.eps,
+        fused=True,
+    )
+    for index, parameter in enumerate(flat.parameters):
+        optimizer.state[parameter] = {
+            "step": moments.step[index],
+            "exp_avg": segment_of(moments.exp_avg, flat.segments[index]),
+            "exp_avg_sq": segment_of(moments.exp_avg_sq, flat.segments[index]),
+        }
+    return optimizer
+
+
+def learning_rate(hyper: HyperParameters, index: int, num_steps: int) -> float:
+    """Return the rate of step `index` of `num_steps`: linear, both ends included."""
+    done = index / max(1, num_steps - 1)
+    return hyper.lr_start + (hyper.lr_end - hyper.lr_start) * done
+
+
+def batches(tokens: NDArray[np.int32], num_tokens: int, task: Task) -> Iterator[Batch]:
+    """Yield the batches of a stretch of `num_tokens` inputs, in the task's order.
+
+    Every input is in exactly one of them. `tokens` may hold one token more, the
+    target of the last input; else that input has no target.
+    """
+    starts = np.arange(0, num_tokens, task.seq_len)
+    order = np.random.Generator(np.random.PCG64(task.seed)).permutation(len(starts))
+    for first in range(0, len(order), task.batch_size):
+        chosen = starts[order[first : first + task.batch_size]]
+        yield _batch(tokens, num_tokens, chosen, task.seq_len)
+
+
+def _batch(
+    tokens: NDArray[np.int32],
+    num_tokens: int,
+    starts: NDArray[np.int64],
+    seq_len: int,
+) -> Batch:
+    """Return the windows that start there, padded to the longest of them."""
+    lengths = np.minimum(num_tokens - starts, seq_len)
+    inputs = np.zeros((len(starts), lengths.max()), dtype=np.int64)
+    targets = np.full_like(inputs, NO_TARGET)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        following = tokens[start + 1 : start + 1 + length]
+        inputs[row, :length] = tokens[start : start + length]
+        targets[row, : len(following)] = following
+    return Batch(
+        torch.from_numpy(inputs), torch.from_numpy(targets), int(lengths.sum())
+    )
+
+
+def _stretch_length(tokens: NDArray[np.int32], task: Task) -> int:
+    """Return the number of inputs of the stretch, once it agrees with the task."""
+    num_tokens = task.byte_length // 4
+    if tokens.dtype != np.int32 or len(tokens) not in (num_tokens, num_tokens + 1):
+        raise TaskError(
+            f"tokens must be {num_tokens} int32 (byte_length / 4), or one more, "
+            f"got {len(tokens)} {tokens.dtype}"
+        )
+    num_windows = math.ceil(num_tokens / task.seq_len)
+    num_steps = math.ceil(num_windows / task.batch_size)
+    if task.num_steps != num_steps:
+        raise TaskError(
+            f"num_steps must be {num_steps} for {num_tokens} tokens in batches of "
+            f"{task.batch_size} x {task.seq_len}, got {task.num_steps}"
+        )
+    return num_tokens
+
+
+def _pseudo_gradient(
+    base: NDArray[np.float32], model: BitNetModel
+) -> NDArray[np.float32]:
+    """Return base minus trained, known to be finite."""
+    difference: NDArray[np.float32] = base - model.flat.values.numpy()
+    if not np.isfinite(difference).all():
+        raise NonFiniteLossError("training diverged: weights are not finite")
+    return difference

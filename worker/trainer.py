@@ -1,0 +1,110 @@
+"""The torch side of the loop: one model, reused as long as its shape stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitnet_ext.layout import ModelShape
+from bitnet_ext.wire.messages import Task
+from worker import calibrate, evaluate, train
+from worker.errors import BadShardError
+from worker.evaluate import Score
+from worker.model.transformer import BitNetModel
+from worker.train import Hooks, Moments, TrainResult
+
+
+class Trainer(Protocol):
+    """What the loop needs of a model; arrays are those of `worker.train`."""
+
+    def calibrate(
+        self, shape: ModelShape, batch_size: int, clock: Callable[[], float]
+    ) -> float:
+        """Return tokens per second of real steps."""
+
+    def train(
+        self,
+        shape: ModelShape,
+        base: NDArray[np.float32],
+        moments: Moments | None,
+        tokens: NDArray[np.int32],
+        task: Task,
+        hooks: Hooks,
+    ) -> TrainResult:
+        """Run the local steps of a task; None is an optimiser that starts anew."""
+
+    def evaluate(
+        self,
+        shape: ModelShape,
+        weights: NDArray[np.float32],
+        tokens: NDArray[np.int32],
+        task: Task,
+        hooks: Hooks,
+    ) -> Score:
+        """Score a version on a stream of documents."""
+
+
+def use_threads(num_threads: int) -> None:
+    """Let torch use so many threads in this process.
+
+    One thread between operators: the loop trains one model at a time. torch lets
+    that be set once, before any work.
+    """
+    torch.set_num_threads(num_threads)
+    if torch.get_num_interop_threads() != 1:
+        torch.set_num_interop_threads(1)
+
+
+class TorchTrainer:
+    """The Trainer of a real worker; `threads` goes to the ternary kernels."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._model: BitNetModel | None = None
+
+    def calibrate(
+        self, shape: ModelShape, batch_size: int, clock: Callable[[], float]
+    ) -> float:
+        """Return tokens per second of real steps."""
+        return calibrate.calibrate(self._model_of(shape), batch_size, clock)
+
+    def train(
+        self,
+        shape: ModelShape,
+        base: NDArray[np.float32],
+        moments: Moments | None,
+        tokens: NDArray[np.int32],
+        task: Task,
+        hooks: Hooks,
+    ) -> TrainResult:
+        """Run the local steps of a task; None is an optimiser that starts anew."""
+        known = Moments.zeros(shape) if moments is None else moments
+        return train.train(self._model_of(shape), base, known, tokens, task, hooks)
+
+    def evaluate(
+        self,
+        shape: ModelShape,
+        weights: NDArray[np.float32],
+        tokens: NDArray[np.int32],
+        task: Task,
+        hooks: Hooks,
+    ) -> Score:
+        """Score a version; raises BadShardError on a stream without documents."""
+        if tokens[0] != task.eot_id:
+            raise BadShardError(
+                f"shard {task.shard_id} must start with EOT ({task.eot_id}), "
+                f"got {tokens[0]}"
+            )
+        return evaluate.evaluate(
+            self._model_of(shape), weights, tokens, task.eot_id, task.batch_size, hooks
+        )
+
+    def _model_of(self, shape: ModelShape) -> BitNetModel:
+        if self._model is None or self._model.shape != shape:
+            self._model = None  # the old one goes before the new one needs its memory
+            self._model = BitNetModel(shape, threads=self._threads)
+        return self._model
