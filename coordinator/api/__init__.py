@@ -1,0 +1,3 @@
+"""The worker API over HTTP: parse, call, reply."""
+
+from __future__ import annotations

@@ -1,0 +1,308 @@
+"""The composition root: every collaborator is made and joined to the others here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application, RequestHandler
+
+import webui
+from coordinator.api.base import Api, UnknownRoute, secret_hash
+from coordinator.api.files import file_routes
+from coordinator.api.gradient import gradient_routes
+from coordinator.api.status import status_routes
+from coordinator.api.workers import worker_routes
+from coordinator.control import ControlServer
+from coordinator.live.hub import Hub
+from coordinator.live.socket import LiveFeed, live_route
+from coordinator.login.door import Door
+from coordinator.login.handlers import Site, page_routes, page_settings
+from coordinator.login.hosts import host_allowed
+from coordinator.login.passwords import ensure_admin_password
+from coordinator.service.closing import RoundCloser
+from coordinator.service.feed import Feed
+from coordinator.service.fleet import Fleet, OnEvent
+from coordinator.service.lag import LoopLag
+from coordinator.service.starting import (
+    RunSettings,
+    ensure_run,
+    load_corpus,
+    reconcile,
+)
+from coordinator.service.sweeping import (
+    CLOCK_FACT,
+    CLOCK_S,
+    SWEEP_S,
+    every,
+    keep_clock,
+    sweep,
+)
+from coordinator.settings import CoordinatorSettings
+from coordinator.store import workers
+from coordinator.store.blobs import Blobs
+from coordinator.store.engine import Store
+from coordinator.store.lock import DataLock
+from coordinator.store.schema import migrate
+from coordinator.store.system import LeaseClock, OsFs, SystemRng
+
+log = logging.getLogger(__name__)
+
+DATABASE_NAME: Final = "fleet.db"
+KEY_NAME: Final = "worker-api-key"
+#: In-flight requests get this long when the coordinator is told to stop.
+DRAIN_S: Final = 20.0
+_MAX_HEADER_BYTES: Final = 16 * 1024
+_MAX_BODY_BYTES: Final = 1 << 20
+_IDLE_S: Final = 60.0
+_NUM_BENCHES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Where a coordinator can be reached."""
+
+    port: int
+    #: The admin password, at the very first start only.
+    first_password: str | None
+
+
+@contextlib.contextmanager
+def open_fleet(settings: CoordinatorSettings, on_event: OnEvent) -> Iterator[Fleet]:
+    """Open the data folder under its lock. Blocking; raises StartError."""
+    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = DataLock(settings.data)
+    store = Store(settings.data / DATABASE_NAME)
+    workbench = ThreadPoolExecutor(_NUM_BENCHES, thread_name_prefix="workbench")
+    try:
+        store.write_now(migrate)
+        yield _make_fleet(settings, store, workbench, on_event)
+    finally:
+        workbench.shutdown()
+        store.close()
+        lock.close()
+
+
+def _make_fleet(
+    settings: CoordinatorSettings,
+    store: Store,
+    workbench: ThreadPoolExecutor,
+    on_event: OnEvent,
+) -> Fleet:
+    rng, fs = SystemRng(), OsFs()
+    stored = store.read_now(lambda connection: workers.fact(connection, CLOCK_FACT))
+    fresh = rng.token(32)
+    secret = store.write_now(lambda c: workers.server_secret(c, fresh))
+    fleet = Fleet(
+        store=store,
+        blobs=Blobs(settings.data, fs, rng),
+        fs=fs,
+        clock=LeaseClock(float(stored or 0.0)),
+        rng=rng,
+        corpus=settings.corpus,
+        on_event=on_event,
+        secret=secret,
+        workbench=workbench,
+        heartbeat_s=settings.heartbeat_s,
+        keep_versions=settings.keep_versions,
+    )
+    load_corpus(fleet)
+    return fleet
+
+
+def run_settings(settings: CoordinatorSettings) -> RunSettings:
+    """Return what a new run is made of."""
+    return RunSettings(
+        preset=settings.preset,
+        seed=settings.seed,
+        plan=settings.plan,
+        token_budget=settings.token_budget,
+    )
+
+
+def worker_key(settings: CoordinatorSettings) -> str:
+    """Return the key of the workers: the one set, else one made at the first start."""
+    if settings.worker_api_key is not None:
+        return settings.worker_api_key
+    path = settings.data / KEY_NAME
+    with contextlib.suppress(FileExistsError):
+        path.touch(mode=0o600, exist_ok=False)
+        path.write_text(secrets.token_urlsafe(32))
+    return path.read_text().strip()
+
+
+async def serve(
+    settings: CoordinatorSettings, ready: Callable[[Listening], None]
+) -> None:
+    """Run a coordinator until SIGTERM or SIGINT. Raises StartError."""
+    settings.check_reach()
+    hub = Hub()
+    stop = _stop_on_signal()
+    with open_fleet(settings, hub.publish) as fleet:
+        new_run = run_settings(settings)
+        await asyncio.to_thread(reconcile, fleet)
+        await asyncio.to_thread(ensure_run, fleet, new_run)
+        lag = LoopLag(fleet.clock)
+        feed = Feed(fleet, lag, insecure_http=not settings.is_loopback)
+        async with _listen(settings, fleet, hub, feed, lag) as listening:
+            background = [
+                asyncio.create_task(work)
+                for work in _background(fleet, new_run, feed, lag)
+            ]
+            ready(listening)
+            await stop.wait()
+            log.info("stopping", extra={"event": "coordinator.stopping"})
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await keep_clock(fleet)
+
+
+def _background(
+    fleet: Fleet, new_run: RunSettings, feed: Feed, lag: LoopLag
+) -> list[Any]:
+    closer = RoundCloser(fleet)
+    return [
+        every(SWEEP_S, partial(sweep, fleet, new_run), "sweep"),
+        every(CLOCK_S, partial(keep_clock, fleet), "clock"),
+        every(SWEEP_S, closer.run, "closing a round"),
+        every(SWEEP_S, feed.run, "the live feed"),
+        every(SWEEP_S, lag.run, "the lag metric"),
+    ]
+
+
+def _stop_on_signal() -> asyncio.Event:
+    """Return what the first signal sets; the second ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def first(number: int) -> None:
+        stop.set()
+        for later in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(later)
+            signal.signal(later, signal.SIG_DFL)
+        log.info("told to stop", extra={"event": "signal.received", "signal": number})
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, first, number)
+    return stop
+
+
+@contextlib.asynccontextmanager
+async def _listen(
+    settings: CoordinatorSettings, fleet: Fleet, hub: Hub, feed: Feed, lag: LoopLag
+) -> AsyncIterator[Listening]:
+    """Serve HTTP and the control socket as long as the block runs."""
+    password = await ensure_admin_password(fleet.store, fleet.rng)
+    door = Door(fleet.store, fleet.clock, fleet.rng, secure=False)
+    live = _live_feed(settings, fleet, hub, feed, door)
+    door.on_logout(live.clients.recheck)
+    application = _application(settings, fleet, feed, lag, door, live)
+    server = HTTPServer(
+        application,
+        max_header_size=_MAX_HEADER_BYTES,
+        max_body_size=_MAX_BODY_BYTES,
+        idle_connection_timeout=_IDLE_S,
+    )
+    sockets = bind_sockets(settings.port, settings.host)
+    server.add_sockets(sockets)
+    control = ControlServer(fleet, settings.data)
+    await control.start()
+    try:
+        yield Listening(sockets[0].getsockname()[1], password)
+    finally:
+        server.stop()
+        await control.stop()
+        live.clients.close_all()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await server.close_all_connections()
+
+
+def _live_feed(
+    settings: CoordinatorSettings, fleet: Fleet, hub: Hub, feed: Feed, door: Door
+) -> LiveFeed:
+    return LiveFeed(
+        hub=hub,
+        take_snapshot=feed.snapshot,
+        current_operator=door.watching_operator,
+        host_allowed=partial(host_allowed, allowed=settings.allowed_hosts),
+        clock=fleet.clock,
+    )
+
+
+def _application(
+    settings: CoordinatorSettings,
+    fleet: Fleet,
+    feed: Feed,
+    lag: LoopLag,
+    door: Door,
+    live: LiveFeed,
+) -> Application:
+    keys = [worker_key(settings), settings.worker_api_key_next]
+    api = Api(
+        fleet=fleet,
+        feed=feed,
+        lag=lag,
+        key_hashes=[secret_hash(key) for key in keys if key],
+        metrics_hash=(
+            secret_hash(settings.metrics_token) if settings.metrics_token else None
+        ),
+        is_operator=_operator_check(settings, door),
+    )
+    site = Site(
+        door=door,
+        allowed_hosts=settings.allowed_hosts,
+        webui_folder=Path(webui.__file__).parent,
+    )
+    return Application(
+        [
+            *worker_routes(api),
+            *gradient_routes(api),
+            *file_routes(api),
+            *status_routes(api),
+            *page_routes(site),
+            live_route(live),
+        ],
+        default_handler_class=UnknownRoute,
+        default_handler_args={"api": api},
+        log_function=_log_request,
+        **page_settings(secure=False),
+    )
+
+
+def _operator_check(
+    settings: CoordinatorSettings, door: Door
+) -> Callable[[RequestHandler], Awaitable[bool]]:
+    async def is_operator(handler: RequestHandler) -> bool:
+        if not host_allowed(
+            handler.request.headers.get("Host"), settings.allowed_hosts
+        ):
+            return False
+        return await door.current_operator(handler) is not None
+
+    return is_operator
+
+
+def _log_request(handler: RequestHandler) -> None:
+    log.debug(
+        "%s",
+        handler.request.method,
+        extra={
+            "event": "request.answered",
+            "path": handler.request.path,
+            "status": handler.get_status(),
+            "seconds": round(handler.request.request_time(), 4),
+        },
+    )

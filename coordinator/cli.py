@@ -1,0 +1,222 @@
+"""`bitnet-coordinator`: serve, maintenance and the demo.
+
+Settings come from the environment (`BITNET_COORD_<FIELD>`); an option of the same
+name wins over it. Every wrong value is one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from bitnet_ext.wire.log import configure_logging
+from coordinator import verbs
+from coordinator.app import Listening, serve, worker_key
+from coordinator.control import (
+    AcknowledgeReset,
+    ResetPassword,
+    Seed,
+    TrainFor,
+)
+from coordinator.demo.story import DemoOptions, run_demo
+from coordinator.domain.errors import FleetError, StartError
+from coordinator.service.corpus import Recipe
+from coordinator.settings import PREFIX, CoordinatorSettings
+
+#: Options that stand for a setting of the same name.
+_SETTINGS: Final = {
+    "data": "folder of database, weights and keys",
+    "corpus": "folder of text",
+    "host": "address to listen on",
+    "port": "port to listen on, 0 for any",
+    "preset": "size of the model of a new run",
+    "seed": "seed of a new run",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    options = _parser().parse_args(arguments)
+    act: Callable[[argparse.Namespace], int] = options.act
+    try:
+        return act(options)
+    except StartError as error:
+        print(f"bitnet-coordinator: {error}", file=sys.stderr)
+        return error.exit_code
+    except (FleetError, ValueError) as error:
+        print(f"bitnet-coordinator: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bitnet-coordinator", description=__doc__, allow_abbrev=False
+    )
+    verb = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str, act: Callable[[argparse.Namespace], int], about: str
+    ) -> argparse.ArgumentParser:
+        found = verb.add_parser(name, help=about, description=about, allow_abbrev=False)
+        found.set_defaults(act=act)
+        for setting in ("data", "corpus"):
+            found.add_argument(f"--{setting}", help=_SETTINGS[setting])
+        return found
+
+    _add_serve(add("serve", _serve, "run the coordinator"))
+    _add_tokenize(add("tokenize-corpus", _tokenize, "turn text into shards"))
+    seed = add("seed-real-tasks", _seed, "add one epoch of training")
+    seed.add_argument(
+        "tokens",
+        nargs="?",
+        default="auto",
+        help="tokens of each task, or auto (default): cut to each worker's speed",
+    )
+    stop = add("train-for", _train_for, "stop giving out training after a while")
+    stop.add_argument("seconds", help="seconds from now, or `ever`")
+    add("acknowledge-reset", _acknowledge, "take the banner of a hard reset down")
+    add("reset-admin-password", _reset_password, "make a new admin password")
+    add("worker-key", _worker_key, "print the key that workers need")
+    _add_demo(verb.add_parser("demo", help="train on this machine for some minutes"))
+    return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    for name in ("host", "port", "preset", "seed"):
+        parser.add_argument(f"--{name}", help=_SETTINGS[name])
+    parser.add_argument(
+        "--insecure-http",
+        action="store_true",
+        help="allow an address beyond this machine although HTTPS is not available yet",
+    )
+
+
+def _add_tokenize(parser: argparse.ArgumentParser) -> None:
+    defaults = Recipe()
+    for name in ("vocab_size", "held_out_bytes", "shard_tokens"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name)
+        )
+    parser.add_argument(
+        "--split-seed",
+        type=int,
+        default=defaults.seed,
+        help="decides what is held out, and the order of the rest",
+    )
+    parser.add_argument(
+        "--synthetic", action="store_true", help="mark the text as generated"
+    )
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(act=_demo)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--state", type=Path, default=Path("demo-state"))
+    parser.add_argument("--corpus", type=Path, default=None)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument(
+        "--kill", action="store_true", help="kill one worker with -9 in mid-task"
+    )
+
+
+def _settings(options: argparse.Namespace) -> CoordinatorSettings:
+    """Return the settings of the environment, overridden by the options given."""
+    env = dict(os.environ)
+    for name in _SETTINGS:
+        value = getattr(options, name, None)
+        if value is not None:
+            env[PREFIX + name.upper()] = str(value)
+    if getattr(options, "insecure_http", False):
+        env[PREFIX + "INSECURE_HTTP"] = "true"
+    return CoordinatorSettings.from_env(env)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    configure_logging(settings.log_level)
+
+    def ready(listening: Listening) -> None:
+        name = f"[{settings.host}]" if ":" in settings.host else settings.host
+        print(f"Dashboard: http://{name}:{listening.port}/admin/dashboard")
+        if listening.first_password is not None:
+            print(f"Admin password, shown this once: {listening.first_password}")
+        print(f"Worker key: {settings.data / 'worker-api-key'}")
+        if not settings.is_loopback:
+            print("WARNING: plain HTTP beyond this machine: keys can be read.")
+        sys.stdout.flush()
+
+    asyncio.run(serve(settings, ready))
+    return 0
+
+
+def _tokenize(options: argparse.Namespace) -> int:
+    recipe = Recipe(
+        vocab_size=options.vocab_size,
+        held_out_bytes=options.held_out_bytes,
+        shard_tokens=options.shard_tokens,
+        seed=options.split_seed,
+        synthetic=options.synthetic,
+    )
+    print(verbs.tokenize_corpus(_settings(options), recipe))
+    return 0
+
+
+def _seed(options: argparse.Namespace) -> int:
+    tokens = None
+    if options.tokens != "auto":
+        if not options.tokens.isascii() or not options.tokens.isdecimal():
+            raise StartError(
+                f"tokens must be a whole number or auto, got {options.tokens!r}"
+            )
+        tokens = int(options.tokens)
+    print(verbs.command(_settings(options), Seed(tokens=tokens)))
+    return 0
+
+
+def _train_for(options: argparse.Namespace) -> int:
+    seconds = None
+    if options.seconds != "ever":
+        try:
+            seconds = float(options.seconds)
+        except ValueError:
+            seconds = -1.0
+        if not 0.0 < seconds < 1e9:
+            raise StartError(
+                f"seconds must be a positive number or `ever`, got {options.seconds!r}"
+            )
+    print(verbs.command(_settings(options), TrainFor(seconds=seconds)))
+    return 0
+
+
+def _acknowledge(options: argparse.Namespace) -> int:
+    print(verbs.command(_settings(options), AcknowledgeReset()))
+    return 0
+
+
+def _reset_password(options: argparse.Namespace) -> int:
+    print(verbs.command(_settings(options), ResetPassword()))
+    return 0
+
+
+def _worker_key(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    print(worker_key(settings))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    return run_demo(
+        DemoOptions(
+            minutes=options.minutes,
+            state=options.state,
+            corpus=options.corpus,
+            port=options.port,
+            kill=options.kill,
+        )
+    )

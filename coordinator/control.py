@@ -1,0 +1,141 @@
+"""Commands to a running coordinator, over a socket that only its user can open.
+
+One JSON object on a line in, one out. Without a running coordinator the same
+commands run under the lock of the data folder (`coordinator.verbs`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from coordinator.domain.errors import FleetError, StartError
+from coordinator.login.passwords import new_password, reset_admin_password
+from coordinator.service.fleet import Fleet
+from coordinator.service.steering import acknowledge_reset, seed_epoch, train_until
+
+log = logging.getLogger(__name__)
+
+SOCKET_NAME: Final = "control.sock"
+TIMEOUT_S: Final = 60.0
+_MAX_LINE_BYTES: Final = 4096
+
+
+class Seed(Struct, frozen=True, kw_only=True, tag="seed-real-tasks"):
+    """Add one epoch; `tokens` None: tasks are cut when they are claimed."""
+
+    tokens: int | None = None
+
+
+class TrainFor(Struct, frozen=True, kw_only=True, tag="train-for"):
+    """Stop giving out training after so many seconds; None: never by time."""
+
+    seconds: float | None = None
+
+
+class AcknowledgeReset(Struct, frozen=True, tag="acknowledge-reset"):
+    """Take the banner of a hard reset down."""
+
+
+class ResetPassword(Struct, frozen=True, tag="reset-admin-password"):
+    """Make a new admin password and end every session."""
+
+
+Command = Seed | TrainFor | AcknowledgeReset | ResetPassword
+
+
+class Outcome(Struct, frozen=True, kw_only=True):
+    """What became of a command: a sentence, or an error."""
+
+    said: str = ""
+    error: str | None = None
+
+
+async def obey(fleet: Fleet, command: Command) -> str:
+    """Do what was asked and return one sentence. Raises FleetError."""
+    match command:
+        case Seed(tokens=tokens):
+            seeded = await seed_epoch(fleet, tokens)
+            how = f"{seeded.num_tasks} tasks" if tokens else "tasks cut at claim"
+            return f"epoch {seeded.epoch}: {seeded.num_tokens} tokens, {how}"
+        case TrainFor(seconds=float(seconds)):
+            await train_until(fleet, fleet.clock.now() + seconds)
+            return f"training for {seconds:g} s more"
+        case TrainFor():
+            await train_until(fleet, None)
+            return "training until the token budget is used up"
+        case AcknowledgeReset():
+            await acknowledge_reset(fleet)
+            return "reset acknowledged"
+        case ResetPassword():
+            password = new_password(fleet.rng)
+            await fleet.store.write(
+                lambda connection: reset_admin_password(connection, password)
+            )
+            return f"new admin password: {password}"
+
+
+class ControlServer:
+    """Listens on `data/control.sock`."""
+
+    def __init__(self, fleet: Fleet, folder: Path) -> None:
+        self._fleet = fleet
+        self._path = folder / SOCKET_NAME
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen. The lock of the folder is ours, so an old socket is a leftover."""
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(
+            self._serve, path=self._path, limit=_MAX_LINE_BYTES
+        )
+        self._path.chmod(0o600)
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        if self._server is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        outcome = await self._answer(await reader.readline())
+        writer.write(msgspec.json.encode(outcome) + b"\n")
+        await writer.drain()
+        writer.close()
+
+    async def _answer(self, line: bytes) -> Outcome:
+        try:
+            command: Command = msgspec.json.decode(line, type=Command)
+            return Outcome(said=await obey(self._fleet, command))
+        except (FleetError, msgspec.DecodeError) as error:
+            return Outcome(error=str(error))
+        except Exception:
+            log.exception("a command failed", extra={"event": "command.failed"})
+            return Outcome(error="internal error; the log has the story")
+
+
+def ask(folder: Path, command: Command) -> str | None:
+    """Send a command to the coordinator of a data folder; None when none runs.
+
+    Raises StartError with the reason when it is refused.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(TIMEOUT_S)
+        try:
+            connection.connect(str(folder / SOCKET_NAME))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        connection.sendall(msgspec.json.encode(command) + b"\n")
+        with connection.makefile("rb") as answer:
+            outcome = msgspec.json.decode(answer.readline(), type=Outcome)
+    if outcome.error is not None:
+        raise StartError(outcome.error)
+    return outcome.said

@@ -1,0 +1,98 @@
+"""How long a lease lasts, what counts as progress, and when a task is given up.
+
+Two clocks (docs/states.md): `expires_at` moves on with every heartbeat that shows
+progress; `hard_at` bounds the whole lease by measured training speed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from typing import Final
+
+HEARTBEATS_PER_TTL: Final = 6
+MIN_TTL_S: Final = 30.0
+MAX_ATTEMPTS: Final = 5
+MAX_BACKOFF_S: Final = 60.0
+#: `hard_at` = claim + this many times the prediction + slack.
+HARD_FACTOR: Final = 3.0
+HARD_SLACK_S: Final = 60.0
+#: How long rising CPU time alone counts as progress, in measured step times ...
+CPU_GRACE_STEPS: Final = 5.0
+#: ... and before any step was measured.
+CPU_GRACE_UNMEASURED_S: Final = 3600.0
+
+
+def ttl_s(heartbeat_s: float) -> float:
+    """Return how long a lease lives without progress."""
+    return max(MIN_TTL_S, HEARTBEATS_PER_TTL * heartbeat_s)
+
+
+def hard_at(claimed_at: float, predicted_s: float) -> float:
+    """Return when a lease ends whatever its heartbeats say."""
+    return claimed_at + HARD_FACTOR * predicted_s + HARD_SLACK_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reported:
+    """What a worker said about one task at one moment."""
+
+    tokens_done: int
+    bytes_done: int
+    #: CPU seconds of the worker's process.
+    cpu_s: float
+    #: Wall seconds of its latest local step; 0 before the first.
+    step_s: float
+
+
+def shows_progress(
+    before: Reported, after: Reported, *, since_advance_s: float
+) -> bool:
+    """Return whether a heartbeat proves that the task advances.
+
+    `since_advance_s` is the age of the last rise of tokens or bytes. CPU time alone
+    counts only for a while: a worker that spins for ever must not keep its lease.
+    """
+    if advanced(before, after):
+        return True
+    grace = (
+        CPU_GRACE_STEPS * after.step_s if after.step_s > 0 else CPU_GRACE_UNMEASURED_S
+    )
+    return after.cpu_s > before.cpu_s and since_advance_s < grace
+
+
+def advanced(before: Reported, after: Reported) -> bool:
+    """Return whether tokens were trained or bytes were moved."""
+    return (
+        after.tokens_done > before.tokens_done or after.bytes_done > before.bytes_done
+    )
+
+
+def predicted_from_progress(
+    *, num_tokens: int, tokens_done: int, elapsed_s: float
+) -> float | None:
+    """Return the whole time of a task by its own speed so far; None before a token."""
+    if tokens_done <= 0 or elapsed_s <= 0:
+        return None
+    return num_tokens * elapsed_s / tokens_done
+
+
+def backoff_s(attempt: int, jitter: float) -> float:
+    """Return how long a failed task rests; `jitter` in [0, 1] spreads the herd."""
+    return jitter * min(2.0**attempt, MAX_BACKOFF_S)
+
+
+def lease_id(server_secret: bytes, task_id: str, attempt: int, claim_id: str) -> str:
+    """Return the 128-bit right to a task, as 32 hex digits.
+
+    HMAC-SHA256 over task, attempt and claim: a repeated claim computes it again,
+    and nobody else can.
+    """
+    text = f"{task_id}\n{attempt}\n{claim_id}".encode()
+    return hmac.new(server_secret, text, hashlib.sha256).digest()[:16].hex()
+
+
+def lease_hash(lease: str) -> str:
+    """Return what is stored of a lease id."""
+    return hashlib.sha256(lease.encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""The plan of a run: every number that decides how it trains, in one place.
+
+Recorded with the run and with each version. The schedule goes by accepted
+tokens, never by the clock, so that a longer budget of time changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from msgspec import Meta, Struct
+
+from bitnet_ext.wire.messages import HyperParameters
+
+# Bounded above: JSON has no infinity, so a plan that held one could not be read again.
+Positive = Annotated[float, Meta(gt=0.0, le=1e9)]
+Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a run trains. Validated when it is decoded."""
+
+    #: Peak learning rate of AdamW on the workers.
+    learning_rate: Positive = 2e-3
+    #: Accepted tokens over which the rate rises linearly from zero.
+    warmup_tokens: Annotated[int, Meta(ge=0)] = 100_000
+    weight_decay: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.1
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-8
+    clip_norm: Positive = 1.0
+    #: Outer step: rate and momentum of Nesterov (training.md 4.3).
+    outer_rate: Positive = 0.9
+    outer_momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.8
+    #: Sequences in one local step.
+    batch_size: Count = 8
+    #: Seconds that each task of a round should take.
+    round_s: Positive = 60.0
+    #: Codec of pseudo-gradients: `int8` or `fp32`.
+    codec: Annotated[str, Meta(pattern=r"^(int8|fp32)\Z")] = "int8"
+    #: Every n-th version is scored on the held-out shard.
+    evaluate_every: Count = 10
+
+
+#: Tokens for each parameter when no budget is set (Hoffmann et al. 2022, 2203.15556).
+TOKENS_PER_PARAMETER: Final = 20
+
+
+def learning_rate_at(plan: TrainingPlan, tokens_accepted: int) -> float:
+    """Return the rate after so many accepted tokens: linear warm-up, then constant."""
+    if tokens_accepted >= plan.warmup_tokens:
+        return plan.learning_rate
+    return plan.learning_rate * tokens_accepted / plan.warmup_tokens
+
+
+def hyper_parameters(
+    plan: TrainingPlan, *, tokens_accepted: int, task_tokens: int
+) -> HyperParameters:
+    """Return what a task of `task_tokens` cut at this point of the run is given."""
+    return HyperParameters(
+        lr_start=learning_rate_at(plan, tokens_accepted),
+        lr_end=learning_rate_at(plan, tokens_accepted + task_tokens),
+        weight_decay=plan.weight_decay,
+        beta1=plan.beta1,
+        beta2=plan.beta2,
+        eps=plan.eps,
+        clip_norm=plan.clip_norm,
+    )

@@ -1,0 +1,60 @@
+"""How many tokens a task gets, and how a stretch is divided; pure arithmetic."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Final
+
+#: Local steps of the first task of a worker that nobody has measured yet.
+PROBE_STEPS: Final = 4
+#: A task claimed late in a round still gets this share of the round time.
+MIN_ROUND_SHARE: Final = 0.3
+#: Weight of the newest task in a worker's moving average of tokens per second.
+EWMA_WEIGHT: Final = 0.3
+#: Given-back work that exceeds the claimer's size by this factor is divided.
+DIVIDE_FACTOR: Final = 2
+
+
+def measured_speed(before: float | None, tokens: int, seconds: float) -> float:
+    """Return the moving average of tokens per second after one accepted task."""
+    latest = tokens / max(seconds, 1e-3)
+    return latest if before is None else before + EWMA_WEIGHT * (latest - before)
+
+
+def task_tokens(
+    tokens_per_s: float | None, *, seconds: float, batch_tokens: int, seq_len: int
+) -> int:
+    """Return the size of a task that should take `seconds` on this worker.
+
+    A multiple of `seq_len`, at least one sequence. Without a measurement: a probe.
+    """
+    if tokens_per_s is None:
+        return PROBE_STEPS * batch_tokens
+    return max(1, round(tokens_per_s * seconds / seq_len)) * seq_len
+
+
+def seconds_left(round_s: float, *, round_age_s: float) -> float:
+    """Return how long a task claimed now may take, so that the round ends on time."""
+    return max(round_s - round_age_s, MIN_ROUND_SHARE * round_s)
+
+
+def cut(num_tokens: int, size: int) -> int:
+    """Return how much of a stretch to take; a remnant under half a task goes along."""
+    return num_tokens if num_tokens < size + size // 2 else size
+
+
+def divided(num_tokens: int, size: int) -> int:
+    """Return the head that a claimer gets of given-back work of `num_tokens`."""
+    return size if num_tokens > DIVIDE_FACTOR * size else num_tokens
+
+
+def num_steps(num_tokens: int, *, seq_len: int, batch_size: int) -> int:
+    """Return the local steps of a task: batches of whole sequences, rounded up."""
+    return math.ceil(math.ceil(num_tokens / seq_len) / batch_size)
+
+
+def task_seed(run_seed: int, *, epoch: int, shard_id: str, start_token: int) -> int:
+    """Return the seed of a stretch: a function of run, epoch and place alone."""
+    text = f"{run_seed}\n{epoch}\n{shard_id}\n{start_token}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")

@@ -1,0 +1,3 @@
+"""Use cases: one transaction each, then its events."""
+
+from __future__ import annotations

@@ -1,0 +1,182 @@
+"""Accepting a submission: one transaction that checks, records and counts it.
+
+At most one submission of a task is ever accepted. The answer is stored with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+from sqlalchemy import Connection
+
+from bitnet_ext.codecs import Codec
+from bitnet_ext.layout import shape_from_json
+from bitnet_ext.wire.messages import SubmissionAnswer, SubmissionMeta
+from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind
+from coordinator.domain import sizing
+from coordinator.domain.errors import RefusedError
+from coordinator.service.fleet import no_run
+from coordinator.service.returning import held_task, lease_lost, settle_round
+from coordinator.service.roster import known_worker, plan_of
+from coordinator.store import rounds, runs, tasks, workers
+from coordinator.store.blobs import Written
+from coordinator.store.rows import RunRow, TaskRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """A submission whose body is complete."""
+
+    meta: SubmissionMeta
+    #: None where it was known before its payload came.
+    kept: Written | None
+    codec: Codec
+    body_sha256: str
+
+
+def acceptable(
+    connection: Connection, meta: SubmissionMeta, now: float
+) -> tuple[RunRow, TaskRow]:
+    """Return run and task of a submission that may be accepted.
+
+    Raises RefusedError: no_run, unknown_task, lease_lost, stale_base,
+    wrong_length, bad_request.
+    """
+    run = runs.newest_run(connection)
+    if run is None:
+        raise no_run()
+    task = held_task(connection, meta.task_id, meta.lease_id, now)
+    if task.run_id != run.run_id or task.kind != TaskKind.TRAIN:
+        raise lease_lost(meta.task_id)
+    if task.lease_worker_id != meta.worker_id:
+        raise RefusedError(
+            ErrorCode.LEASE_LOST,
+            f"worker_id must be the one that claimed task {task.task_id}, "
+            f"got {meta.worker_id!r}",
+            field="worker_id",
+        )
+    if task.base_version != meta.base_version:
+        raise RefusedError(
+            ErrorCode.STALE_BASE,
+            f"base_version must be {task.base_version}, as leased, "
+            f"got {meta.base_version}",
+            field="base_version",
+        )
+    if task.num_tokens != meta.tokens:
+        raise RefusedError(
+            ErrorCode.WRONG_LENGTH,
+            f"tokens must be {task.num_tokens}, the stretch of the task, "
+            f"got {meta.tokens}",
+            field="tokens",
+        )
+    _check_steps(run, meta)
+    return run, task
+
+
+def _check_steps(run: RunRow, meta: SubmissionMeta) -> None:
+    shape = shape_from_json(msgspec.json.decode(run.model_json))
+    due = sizing.num_steps(
+        meta.tokens, seq_len=shape.seq_len, batch_size=plan_of(run).batch_size
+    )
+    if meta.num_steps != due:
+        raise RefusedError(
+            ErrorCode.BAD_REQUEST,
+            f"num_steps must be {due} for {meta.tokens} tokens, got {meta.num_steps}",
+            field="num_steps",
+        )
+
+
+def accept(
+    connection: Connection, arrived: Arrived, now: float
+) -> tuple[SubmissionAnswer, bool]:
+    """Accept a submission in this transaction, or answer as it was answered before."""
+    meta = arrived.meta
+    known = rounds.find_submission(connection, meta.submission_id)
+    if known is not None:
+        if known.body_sha256 != arrived.body_sha256:
+            raise RefusedError(
+                ErrorCode.SUBMISSION_CONFLICT,
+                f"submission_id {meta.submission_id!r} was used for another body",
+                field="submission_id",
+            )
+        return msgspec.json.decode(known.answer_json, type=SubmissionAnswer), False
+    run, task = acceptable(connection, meta, now)
+    if arrived.kept is None or task.round_id is None or task.claimed_at is None:
+        raise lease_lost(meta.task_id)
+    answer = SubmissionAnswer(
+        submission_id=meta.submission_id,
+        task_id=task.task_id,
+        state=SubmissionState.ACCEPTED,
+        round_id=task.round_id,
+    )
+    _record(connection, arrived, arrived.kept, task, answer, now)
+    _count(connection, run, task, meta.worker_id, now)
+    return answer, True
+
+
+def _record(
+    connection: Connection,
+    arrived: Arrived,
+    kept: Written,
+    task: TaskRow,
+    answer: SubmissionAnswer,
+    now: float,
+) -> None:
+    meta = arrived.meta
+    rounds.add_submission(
+        connection,
+        submission_id=meta.submission_id,
+        run_id=task.run_id,
+        task_id=task.task_id,
+        round_id=answer.round_id,
+        worker_id=meta.worker_id,
+        base_version=meta.base_version,
+        epoch=task.epoch,
+        shard_id=task.shard_id,
+        start_token=task.start_token,
+        tokens=meta.tokens,
+        num_steps=meta.num_steps,
+        loss_first=meta.loss_first,
+        loss_last=meta.loss_last,
+        loss_mean=meta.loss_mean,
+        claimed_at=task.claimed_at,
+        accepted_at=now,
+        compute_s=meta.compute_s,
+        download_s=meta.download_s,
+        download_bytes=meta.download_bytes,
+        cpu_s=meta.cpu_s,
+        codec=arrived.codec,
+        payload_file=kept.name,
+        payload_bytes=kept.num_bytes,
+        body_sha256=arrived.body_sha256,
+        answer_json=msgspec.json.encode(answer).decode(),
+    )
+
+
+def _count(
+    connection: Connection, run: RunRow, task: TaskRow, worker_id: str, now: float
+) -> None:
+    """Finish the task, and count it for run, worker and round."""
+    round_id = task.round_id or 0
+    tasks.finish_task(connection, task.task_id, now)
+    rounds.end_claim(
+        connection, round_id=round_id, task_id=task.task_id, outcome="back", now=now
+    )
+    runs.add_accepted_tokens(connection, run.run_id, task.num_tokens)
+    worker = known_worker(connection, worker_id)
+    # From claim to acceptance, by our own clock: what a round really waits for.
+    speed = sizing.measured_speed(
+        worker.tokens_per_s, task.num_tokens, now - (task.claimed_at or now)
+    )
+    workers.count_task(
+        connection, worker_id, tokens=task.num_tokens, tokens_per_s=speed
+    )
+    rounds.note_first_submission(connection, round_id, now)
+    workers.add_event(
+        connection,
+        at=now,
+        kind="submission.accepted",
+        body={"task_id": task.task_id, "worker_id": worker_id, "round_id": round_id},
+    )
+    settle_round(connection, round_id)

@@ -1,0 +1,312 @@
+"""A claim: one task for one worker, cut to its measured speed, in one transaction.
+
+- a round takes claims until its first submission arrives, one from each worker
+- work that came back goes first, then what is cut from the ranges of the epoch
+- an evaluation goes to a worker that has nothing to train, or to anyone once it
+  has waited for a whole round
+"""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+from sqlalchemy import Connection
+
+from bitnet_ext.wire.messages import ClaimRequest, Task
+from bitnet_ext.wire.verdicts import TaskKind
+from coordinator.domain import leases, sizing
+from coordinator.domain.manifest import Shard
+from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.returning import expire_overdue
+from coordinator.service.roster import heartbeat_s, known_worker, plan_of
+from coordinator.service.seeding import budget_left, task_id
+from coordinator.store import rounds, runs, tasks, versions, workers
+from coordinator.store.rows import RoundRow, RunRow, TaskRow, WorkerRow
+
+#: Less than this before the end of the run is not worth a task.
+MIN_TASK_S = 1.0
+
+
+async def claim(fleet: Fleet, request: ClaimRequest) -> Task | None:
+    """Return a task under a lease, or None when there is nothing to do now.
+
+    The same `claim_id` gets the same lease as long as that lease lives. Raises
+    RefusedError `no_run` or `unknown_worker`.
+    """
+    fleet.the_manifest()
+    now = fleet.clock.now()
+    task = await fleet.store.write(
+        lambda connection: _Claim(connection, fleet, request, now).make()
+    )
+    if task is not None:
+        fleet.changed.ring()
+    return task
+
+
+class _Claim:
+    """One claim while its transaction runs."""
+
+    def __init__(
+        self, connection: Connection, fleet: Fleet, request: ClaimRequest, now: float
+    ) -> None:
+        self._connection = connection
+        self._fleet = fleet
+        self._request = request
+        self._now = now
+
+    def make(self) -> Task | None:
+        """Find a task, lease it, and return its terms."""
+        expire_overdue(self._connection, self._fleet, self._now)
+        worker = known_worker(self._connection, self._request.worker_id)
+        repeated = tasks.leased_by_claim(self._connection, self._request.claim_id)
+        if repeated is not None:
+            return self._again(repeated)
+        run = runs.newest_run(self._connection)
+        if run is None or run.state != RUNNING or worker.draining:
+            return None
+        # One lease a worker. Its old one may be of a process that died: it runs out.
+        if tasks.leased_to(self._connection, worker.worker_id):
+            return None
+        return self._lease_next(run, worker)
+
+    def _again(self, task: TaskRow) -> Task | None:
+        """Return the terms of a lease whose answer was lost on its way."""
+        if task.lease_worker_id != self._request.worker_id:
+            return None
+        terms = msgspec.json.decode(task.lease_terms_json or "", type=Task)
+        return msgspec.structs.replace(
+            terms,
+            lease_id=self._lease_id(task.task_id, task.attempt),
+            lease_s=max(0.0, (task.expires_at or 0.0) - self._now),
+        )
+
+    def _lease_next(self, run: RunRow, worker: WorkerRow) -> Task | None:
+        plan = plan_of(run)
+        evaluation = tasks.next_pending(
+            self._connection, run_id=run.run_id, kind=TaskKind.EVALUATE, now=self._now
+        )
+        if evaluation and self._now - evaluation.created_at > plan.round_s:
+            return self._lease(run, worker, evaluation, None)
+        live = rounds.live_round(self._connection, run.run_id)
+        if live is not None and self._may_join(live, worker):
+            found = self._take_training(run, plan, live, worker)
+            if found is not None:
+                return self._lease(run, worker, found, live)
+        if evaluation is not None:
+            return self._lease(run, worker, evaluation, None)
+        return None
+
+    def _may_join(self, live: RoundRow, worker: WorkerRow) -> bool:
+        if live.state != "open" or live.first_submission_at is not None:
+            return False
+        claimed = rounds.claims_of(self._connection, live.round_id)
+        return all(claim.worker_id != worker.worker_id for claim in claimed)
+
+    def _take_training(
+        self, run: RunRow, plan: TrainingPlan, live: RoundRow, worker: WorkerRow
+    ) -> TaskRow | None:
+        """Return a pending task for this worker, cut anew where need be."""
+        size, most = self._size(run, plan, live, worker), self._allowed(run)
+        if size is None or most == 0:
+            return None
+        given_back = tasks.next_pending(
+            self._connection,
+            run_id=run.run_id,
+            kind=TaskKind.TRAIN,
+            now=self._now,
+            round_id=live.round_id,
+        )
+        if given_back is not None:
+            return self._divide(given_back, size, most)
+        return self._cut(run, size, most)
+
+    def _size(
+        self, run: RunRow, plan: TrainingPlan, live: RoundRow, worker: WorkerRow
+    ) -> int | None:
+        """Return the tokens that suit this worker; None when time is up."""
+        started = self._now if live.first_claim_at is None else live.first_claim_at
+        seconds = sizing.seconds_left(plan.round_s, round_age_s=self._now - started)
+        if run.stop_at is not None:
+            seconds = min(seconds, run.stop_at - self._now)
+            if seconds < MIN_TASK_S:
+                return None
+        seq_len = _seq_len(run)
+        return sizing.task_tokens(
+            worker.tokens_per_s,
+            seconds=seconds,
+            batch_tokens=plan.batch_size * seq_len,
+            seq_len=seq_len,
+        )
+
+    def _allowed(self, run: RunRow) -> int:
+        """Return the tokens that the budget still allows to give out.
+
+        In whole sequences: a budget is passed by less than one of them.
+        """
+        left = budget_left(run)
+        if left is None:
+            return sys.maxsize
+        left -= tasks.leased_tokens(self._connection, run.run_id)
+        seq_len = _seq_len(run)
+        return max(0, -(-left // seq_len) * seq_len)
+
+    def _divide(self, task: TaskRow, size: int, most: int) -> TaskRow:
+        """Return given-back work; what is too much for claimer or budget is cut off."""
+        head = task.num_tokens
+        if not task.fixed_size:
+            head = min(sizing.divided(task.num_tokens, size), most)
+        if head == task.num_tokens:
+            return task
+        tasks.shorten_task(self._connection, task.task_id, head)
+        runs.add_range(
+            self._connection,
+            run_id=task.run_id,
+            epoch=task.epoch,
+            shard_id=task.shard_id,
+            start_token=task.start_token + head,
+            num_tokens=task.num_tokens - head,
+        )
+        return msgspec.structs.replace(task, num_tokens=head)
+
+    def _cut(self, run: RunRow, size: int, most: int) -> TaskRow | None:
+        """Return a new pending task from the front of the next range."""
+        piece = runs.next_range(self._connection, run.run_id)
+        if piece is None:
+            return None
+        taken = min(sizing.cut(piece.num_tokens, size), most)
+        runs.shorten_range(self._connection, piece, taken)
+        fresh = task_id(self._fleet.rng)
+        tasks.add_task(
+            self._connection,
+            task_id=fresh,
+            run_id=run.run_id,
+            kind=TaskKind.TRAIN,
+            epoch=piece.epoch,
+            shard_id=piece.shard_id,
+            start_token=piece.start_token,
+            num_tokens=taken,
+            fixed_size=False,
+            created_at=self._now,
+        )
+        return tasks.find_task(self._connection, fresh)
+
+    def _lease(
+        self, run: RunRow, worker: WorkerRow, task: TaskRow, live: RoundRow | None
+    ) -> Task:
+        """Give `task` to `worker`; in round `live`, or outside any (evaluation)."""
+        ttl = leases.ttl_s(heartbeat_s(self._fleet, worker))
+        base = live.base_version if live is not None else task.version
+        terms = self._terms(run, task, base or 0, ttl)
+        predicted = self._predicted_s(worker, task)
+        tasks.lease_task(
+            self._connection,
+            task.task_id,
+            lease_hash=leases.lease_hash(terms.lease_id),
+            lease_claim_id=self._request.claim_id,
+            lease_worker_id=worker.worker_id,
+            lease_terms_json=_without_lease_id(terms),
+            base_version=terms.base_version,
+            round_id=None if live is None else live.round_id,
+            claimed_at=self._now,
+            progress_at=self._now,
+            expires_at=self._now + ttl,
+            hard_at=None if predicted is None else leases.hard_at(self._now, predicted),
+            predicted_s=predicted,
+        )
+        if live is not None:
+            self._join(live, worker, task, predicted)
+        return terms
+
+    def _join(
+        self,
+        live: RoundRow,
+        worker: WorkerRow,
+        task: TaskRow,
+        predicted_s: float | None,
+    ) -> None:
+        if live.first_claim_at is None:
+            rounds.change_round(
+                self._connection, live.round_id, first_claim_at=self._now
+            )
+        rounds.add_claim(
+            self._connection,
+            round_id=live.round_id,
+            worker_id=worker.worker_id,
+            task_id=task.task_id,
+            num_tokens=task.num_tokens,
+            claimed_at=self._now,
+            predicted_s=predicted_s,
+        )
+
+    def _predicted_s(self, worker: WorkerRow, task: TaskRow) -> float | None:
+        """Return how long the task should take by measured speed; None before any."""
+        if task.kind != TaskKind.TRAIN:
+            return None
+        speed = worker.tokens_per_s or workers.fleet_speed(self._connection)
+        return task.num_tokens / speed if speed else None
+
+    def _lease_id(self, task_id: str, attempt: int) -> str:
+        return leases.lease_id(
+            self._fleet.secret, task_id, attempt, self._request.claim_id
+        )
+
+    def _terms(self, run: RunRow, task: TaskRow, version: int, ttl: float) -> Task:
+        plan, seq_len = plan_of(run), _seq_len(run)
+        shard = _shard(self._fleet, task)
+        base = versions.find_version(self._connection, version)
+        if base is None:
+            raise LookupError(f"version {version} of task {task.task_id} has no row")
+        scores = task.kind == TaskKind.EVALUATE
+        return Task(
+            task_id=task.task_id,
+            kind=TaskKind(task.kind),
+            lease_id=self._lease_id(task.task_id, task.attempt + 1),
+            lease_s=ttl,
+            run_id=run.run_id,
+            base_version=version,
+            base_sha256=base.published_sha256,
+            shard_id=task.shard_id,
+            shard_sha256=shard.sha256,
+            byte_offset=4 * task.start_token,
+            byte_length=4 * task.num_tokens,
+            shard_bytes=shard.num_bytes,
+            synthetic=shard.synthetic,
+            eot_id=self._fleet.the_manifest().eot_id,
+            num_steps=0
+            if scores
+            else sizing.num_steps(
+                task.num_tokens, seq_len=seq_len, batch_size=plan.batch_size
+            ),
+            batch_size=plan.batch_size,
+            seq_len=seq_len,
+            seed=sizing.task_seed(
+                run.seed,
+                epoch=task.epoch,
+                shard_id=task.shard_id,
+                start_token=task.start_token,
+            ),
+            codec=plan.codec,
+            hyper=hyper_parameters(
+                plan, tokens_accepted=run.tokens_accepted, task_tokens=task.num_tokens
+            ),
+            text_bytes=shard.text_bytes if scores else 0,
+        )
+
+
+def _shard(fleet: Fleet, task: TaskRow) -> Shard:
+    shard = fleet.the_manifest().shard(task.shard_id)
+    if shard is None:
+        raise LookupError(f"task {task.task_id} names no shard: {task.shard_id!r}")
+    return shard
+
+
+def _seq_len(run: RunRow) -> int:
+    return int(msgspec.json.decode(run.model_json)["seq_len"])
+
+
+def _without_lease_id(terms: Task) -> str:
+    """Return the terms as stored: the right to the task is kept as a hash only."""
+    blank = msgspec.structs.replace(terms, lease_id="0" * 32)
+    return msgspec.json.encode(blank).decode()

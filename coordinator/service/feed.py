@@ -1,0 +1,79 @@
+"""Keeps the page up to date: looks when something has changed, sends what is new."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import msgspec
+
+from coordinator.service.fleet import Fleet
+from coordinator.service.lag import LoopLag
+from coordinator.service.looking import look
+from coordinator.service.view import FleetUpdate, FleetView
+
+#: Least time between two updates.
+MIN_GAP_S: Final = 0.5
+#: Looked at this often even when nothing rings: silence changes verdicts too.
+MAX_GAP_S: Final = 2.0
+#: The lag is told along with something else, never alone.
+_PARTS: Final = ("missing", "run", "round", "tasks")
+
+
+class Feed:
+    """What the live page is fed with."""
+
+    def __init__(self, fleet: Fleet, lag: LoopLag, *, insecure_http: bool) -> None:
+        self._fleet = fleet
+        self._lag = lag
+        self._insecure_http = insecure_http
+        self._last: FleetView | None = None
+
+    async def snapshot(self) -> FleetView:
+        """Return everything, history included."""
+        return await self._look(history=True)
+
+    async def run(self) -> None:
+        """Publish what changes; never returns."""
+        while True:
+            await self._fleet.changed.wait(MAX_GAP_S)
+            await self.update()
+            await asyncio.sleep(MIN_GAP_S)
+
+    async def update(self) -> None:
+        """Publish what differs from the last look, if anything does."""
+        view = await self._look(history=False)
+        update = difference(self._last, view)
+        self._last = view
+        if update is not None:
+            self._fleet.publish("fleet.updated", update)
+
+    async def _look(self, *, history: bool) -> FleetView:
+        now = self._fleet.clock.now()
+        lag_ms = 1000.0 * self._lag.worst_s()
+        return await self._fleet.store.read(
+            lambda connection: look(
+                connection,
+                self._fleet,
+                now=now,
+                loop_lag_ms=lag_ms,
+                insecure_http=self._insecure_http,
+                history=history,
+            )
+        )
+
+
+def difference(before: FleetView | None, after: FleetView) -> FleetUpdate | None:
+    """Return what an update must say; None when nothing but the lag has changed."""
+    rows = {} if before is None else {row.worker_id: row for row in before.workers}
+    update = FleetUpdate(
+        **{
+            name: getattr(after, name)
+            for name in _PARTS
+            if before is None or getattr(after, name) != getattr(before, name)
+        },
+        workers=[row for row in after.workers if row != rows.get(row.worker_id)],
+    )
+    if update == FleetUpdate():
+        return None
+    return msgspec.structs.replace(update, server=after.server)

@@ -1,0 +1,103 @@
+"""What every use case works with: the store, the blobs, the clock, and who to tell.
+
+One object for one coordinator process; the composition root makes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+
+from bitnet_ext.wire.verdicts import ErrorCode
+from coordinator.domain.errors import RefusedError
+from coordinator.domain.manifest import Manifest
+from coordinator.domain.seams import Clock, Fs, Rng
+from coordinator.store.blobs import Blobs
+from coordinator.store.engine import Store
+
+T = TypeVar("T")
+
+#: Hands an event (kind, body, Unix seconds) to the live feed, on the loop.
+OnEvent = Callable[[str, object, float], None]
+
+RUNNING: Final = "running"
+FINISHED: Final = "finished"
+
+
+class Bell:
+    """Wakes everyone who waits for a change."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def ring(self) -> None:
+        """Wake everyone who waits now; later waiters wait for the next ring."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Return at the next ring, or after `timeout_s`."""
+        event = self._event
+        try:
+            async with asyncio.timeout(timeout_s):
+                await event.wait()
+        except TimeoutError:
+            return
+
+
+@dataclass(slots=True, kw_only=True)
+class Fleet:
+    """The collaborators of the use cases."""
+
+    store: Store
+    blobs: Blobs
+    fs: Fs
+    clock: Clock
+    rng: Rng
+    #: Folder of the corpus; `tokenized` lies inside.
+    corpus: Path
+    on_event: OnEvent
+    #: Makes lease ids; never leaves this process.
+    secret: bytes
+    #: Runs what takes long (outer steps, decoding, hashing) off the loop.
+    workbench: Executor
+    #: Heartbeat interval of workers that set none, in seconds.
+    heartbeat_s: float
+    #: Newest versions that keep their blobs.
+    keep_versions: int
+    #: The prepared corpus; None until there is one.
+    manifest: Manifest | None = None
+    #: Rings when there may be something to claim.
+    work: Bell = field(default_factory=Bell)
+    #: Rings when a round may be ready to close.
+    round_ready: Bell = field(default_factory=Bell)
+    #: Rings when the page should look again.
+    changed: Bell = field(default_factory=Bell)
+
+    def publish(self, kind: str, body: object) -> None:
+        """Tell the live feed; to be called on the loop, after the commit."""
+        self.on_event(kind, body, self.clock.now())
+
+    async def off_loop(self, act: Callable[[], T]) -> T:
+        """Run what takes long on the workbench, and wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.workbench, act)
+
+    def the_manifest(self) -> Manifest:
+        """Return the manifest. Raises RefusedError `no_run` before there is one."""
+        if self.manifest is None:
+            raise no_run()
+        return self.manifest
+
+
+def no_run() -> RefusedError:
+    """Return the refusal of everything that needs a run."""
+    return RefusedError(
+        ErrorCode.NO_RUN,
+        "there is no run yet: prepare a corpus with "
+        "`bitnet-coordinator tokenize-corpus`",
+        retry_after_s=5.0,
+    )

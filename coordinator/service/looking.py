@@ -1,0 +1,271 @@
+"""The view of the fleet: everything that the page shows, read in one snapshot."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as package_version
+from typing import Final
+
+import msgspec
+from sqlalchemy import Connection
+
+from bitnet_ext.layout import num_params, shape_from_json
+from bitnet_ext.wire.verdicts import TaskState
+from coordinator.domain.eta import estimate
+from coordinator.domain.verdicts import WorkerFacts, verdict
+from coordinator.service.closing import version_point
+from coordinator.service.evaluating import evaluation_point
+from coordinator.service.fleet import FINISHED, Fleet
+from coordinator.service.roster import heartbeat_s, plan_of
+from coordinator.service.seeding import budget_left
+from coordinator.service.view import (
+    EtaView,
+    EvaluationPoint,
+    FailedTaskView,
+    FleetView,
+    LaneView,
+    RoundView,
+    RunView,
+    ServerView,
+    TasksView,
+    VersionPoint,
+    WorkerView,
+)
+from coordinator.store import rounds, runs, tasks, versions, workers
+from coordinator.store.rows import ClaimRow, RunRow, TaskRow, WorkerRow
+
+#: Closed rounds that the speed of the fleet and the ETA are drawn from.
+RECENT_ROUNDS: Final = 20
+#: Failed tasks that are named.
+NUM_FAILED: Final = 5
+
+_NO_CORPUS: Final = "There is no corpus yet.\nbitnet-coordinator tokenize-corpus"
+_NO_TASKS: Final = "There is nothing to train yet.\nbitnet-coordinator seed-real-tasks"
+
+
+def look(
+    connection: Connection,
+    fleet: Fleet,
+    *,
+    now: float,
+    loop_lag_ms: float,
+    insecure_http: bool,
+    history: bool,
+) -> FleetView:
+    """Return the view at `now`; without `history` its points are left out."""
+    run = runs.newest_run(connection)
+    server = ServerView(loop_lag_ms=round(loop_lag_ms, 1))
+    if run is None or fleet.manifest is None:
+        return FleetView(
+            package_version=package_version("bitnet-fleet"),
+            insecure_http=insecure_http,
+            missing=_NO_CORPUS,
+            run=None,
+            round=None,
+            tasks=None,
+            workers=[],
+            server=server,
+            versions=[],
+            evaluations=[],
+        )
+    held = {task.lease_worker_id or "": task for task in tasks.all_leased(connection)}
+    lanes = _claims(connection, run)
+    return FleetView(
+        package_version=package_version("bitnet-fleet"),
+        insecure_http=insecure_http,
+        missing=_NO_TASKS if run.epoch == 0 else None,
+        run=_run(connection, fleet, run, now),
+        round=_round(connection, run, lanes, held),
+        tasks=_tasks(connection, run),
+        workers=_workers(connection, fleet, lanes, held, now),
+        server=server,
+        versions=_versions(connection, run) if history else [],
+        evaluations=_evaluations(connection, run) if history else [],
+    )
+
+
+def _run(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> RunView:
+    manifest = fleet.the_manifest()
+    newest = versions.newest_version(connection, run.run_id)
+    recent = [
+        point.tokens_per_s or 0.0
+        for point in map(
+            version_point,
+            versions.points_of(connection, run.run_id, newest=RECENT_ROUNDS),
+        )
+    ]
+    moving = [rate for rate in recent if rate > 0.0]
+    return RunView(
+        run_id=run.run_id,
+        state=run.state,
+        preset=run.preset,
+        num_params=num_params(shape_from_json(msgspec.json.decode(run.model_json))),
+        started_at=run.created_at,
+        stop_at=run.stop_at,
+        token_budget=run.token_budget,
+        tokens_accepted=run.tokens_accepted,
+        epoch=run.epoch,
+        epoch_tokens=sum(shard.num_tokens for shard in manifest.train_shards()),
+        epoch_tokens_accepted=rounds.epoch_tokens_accepted(
+            connection, run.run_id, run.epoch
+        ),
+        newest_version=newest.version,
+        newest_version_at=newest.created_at,
+        best_version=versions.best_version(connection, run.run_id),
+        gzip_bits_per_byte=manifest.gzip_bits_per_byte(),
+        tokens_per_s=sum(moving[-5:]) / len(moving[-5:]) if moving else None,
+        eta=_eta(run, moving, now),
+        reset_from_version=None if run.reset_acknowledged else run.reset_from_version,
+    )
+
+
+def _eta(run: RunRow, rates: list[float], now: float) -> EtaView:
+    if run.state == FINISHED:
+        return EtaView(
+            at=None, earliest_at=None, latest_at=None, reason="The run is finished."
+        )
+    eta = estimate(
+        now=now, tokens_left=budget_left(run), stop_at=run.stop_at, rates=rates
+    )
+    return EtaView(
+        at=eta.at,
+        earliest_at=eta.earliest_at,
+        latest_at=eta.latest_at,
+        reason=eta.reason,
+    )
+
+
+def _claims(connection: Connection, run: RunRow) -> list[ClaimRow]:
+    live = rounds.live_round(connection, run.run_id)
+    return [] if live is None else rounds.claims_of(connection, live.round_id)
+
+
+def _round(
+    connection: Connection,
+    run: RunRow,
+    claims: list[ClaimRow],
+    held: dict[str, TaskRow],
+) -> RoundView | None:
+    live = rounds.live_round(connection, run.run_id)
+    if live is None:
+        return None
+    return RoundView(
+        round_id=live.round_id,
+        base_version=live.base_version,
+        state=live.state,
+        opened_at=live.opened_at,
+        first_claim_at=live.first_claim_at,
+        round_s=plan_of(run).round_s,
+        lanes=[_lane(claim, held.get(claim.worker_id)) for claim in claims],
+    )
+
+
+def _lane(claim: ClaimRow, task: TaskRow | None) -> LaneView:
+    done = claim.num_tokens if claim.outcome == "back" else 0
+    if task is not None and task.task_id == claim.task_id:
+        done = task.tokens_done
+    return LaneView(
+        worker_id=claim.worker_id,
+        task_id=claim.task_id,
+        num_tokens=claim.num_tokens,
+        tokens_done=done,
+        claimed_at=claim.claimed_at,
+        predicted_s=claim.predicted_s,
+        ended_at=claim.ended_at,
+        outcome=claim.outcome,
+    )
+
+
+def _tasks(connection: Connection, run: RunRow) -> TasksView:
+    counts = tasks.count_by_state(connection, run.run_id)
+    return TasksView(
+        pending=counts[TaskState.PENDING],
+        leased=counts[TaskState.LEASED],
+        done=counts[TaskState.DONE],
+        failed=counts[TaskState.FAILED],
+        range_tokens=runs.range_tokens(connection, run.run_id),
+        latest_failed=[
+            FailedTaskView(
+                task_id=task.task_id,
+                kind=task.kind,
+                attempt=task.attempt,
+                reason=task.reason or "",
+            )
+            for task in tasks.latest_failed(connection, run.run_id, NUM_FAILED)
+        ],
+    )
+
+
+def _workers(
+    connection: Connection,
+    fleet: Fleet,
+    claims: list[ClaimRow],
+    held: dict[str, TaskRow],
+    now: float,
+) -> list[WorkerView]:
+    back = {claim.worker_id for claim in claims if claim.ended_at is not None}
+    return [
+        _worker(
+            worker,
+            held.get(worker.worker_id),
+            back_in_round=worker.worker_id in back,
+            interval_s=heartbeat_s(fleet, worker),
+            now=now,
+        )
+        for worker in workers.all_workers(connection)
+    ]
+
+
+def _worker(
+    worker: WorkerRow,
+    task: TaskRow | None,
+    *,
+    back_in_round: bool,
+    interval_s: float,
+    now: float,
+) -> WorkerView:
+    word, evidence = verdict(
+        WorkerFacts(
+            heartbeat_age_s=max(0.0, now - worker.heartbeat_at),
+            heartbeat_s=interval_s,
+            tokens_done=None if task is None else task.tokens_done,
+            num_tokens=None if task is None else task.num_tokens,
+            back_in_round=back_in_round,
+        )
+    )
+    return WorkerView(
+        worker_id=worker.worker_id,
+        name=worker.name,
+        verdict=word,
+        evidence=evidence,
+        phase=worker.phase,
+        draining=worker.draining,
+        cpu_model=worker.cpu_model,
+        isa=worker.isa,
+        threads=worker.threads,
+        heartbeat_at=worker.heartbeat_at,
+        heartbeat_s=interval_s,
+        task_id=None if task is None else task.task_id,
+        tokens_done=None if task is None else task.tokens_done,
+        num_tokens=None if task is None else task.num_tokens,
+        claimed_at=None if task is None else task.claimed_at,
+        predicted_s=None if task is None else task.predicted_s,
+        tokens_per_s=worker.tokens_per_s,
+        calibrated_tokens_per_s=worker.calibrated_tokens_per_s,
+        tokens_accepted=worker.tokens_accepted,
+        tasks_done=worker.tasks_done,
+        tasks_failed=worker.tasks_failed,
+    )
+
+
+def _versions(connection: Connection, run: RunRow) -> list[VersionPoint]:
+    return [version_point(row) for row in versions.points_of(connection, run.run_id)]
+
+
+def _evaluations(connection: Connection, run: RunRow) -> list[EvaluationPoint]:
+    by_number = {
+        row.version: row for row in versions.versions_of(connection, run.run_id)
+    }
+    return [
+        evaluation_point(row, by_number[row.version])
+        for row in versions.evaluations_of(connection, run.run_id)
+    ]

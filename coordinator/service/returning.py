@@ -1,0 +1,192 @@
+"""How a lease ends without a submission: released, failed, or run out.
+
+The task goes back to pending under the same id, or is given up after its last
+attempt. What became of its round is decided in the same transaction.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection
+
+from bitnet_ext.wire.messages import FailRequest, ReleaseRequest, TaskAnswer
+from bitnet_ext.wire.verdicts import ErrorCode, TaskState
+from coordinator.domain import leases
+from coordinator.domain.errors import RefusedError
+from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.seeding import add_epoch_if_done
+from coordinator.store import rounds, runs, tasks, workers
+from coordinator.store.rows import TaskRow
+
+
+async def release(fleet: Fleet, task_id: str, request: ReleaseRequest) -> TaskAnswer:
+    """Give a task back untrained; this does not count as an attempt.
+
+    Raises RefusedError: unknown_task, lease_lost.
+    """
+    now = fleet.clock.now()
+
+    def give_back(connection: Connection) -> TaskAnswer:
+        task = held_task(connection, task_id, request.lease_id, now)
+        reason = request.reason or "released"
+        tasks.return_task(
+            connection,
+            task.task_id,
+            attempt=task.attempt - 1,
+            reason=reason,
+            not_before_at=now,
+            round_id=task.round_id,
+        )
+        _after(connection, fleet, task, "released", now)
+        return TaskAnswer(task_id=task.task_id, state=TaskState.PENDING)
+
+    answer = await fleet.store.write(give_back)
+    _ring(fleet)
+    return answer
+
+
+async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
+    """Take note that a worker cannot do a task; after the last attempt it is failed.
+
+    Raises RefusedError: unknown_task, lease_lost.
+    """
+    now = fleet.clock.now()
+
+    def give_up(connection: Connection) -> TaskAnswer:
+        task = held_task(connection, task_id, request.lease_id, now)
+        reason = f"{request.code}: {request.message}"
+        rest_s = leases.backoff_s(task.attempt, fleet.rng.uniform(0.0, 1.0))
+        state = _attempt_lost(connection, task, reason, now, rest_s)
+        _after(connection, fleet, task, "failed", now)
+        return TaskAnswer(task_id=task.task_id, state=state)
+
+    answer = await fleet.store.write(give_up)
+    _ring(fleet)
+    return answer
+
+
+async def sweep_leases(fleet: Fleet) -> int:
+    """End every lease that has run out; return how many."""
+    now = fleet.clock.now()
+    count = await fleet.store.write(
+        lambda connection: expire_overdue(connection, fleet, now)
+    )
+    if count:
+        _ring(fleet)
+    return count
+
+
+def expire_overdue(connection: Connection, fleet: Fleet, now: float) -> int:
+    """Do the same inside the caller's transaction."""
+    late = tasks.overdue(connection, now)
+    for task in late:
+        silent = (task.expires_at or 0.0) <= now
+        reason = "lease expired" if silent else "took three times its prediction"
+        _attempt_lost(connection, task, reason, now, 0.0)
+        _after(connection, fleet, task, "expired", now)
+    return len(late)
+
+
+def held_task(
+    connection: Connection, task_id: str, lease_id: str, now: float
+) -> TaskRow:
+    """Return the task that a lease id is the living right to.
+
+    Raises RefusedError: unknown_task, or lease_lost for a lease that has ended,
+    belongs to another claim, or never was.
+    """
+    task = tasks.find_task(connection, task_id)
+    if task is None:
+        raise RefusedError(
+            ErrorCode.UNKNOWN_TASK,
+            f"task_id must name a task, got {task_id!r}",
+            field="task_id",
+        )
+    if not is_held(task, lease_id, now):
+        raise lease_lost(task_id)
+    return task
+
+
+def is_held(task: TaskRow, lease_id: str, now: float) -> bool:
+    """Return whether this lease id is the living right to a task."""
+    return (
+        task.state == TaskState.LEASED
+        and task.lease_hash == leases.lease_hash(lease_id)
+        and (task.expires_at or 0.0) > now
+        and (task.hard_at is None or task.hard_at > now)
+    )
+
+
+def lease_lost(task_id: str) -> RefusedError:
+    """Return the refusal of a lease that does not hold its task."""
+    return RefusedError(
+        ErrorCode.LEASE_LOST,
+        f"lease_id does not hold task {task_id}: it ended, or never did",
+        field="lease_id",
+    )
+
+
+def settle_round(connection: Connection, round_id: int) -> bool:
+    """Return whether a round may close now; one without submissions starts over.
+
+    To be called whenever a lease of the round has ended.
+    """
+    if tasks.count_leased_in_round(connection, round_id):
+        return False
+    if rounds.accepted_in_round(connection, round_id):
+        rounds.change_round(connection, round_id, state="closing")
+        return True
+    rounds.void_claims(connection, round_id)
+    tasks.forgive_returns(connection, round_id)
+    rounds.change_round(connection, round_id, first_claim_at=None)
+    return False
+
+
+def _attempt_lost(
+    connection: Connection, task: TaskRow, reason: str, now: float, rest_s: float
+) -> TaskState:
+    """Put the task back, to rest for `rest_s`, or give it up after the last attempt."""
+    if task.lease_worker_id is not None:
+        workers.count_failure(connection, task.lease_worker_id)
+    if task.attempt >= leases.MAX_ATTEMPTS:
+        tasks.fail_task(connection, task.task_id, reason=reason, now=now)
+        return TaskState.FAILED
+    tasks.return_task(
+        connection,
+        task.task_id,
+        attempt=task.attempt,
+        reason=reason,
+        not_before_at=now + rest_s,
+        round_id=task.round_id,
+    )
+    return TaskState.PENDING
+
+
+def _after(
+    connection: Connection, fleet: Fleet, task: TaskRow, outcome: str, now: float
+) -> None:
+    """Tell the round, the epoch and the story that a lease has ended."""
+    workers.add_event(
+        connection,
+        at=now,
+        kind=f"lease.{outcome}",
+        body={"task_id": task.task_id, "worker_id": task.lease_worker_id},
+    )
+    if task.round_id is None:
+        return
+    rounds.end_claim(
+        connection,
+        round_id=task.round_id,
+        task_id=task.task_id,
+        outcome=outcome,
+        now=now,
+    )
+    settle_round(connection, task.round_id)
+    run = runs.newest_run(connection)
+    if run is not None and run.state == RUNNING:
+        add_epoch_if_done(connection, run, fleet.the_manifest())
+
+
+def _ring(fleet: Fleet) -> None:
+    fleet.round_ready.ring()
+    fleet.work.ring()
+    fleet.changed.ring()

@@ -1,0 +1,172 @@
+"""Workers: who they are, and the log lines that they send."""
+
+from __future__ import annotations
+
+import msgspec
+from sqlalchemy import Connection
+
+from bitnet_ext.layout import UnknownPresetError, preset_shape
+from bitnet_ext.wire import PROTOCOL_VERSION
+from bitnet_ext.wire.messages import LogsRequest, RegisterAnswer, RegisterRequest
+from bitnet_ext.wire.verdicts import ErrorCode, WorkerPhase
+from coordinator.domain.errors import RefusedError
+from coordinator.domain.plan import TrainingPlan
+from coordinator.service.fleet import Fleet, no_run
+from coordinator.store import runs, workers
+from coordinator.store.rows import RunRow, WorkerRow
+
+MAX_WORKERS = 1000
+
+
+async def register(fleet: Fleet, request: RegisterRequest) -> RegisterAnswer:
+    """Take a worker in, or take it back; clears neither drain nor leases.
+
+    Raises RefusedError: protocol_mismatch, unknown_preset, preset_mismatch,
+    no_run, rate_limited (too many workers).
+    """
+    _check_protocol(request)
+    now = fleet.clock.now()
+    answer = await fleet.store.write(
+        lambda connection: _register(connection, fleet, request, now)
+    )
+    fleet.changed.ring()
+    return answer
+
+
+def plan_of(run: RunRow) -> TrainingPlan:
+    """Return the plan that a run was started with."""
+    return msgspec.json.decode(run.plan_json, type=TrainingPlan)
+
+
+def known_worker(connection: Connection, worker_id: str) -> WorkerRow:
+    """Return a registered worker. Raises RefusedError `unknown_worker`."""
+    worker = workers.find_worker(connection, worker_id)
+    if worker is None:
+        raise RefusedError(
+            ErrorCode.UNKNOWN_WORKER,
+            f"worker_id must be registered first, got {worker_id!r}",
+            field="worker_id",
+        )
+    return worker
+
+
+def heartbeat_s(fleet: Fleet, worker: WorkerRow) -> float:
+    """Return the heartbeat interval of a worker: its own wish, or ours."""
+    return worker.own_heartbeat_s or fleet.heartbeat_s
+
+
+async def take_logs(fleet: Fleet, request: LogsRequest) -> None:
+    """Keep a batch of log records. Raises RefusedError `unknown_worker`."""
+    now = fleet.clock.now()
+    records = [
+        {
+            "received_at": now,
+            "at": record.at,
+            "worker_id": request.worker_id,
+            "level": record.level,
+            "event": _plain(record.event),
+            "message": _plain(record.message),
+            "task_id": record.task_id,
+        }
+        for record in request.records
+    ]
+
+    def keep(connection: Connection) -> None:
+        known_worker(connection, request.worker_id)
+        workers.add_logs(connection, records)
+
+    await fleet.store.write(keep)
+
+
+def _plain(text: str) -> str:
+    """Replace control characters: a log line must not forge or drive anything."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for char in text
+    )
+
+
+def _check_protocol(request: RegisterRequest) -> None:
+    if request.protocol_version != PROTOCOL_VERSION:
+        raise RefusedError(
+            ErrorCode.PROTOCOL_MISMATCH,
+            f"protocol_version must be {PROTOCOL_VERSION}, "
+            f"got {request.protocol_version}",
+            field="protocol_version",
+        )
+
+
+def _check_preset(request: RegisterRequest, run: RunRow) -> None:
+    if request.preset is None or request.preset == run.preset:
+        return
+    try:
+        preset_shape(request.preset)
+    except UnknownPresetError as error:
+        raise RefusedError(
+            ErrorCode.UNKNOWN_PRESET, str(error), field="preset"
+        ) from error
+    raise RefusedError(
+        ErrorCode.PRESET_MISMATCH,
+        f"preset must be {run.preset!r}, which this coordinator trains, "
+        f"got {request.preset!r}",
+        field="preset",
+    )
+
+
+def _register(
+    connection: Connection, fleet: Fleet, request: RegisterRequest, now: float
+) -> RegisterAnswer:
+    run = runs.newest_run(connection)
+    if run is None:
+        raise no_run()
+    _check_preset(request, run)
+    _keep(connection, request, now)
+    return RegisterAnswer(
+        protocol_version=PROTOCOL_VERSION,
+        worker_id=request.worker_id,
+        run_id=run.run_id,
+        preset=run.preset,
+        model=msgspec.json.decode(run.model_json),
+        layout_hash=run.layout_hash,
+        tokenizer_hash=run.tokenizer_hash,
+        corpus_hash=run.corpus_hash,
+        heartbeat_s=request.heartbeat_s or fleet.heartbeat_s,
+        batch_size=plan_of(run).batch_size,
+    )
+
+
+def _keep(connection: Connection, request: RegisterRequest, now: float) -> None:
+    said = {
+        "name": request.name,
+        "cpu_model": request.cpu_model,
+        "isa": request.isa,
+        "threads": request.threads,
+        "package_version": request.package_version,
+        "own_heartbeat_s": request.heartbeat_s,
+        "heartbeat_at": now,
+    }
+    if request.calibrated_tokens_per_s is not None:
+        said["calibrated_tokens_per_s"] = request.calibrated_tokens_per_s
+    if workers.find_worker(connection, request.worker_id) is not None:
+        workers.change_worker(connection, request.worker_id, **said)
+        return
+    if workers.count_workers(connection) >= MAX_WORKERS:
+        raise RefusedError(
+            ErrorCode.RATE_LIMITED,
+            f"worker_id: at most {MAX_WORKERS} workers can register",
+            field="worker_id",
+            retry_after_s=60.0,
+        )
+    workers.add_worker(
+        connection,
+        worker_id=request.worker_id,
+        registered_at=now,
+        phase=WorkerPhase.STARTING,
+        **said,
+    )
+    workers.add_event(
+        connection,
+        at=now,
+        kind="worker.registered",
+        body={"worker_id": request.worker_id},
+    )

@@ -1,0 +1,274 @@
+"""Before the first request: what is on disk must agree with the database.
+
+Orphans of a crash are removed; a damaged newest version stops the start; leases get
+time to be renewed. A run is made when there is a corpus and no run, and replaced by
+a fresh one (hard reset) when its weights do not fit the configured model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection
+
+from bitnet_ext.layout import (
+    ModelShape,
+    layout_hash,
+    num_params,
+    preset_shape,
+    shape_to_json,
+)
+from coordinator.domain import leases
+from coordinator.domain.errors import StartError
+from coordinator.domain.initial import initial_weights
+from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
+from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan
+from coordinator.service.corpus import tokenized_folder
+from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.seeding import add_evaluation
+from coordinator.service.version_blobs import ServerState, VersionBlobs, write_version
+from coordinator.store import rounds, runs, tasks, versions, workers
+from coordinator.store.blobs import BlobKind, version_blob
+from coordinator.store.rows import RunRow, VersionRow
+
+log = logging.getLogger(__name__)
+
+EXIT_DAMAGED: Final = 4
+
+#: Returns the first weights of a run: float32 (n,) in layout order.
+Initial = Callable[[ModelShape, int], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What a new run is made of, besides its corpus."""
+
+    preset: str
+    seed: int
+    plan: TrainingPlan
+    #: None: 20 tokens for each parameter.
+    token_budget: int | None = None
+
+
+def load_corpus(fleet: Fleet) -> None:
+    """Read the manifest, where there is one. Raises ManifestError for a bad one."""
+    path = tokenized_folder(fleet.corpus) / MANIFEST_NAME
+    if path.exists():
+        fleet.manifest = load_manifest(path)
+
+
+def reconcile(fleet: Fleet) -> None:
+    """Make disk and database agree. Blocking; raises StartError."""
+    removed = _remove_orphans(fleet)
+    fleet.store.read_now(lambda connection: _check_newest(connection, fleet))
+    now = fleet.clock.now()
+    ttl = leases.ttl_s(fleet.heartbeat_s)
+    moved = fleet.store.write_now(
+        lambda connection: tasks.extend_all_leases(connection, now + ttl)
+    )
+    log.info(
+        "recovered: %d orphans removed, %d leases extended",
+        removed,
+        moved,
+        extra={"event": "coordinator.recovered"},
+    )
+
+
+def ensure_run(
+    fleet: Fleet, settings: RunSettings, initial: Initial = initial_weights
+) -> bool:
+    """Make the run where there is none, or where it no longer fits. Blocking.
+
+    Returns whether one was made. Raises StartError when the corpus is not the one
+    that the running run was started with.
+    """
+    if fleet.manifest is None:
+        return False
+    shape = preset_shape(settings.preset, vocab_size=fleet.manifest.vocab_size)
+    run = fleet.store.read_now(runs.newest_run)
+    if run is not None and run.layout_hash == layout_hash(shape).hex():
+        _check_corpus(run, fleet.manifest)
+        return False
+    _make_run(fleet, settings, fleet.manifest, shape, initial, replaces=run)
+    return True
+
+
+def _check_corpus(run: RunRow, manifest: Manifest) -> None:
+    if run.corpus_hash != manifest.corpus_sha256:
+        raise StartError(
+            f"run {run.run_id} trains on corpus {run.corpus_hash[:12]}, the corpus "
+            f"folder holds {manifest.corpus_sha256[:12]}; put the first one back, or "
+            f"use another data folder"
+        )
+
+
+def _make_run(
+    fleet: Fleet,
+    settings: RunSettings,
+    manifest: Manifest,
+    shape: ModelShape,
+    initial: Initial,
+    *,
+    replaces: RunRow | None,
+) -> None:
+    """Write the root version of a new run, then its rows in one transaction."""
+    version = fleet.store.read_now(versions.highest_number) + 1
+    weights = initial(shape, settings.seed)
+    root = ServerState(
+        version=version, weights=weights, momentum=np.zeros_like(weights)
+    )
+    blobs = write_version(fleet.blobs, root, layout_hash(shape))
+    now = fleet.clock.now()
+    columns = _run_columns(fleet, settings, manifest, shape)
+
+    def add(connection: Connection) -> None:
+        if replaces is not None:
+            _end_run(connection, replaces, now)
+            columns["reset_from_version"] = version - 1
+            columns["reset_acknowledged"] = False
+        runs.add_run(connection, root_version=version, created_at=now, **columns)
+        _add_root(connection, fleet, manifest, blobs, now)
+
+    fleet.store.write_now(add)
+    log.info(
+        "run made" if replaces is None else "hard reset: run replaced",
+        extra={
+            "event": "run.started" if replaces is None else "run.reset",
+            "run_id": columns["run_id"],
+            "version": version,
+            "preset": settings.preset,
+        },
+    )
+
+
+def _run_columns(
+    fleet: Fleet, settings: RunSettings, manifest: Manifest, shape: ModelShape
+) -> dict[str, object]:
+    budget = settings.token_budget or TOKENS_PER_PARAMETER * num_params(shape)
+    return {
+        "run_id": f"r-{fleet.rng.token(4).hex()}",
+        "state": RUNNING,
+        "seed": settings.seed,
+        "preset": settings.preset,
+        "model_json": msgspec.json.encode(shape_to_json(shape)).decode(),
+        "layout_hash": layout_hash(shape).hex(),
+        "tokenizer_hash": manifest.tokenizer_sha256,
+        "corpus_hash": manifest.corpus_sha256,
+        "plan_json": msgspec.json.encode(settings.plan).decode(),
+        "token_budget": budget,
+    }
+
+
+def _add_root(
+    connection: Connection,
+    fleet: Fleet,
+    manifest: Manifest,
+    blobs: VersionBlobs,
+    now: float,
+) -> None:
+    run = runs.newest_run(connection)
+    if run is None:
+        raise LookupError("the run that was just made has no row")
+    versions.add_version(
+        connection,
+        version=run.root_version,
+        run_id=run.run_id,
+        parent=None,
+        round_id=None,
+        created_at=now,
+        tokens_total=0,
+        num_submissions=0,
+        train_loss=None,
+        plan_json=run.plan_json,
+        published_sha256=blobs.published.sha256,
+        published_bytes=blobs.published.num_bytes,
+        state_sha256=blobs.state.sha256,
+        state_bytes=blobs.state.num_bytes,
+    )
+    rounds.open_round(
+        connection, run_id=run.run_id, base_version=run.root_version, now=now
+    )
+    add_evaluation(
+        connection, run, manifest, version=run.root_version, now=now, rng=fleet.rng
+    )
+    workers.add_event(
+        connection, at=now, kind="run.started", body={"run_id": run.run_id}
+    )
+
+
+def _end_run(connection: Connection, run: RunRow, now: float) -> None:
+    """Finish a run whose weights no longer fit; its blobs and rows stay."""
+    tasks.cancel_unfinished(connection, run.run_id, reason="hard reset", now=now)
+    rounds.filter_run(connection, run.run_id, "reset")
+    rounds.close_rounds(connection, run.run_id, now)
+    runs.drop_ranges(connection, run.run_id)
+    runs.change_run(connection, run.run_id, state=FINISHED)
+    workers.add_event(connection, at=now, kind="run.reset", body={"run_id": run.run_id})
+
+
+def _remove_orphans(fleet: Fleet) -> int:
+    """Remove every file that no row names: the leftovers of a crash."""
+
+    def named(connection: Connection) -> dict[BlobKind, set[str]]:
+        kept = {version_blob(row.version) for row in versions.kept_versions(connection)}
+        return {
+            BlobKind.PUBLISHED: kept,
+            BlobKind.STATE: kept,
+            BlobKind.PAYLOAD: rounds.payload_files(connection),
+        }
+
+    count = 0
+    for kind, needed in fleet.store.read_now(named).items():
+        orphans = [name for name in fleet.blobs.names(kind) if name not in needed]
+        if orphans:
+            fleet.blobs.remove(kind, orphans)
+        count += len(orphans)
+    return count
+
+
+def _check_newest(connection: Connection, fleet: Fleet) -> None:
+    """Refuse to start on a damaged newest version: never begin anew by oneself."""
+    run = runs.newest_run(connection)
+    if run is None:
+        return
+    newest = versions.newest_version(connection, run.run_id)
+    fault = _fault(fleet, newest)
+    if fault is None:
+        return
+    good = _newest_good(connection, fleet)
+    raise StartError(
+        f"version {newest.version} is damaged ({fault}). The newest version that is "
+        f"whole: {'none' if good is None else good}. Restore the files of version "
+        f"{newest.version} from a backup; nothing has been changed",
+        exit_code=EXIT_DAMAGED,
+    )
+
+
+def _newest_good(connection: Connection, fleet: Fleet) -> int | None:
+    kept = reversed(versions.kept_versions(connection))
+    return next((row.version for row in kept if _fault(fleet, row) is None), None)
+
+
+def _fault(fleet: Fleet, row: VersionRow) -> str | None:
+    """Return what is wrong with the blobs of a version, None when they are whole."""
+    for kind, num_bytes, sha256 in (
+        (BlobKind.PUBLISHED, row.published_bytes, row.published_sha256),
+        (BlobKind.STATE, row.state_bytes, row.state_sha256),
+    ):
+        name = f"{kind}/{version_blob(row.version)}"
+        try:
+            content = fleet.blobs.read(kind, version_blob(row.version))
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if len(content) != num_bytes:
+            return f"{name} must have {num_bytes} bytes, has {len(content)}"
+        if hashlib.sha256(content).hexdigest() != sha256:
+            return f"{name} does not have its SHA-256"
+    return None

@@ -1,0 +1,109 @@
+"""What has to be done now and then: expired leases, the end of a run, a new corpus."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from sqlalchemy import Connection
+
+from bitnet_ext.wire.verdicts import TaskState
+from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.returning import sweep_leases
+from coordinator.service.seeding import add_evaluation, budget_left
+from coordinator.service.starting import RunSettings, ensure_run, load_corpus
+from coordinator.store import rounds, runs, tasks, versions, workers
+from coordinator.store.rows import RunRow
+
+log = logging.getLogger(__name__)
+
+SWEEP_S: Final = 1.0
+CLOCK_S: Final = 10.0
+CLOCK_FACT: Final = "clock_high_water"
+
+
+async def every(
+    seconds: float, act: Callable[[], Awaitable[object]], name: str
+) -> None:
+    """Do something again and again; a failure is logged and tried again."""
+    while True:
+        try:
+            await act()
+        except Exception:
+            log.exception("%s failed", name, extra={"event": "sweep.failed"})
+        await asyncio.sleep(seconds)
+
+
+async def sweep(fleet: Fleet, settings: RunSettings) -> None:
+    """Do everything that is due."""
+    if fleet.manifest is None:
+        await _look_for_corpus(fleet, settings)
+    await sweep_leases(fleet)
+    await _end_run(fleet)
+
+
+async def keep_clock(fleet: Fleet) -> None:
+    """Store how far the lease clock has come: it never goes back over a restart."""
+    now = fleet.clock.now()
+    await fleet.store.write(
+        lambda connection: workers.set_fact(connection, CLOCK_FACT, repr(now))
+    )
+
+
+async def _look_for_corpus(fleet: Fleet, settings: RunSettings) -> None:
+    loop = asyncio.get_running_loop()
+    # On the default executor: `ensure_run` waits for the store and for the disk.
+    await loop.run_in_executor(None, load_corpus, fleet)
+    if fleet.manifest is not None:
+        await loop.run_in_executor(None, ensure_run, fleet, settings)
+        fleet.work.ring()
+        fleet.changed.ring()
+
+
+async def _end_run(fleet: Fleet) -> None:
+    """Score the last version of a run that is over, then finish the run."""
+    now = fleet.clock.now()
+    run = await fleet.store.read(runs.newest_run)
+    if run is None or run.state != RUNNING or not is_over(run, now):
+        return
+    ended = await fleet.store.write(
+        lambda connection: _finish(connection, fleet, run, now)
+    )
+    if ended:
+        log.info("run finished", extra={"event": "run.finished", "run_id": run.run_id})
+    fleet.work.ring()
+    fleet.changed.ring()
+
+
+def is_over(run: RunRow, now: float) -> bool:
+    """Return whether no new training is given out: by budget, or by time."""
+    return budget_left(run) == 0 or (run.stop_at is not None and run.stop_at <= now)
+
+
+def _finish(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> bool:
+    live = rounds.live_round(connection, run.run_id)
+    if live is None or live.state != "open" or live.first_submission_at is not None:
+        return False
+    if tasks.count_leased_in_round(connection, live.round_id):
+        return False
+    newest = versions.newest_version(connection, run.run_id).version
+    scored = tasks.evaluation_of(connection, run.run_id, newest)
+    if scored is None:
+        add_evaluation(
+            connection,
+            run,
+            fleet.the_manifest(),
+            version=newest,
+            now=now,
+            rng=fleet.rng,
+        )
+        return False
+    if scored.state in (TaskState.PENDING, TaskState.LEASED):
+        return False
+    runs.change_run(connection, run.run_id, state=FINISHED)
+    workers.add_event(
+        connection, at=now, kind="run.finished", body={"run_id": run.run_id}
+    )
+    return True

@@ -1,0 +1,70 @@
+"""The two blobs of a version: what workers hold, and what the coordinator needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_ext.codecs import Codec, decode, encode
+from bitnet_ext.frames import FrameHeader, FrameKind, decode_frame, frame_parts
+from coordinator.store.blobs import BlobKind, Blobs, Written, version_blob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerState:
+    """Master weights and momentum of a version, float32 (n,) each."""
+
+    version: int
+    weights: NDArray[np.float32]
+    momentum: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionBlobs:
+    """Both blobs of a version, durable."""
+
+    published: Written
+    state: Written
+
+
+def write_version(blobs: Blobs, state: ServerState, layout_hash: bytes) -> VersionBlobs:
+    """Write both blobs durably; the row that names them comes after. Blocking."""
+    header = FrameHeader(
+        kind=FrameKind.WEIGHTS,
+        codec=Codec.FP32,
+        layout_hash=layout_hash,
+        version=state.version,
+        num_elements=len(state.weights),
+    )
+    both = np.concatenate((state.weights, state.momentum))
+    state_header = replace(header, kind=FrameKind.SERVER_STATE, num_elements=len(both))
+    return VersionBlobs(
+        published=_write(blobs, BlobKind.PUBLISHED, header, state.weights),
+        state=_write(blobs, BlobKind.STATE, state_header, both),
+    )
+
+
+def _write(
+    blobs: Blobs, kind: BlobKind, header: FrameHeader, vector: NDArray[np.float32]
+) -> Written:
+    payload = encode(header.codec, vector)
+    return blobs.write(kind, version_blob(header.version), frame_parts(header, payload))
+
+
+def read_state(blobs: Blobs, version: int) -> ServerState:
+    """Read the server state of a version. Blocking.
+
+    Raises FrameError or PayloadError when the blob is damaged.
+    """
+    header, payload = decode_frame(blobs.read(BlobKind.STATE, version_blob(version)))
+    both = decode(header.codec, payload, header.num_elements)
+    weights, momentum = np.split(both, 2)
+    return ServerState(version=version, weights=weights, momentum=momentum)
+
+
+def remove_version(blobs: Blobs, version: int) -> None:
+    """Remove both blobs of a version. Blocking."""
+    for kind in (BlobKind.PUBLISHED, BlobKind.STATE):
+        blobs.remove(kind, [version_blob(version)])

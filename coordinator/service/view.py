@@ -1,0 +1,194 @@
+"""What the page shows: the bodies of snapshots and events of the live feed.
+
+A snapshot is one `FleetView`. Between snapshots come three kinds of event:
+
+- `fleet.updated`: a `FleetUpdate`; what it names replaces the same field, null
+  included; `workers` replaces single rows by `worker_id`
+- `version.published`: a `VersionPoint` to append
+- `version.evaluated`: an `EvaluationPoint` to add, or to replace by version
+
+Ids and numbers only, never tokens or keys, so that showing them is safe.
+"""
+
+from __future__ import annotations
+
+from msgspec import UNSET, Struct, UnsetType
+
+
+class View(Struct, frozen=True, kw_only=True):
+    """Base of every part."""
+
+
+class EtaView(View, frozen=True, kw_only=True):
+    """When the run will end (`coordinator.domain.eta`); Unix seconds."""
+
+    at: float | None
+    earliest_at: float | None
+    latest_at: float | None
+    reason: str
+
+
+class RunView(View, frozen=True, kw_only=True):
+    """The run, and how far it is."""
+
+    run_id: str
+    state: str
+    preset: str
+    num_params: int
+    started_at: float
+    stop_at: float | None
+    token_budget: int | None
+    tokens_accepted: int
+    #: One pass over the training shards; `epoch` counts from 1.
+    epoch: int
+    epoch_tokens: int
+    epoch_tokens_accepted: int
+    newest_version: int
+    newest_version_at: float
+    best_version: int | None
+    #: What `gzip -9` needs for the held-out text: the line to get under.
+    gzip_bits_per_byte: float
+    #: Of the whole fleet, over the last closed rounds; None before the first.
+    tokens_per_s: float | None
+    eta: EtaView
+    #: Not null after a hard reset that no operator has acknowledged.
+    reset_from_version: int | None
+
+
+class LaneView(View, frozen=True, kw_only=True):
+    """One claim of the open round."""
+
+    worker_id: str
+    task_id: str
+    num_tokens: int
+    #: By the last heartbeat; `num_tokens` once it is back.
+    tokens_done: int
+    claimed_at: float
+    predicted_s: float | None
+    ended_at: float | None
+    #: back, expired, released, failed; None while it is out.
+    outcome: str | None
+
+
+class RoundView(View, frozen=True, kw_only=True):
+    """The round that is open."""
+
+    round_id: int
+    base_version: int
+    #: `open` or `closing` (the outer step is being computed).
+    state: str
+    opened_at: float
+    first_claim_at: float | None
+    #: Seconds that a task of this run should take.
+    round_s: float
+    lanes: list[LaneView]
+
+
+class WorkerView(View, frozen=True, kw_only=True):
+    """One worker, and what to think of it."""
+
+    worker_id: str
+    name: str
+    verdict: str
+    #: One sentence with the number that decided.
+    evidence: str
+    phase: str
+    draining: bool
+    cpu_model: str
+    isa: str
+    threads: int
+    heartbeat_at: float
+    heartbeat_s: float
+    #: The task that it holds.
+    task_id: str | None
+    tokens_done: int | None
+    num_tokens: int | None
+    claimed_at: float | None
+    predicted_s: float | None
+    #: Moving average over accepted tasks; None before the first.
+    tokens_per_s: float | None
+    calibrated_tokens_per_s: float | None
+    tokens_accepted: int
+    tasks_done: int
+    tasks_failed: int
+
+
+class FailedTaskView(View, frozen=True, kw_only=True):
+    """A task that was given up."""
+
+    task_id: str
+    kind: str
+    attempt: int
+    reason: str
+
+
+class TasksView(View, frozen=True, kw_only=True):
+    """Training tasks of the run by state, and what has not been cut yet."""
+
+    pending: int
+    leased: int
+    done: int
+    failed: int
+    #: Tokens of this epoch that are not yet cut into tasks.
+    range_tokens: int
+    #: The latest of the failed ones, at most five.
+    latest_failed: list[FailedTaskView]
+
+
+class ServerView(View, frozen=True, kw_only=True):
+    """How the coordinator itself is doing."""
+
+    #: Worst delay of the event loop over the last ten seconds.
+    loop_lag_ms: float
+
+
+class VersionPoint(View, frozen=True, kw_only=True):
+    """One weight version of the run."""
+
+    version: int
+    at: float
+    tokens_total: int
+    num_submissions: int
+    #: Mean cross-entropy of the round's tasks, nats a token; None for the root.
+    train_loss: float | None
+    #: Tokens of its round by the seconds it took; None for the root.
+    tokens_per_s: float | None
+
+
+class EvaluationPoint(View, frozen=True, kw_only=True):
+    """The score of one version on the held-out text."""
+
+    version: int
+    tokens_total: int
+    #: Nats a token.
+    loss: float
+    bits_per_byte: float
+
+
+class FleetView(View, frozen=True, kw_only=True):
+    """Everything: the body of a snapshot."""
+
+    package_version: str
+    #: True where the page is served over plain HTTP beyond loopback.
+    insecure_http: bool
+    #: What to do before training can begin; None once there is a run.
+    missing: str | None
+    run: RunView | None
+    round: RoundView | None
+    tasks: TasksView | None
+    workers: list[WorkerView]
+    server: ServerView
+    #: All of the run, oldest first.
+    versions: list[VersionPoint]
+    evaluations: list[EvaluationPoint]
+
+
+class FleetUpdate(View, frozen=True, kw_only=True, omit_defaults=True):
+    """What changed since the last update: the body of `fleet.updated`."""
+
+    missing: str | UnsetType | None = UNSET
+    run: RunView | UnsetType | None = UNSET
+    round: RoundView | UnsetType | None = UNSET
+    tasks: TasksView | UnsetType | None = UNSET
+    server: ServerView | UnsetType = UNSET
+    workers: list[WorkerView] = []

@@ -1,0 +1,212 @@
+"""What an operator can set on a coordinator: the only reader of the environment.
+
+Every value is checked here, once. A wrong one ends the process with one line that
+names the variable and shows the value; keys are never shown.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from bitnet_ext.layout import UnknownPresetError, preset_shape
+from coordinator.domain.errors import StartError
+from coordinator.domain.plan import TrainingPlan
+
+PREFIX: Final = "BITNET_COORD_"
+MIN_KEY_CHARS: Final = 32
+_LEVELS: Final = ("debug", "info", "warning", "error")
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9.:_-]{1,253}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorSettings:
+    """The settings of one coordinator; `from_env` checks them."""
+
+    #: Database, weights and keys: everything that has to be kept.
+    data: Path
+    #: Folder of text; the prepared shards lie in `tokenized` inside.
+    corpus: Path
+    #: Address to listen on; others than loopback need `insecure_http`.
+    host: str
+    port: int
+    #: Names by which browsers may ask for this server, besides loopback.
+    allowed_hosts: frozenset[str]
+    #: Serve plain HTTP beyond loopback: keys and passwords can be read on the way.
+    insecure_http: bool
+    #: None: made at the first start and kept in the data folder.
+    worker_api_key: str | None = field(repr=False)
+    #: Valid as well, during a change of keys.
+    worker_api_key_next: str | None = field(repr=False)
+    #: Opens /metrics, /status and /ready.
+    metrics_token: str | None = field(repr=False)
+    preset: str
+    #: Decides the first weights and the order of the training text.
+    seed: int
+    #: Tokens to train; None: 20 for each parameter.
+    token_budget: int | None
+    #: Heartbeat interval of workers that set none.
+    heartbeat_s: float
+    #: Newest versions that keep their blobs.
+    keep_versions: int
+    log_level: str
+    plan: TrainingPlan
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> CoordinatorSettings:
+        """Read the settings; an empty variable counts as not set.
+
+        Raises StartError, naming variable and value, at the first bad one.
+        """
+        given = {
+            name.removeprefix(PREFIX): value
+            for name, value in env.items()
+            if name.startswith(PREFIX) and value.strip()
+        }
+        settings = cls(
+            data=Path(given.get("DATA", "data")),
+            corpus=Path(given.get("CORPUS", "corpus")),
+            host=given.get("HOST", "127.0.0.1"),
+            port=_whole(given, "PORT", 5000, 0, 65535),
+            allowed_hosts=_hosts(given),
+            insecure_http=_flag(given, "INSECURE_HTTP"),
+            worker_api_key=_key(given, "WORKER_API_KEY"),
+            worker_api_key_next=_key(given, "WORKER_API_KEY_NEXT"),
+            metrics_token=_key(given, "METRICS_TOKEN"),
+            preset=_preset(given),
+            seed=_whole(given, "SEED", 1, 0, 2**62),
+            token_budget=_whole(given, "TOKEN_BUDGET", 0, 0, 2**62) or None,
+            heartbeat_s=_seconds(given, "HEARTBEAT_S", 5.0),
+            keep_versions=_whole(given, "KEEP_VERSIONS", 20, 1, 10**9),
+            log_level=_level(given),
+            plan=_plan(given),
+        )
+        _refuse_unknown(given)
+        return settings
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the coordinator."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def check_reach(self) -> None:
+        """Raise StartError for an address beyond loopback that nobody has allowed."""
+        if not self.is_loopback and not self.insecure_http:
+            raise StartError(
+                f"{PREFIX}HOST is {self.host!r}, beyond this machine, and HTTPS is "
+                "not available yet: reach it through an ssh tunnel, or accept that "
+                "keys can be read on the way with --insecure-http"
+            )
+
+
+_FIELDS: Final = frozenset(
+    name.upper()
+    for name in (*CoordinatorSettings.__slots__, *TrainingPlan.__struct_fields__)
+    if name != "plan"
+)
+
+
+def _refuse_unknown(given: Mapping[str, str]) -> None:
+    unknown = sorted(given.keys() - _FIELDS)
+    if unknown:
+        raise StartError(
+            f"{PREFIX}{unknown[0]} is not a setting; there are "
+            f"{', '.join(sorted(_FIELDS))}"
+        )
+
+
+def _wrong(name: str, rule: str, value: object) -> StartError:
+    return StartError(f"{PREFIX}{name} must be {rule}, got {value!r}")
+
+
+def _whole(
+    env: Mapping[str, str], name: str, default: int, least: int, most: int
+) -> int:
+    value = env.get(name)
+    if value is None:
+        return default
+    if re.fullmatch(r"[0-9]{1,19}", value) is None or not least <= int(value) <= most:
+        raise _wrong(name, f"a whole number from {least} to {most}", value)
+    return int(value)
+
+
+def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
+    value = env.get(name)
+    if value is None:
+        return default
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 < seconds <= 3600.0:
+        raise _wrong(name, "a number of seconds above 0, at most 3600", value)
+    return seconds
+
+
+def _flag(env: Mapping[str, str], name: str) -> bool:
+    value = env.get(name, "false")
+    if value not in ("true", "false"):
+        raise _wrong(name, "true or false", value)
+    return value == "true"
+
+
+def _key(env: Mapping[str, str], name: str) -> str | None:
+    value = env.get(name)
+    if value is not None and re.fullmatch(r"[\x21-\x7e]{32,}", value) is None:
+        raise StartError(
+            f"{PREFIX}{name} must have at least {MIN_KEY_CHARS} printable ASCII "
+            "characters without spaces; it is not shown here"
+        )
+    return value
+
+
+def _hosts(env: Mapping[str, str]) -> frozenset[str]:
+    names = [name.strip() for name in env.get("ALLOWED_HOSTS", "").split(",")]
+    for name in names:
+        if name and _HOST_NAME.fullmatch(name) is None:
+            raise _wrong("ALLOWED_HOSTS", "host names separated by commas", name)
+    return frozenset(name.lower() for name in names if name)
+
+
+def _preset(env: Mapping[str, str]) -> str:
+    value = env.get("PRESET", "small")
+    try:
+        preset_shape(value)
+    except UnknownPresetError as error:
+        raise StartError(f"{PREFIX}PRESET: {error}") from None
+    return value
+
+
+def _level(env: Mapping[str, str]) -> str:
+    value = env.get("LOG_LEVEL", "info").lower()
+    if value not in _LEVELS:
+        raise _wrong("LOG_LEVEL", f"one of {', '.join(_LEVELS)}", env["LOG_LEVEL"])
+    return value
+
+
+def _plan(env: Mapping[str, str]) -> TrainingPlan:
+    given = {
+        name: env[name.upper()]
+        for name in TrainingPlan.__struct_fields__
+        if name.upper() in env
+    }
+    try:
+        return msgspec.convert(given, TrainingPlan, strict=False)
+    except msgspec.ValidationError as error:
+        found = re.search(r"\$\.([a-z0-9_]+)", str(error))
+        name = found.group(1) if found else ""
+        raise StartError(
+            f"{PREFIX}{name.upper()}: {error}, got {given.get(name)!r}"
+        ) from None

@@ -1,0 +1,142 @@
+"""Big immutable files: published frames, server states, payloads of submissions.
+
+Order of every write: temporary file, fsync, rename, fsync of the folder, and only
+then the database row that names it. A file without a row is a harmless orphan that
+the next start removes; a row without its file cannot be mended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from coordinator.domain.seams import Fs, NewFile, Rng
+
+_TEMPORARY: Final = ".tmp-"
+
+
+class BlobKind(StrEnum):
+    """What a blob is; also the name of its folder."""
+
+    PUBLISHED = "published"  #: what workers hold
+    STATE = "state"  #: fp32 master weights and momentum
+    PAYLOAD = "payload"  #: the frame of one submission
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A durable blob."""
+
+    name: str
+    sha256: str
+    num_bytes: int
+
+
+class Spool:
+    """A blob on its way in: hashed while it is written, named when it is kept."""
+
+    def __init__(self, fs: Fs, path: Path) -> None:
+        self._fs = fs
+        self._file: NewFile | None = fs.create(path)
+        self._hash = hashlib.sha256()
+        self.path = path
+        self.num_bytes = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append `data`."""
+        if self._file is None:
+            raise ValueError("spool is closed")
+        self._file.write(data)
+        self._hash.update(data)
+        self.num_bytes += len(data)
+
+    def sha256(self) -> str:
+        """Return the hash of what was written so far."""
+        return self._hash.hexdigest()
+
+    def keep(self, target: Path) -> None:
+        """Make it durable under the name `target`, in the same folder."""
+        if self._file is None:
+            raise ValueError("spool is closed")
+        self._file.sync()
+        self._close()
+        self._fs.rename(self.path, target)
+        self._fs.sync_folder(target.parent)
+
+    def discard(self) -> None:
+        """Throw it away; harmless after `keep`."""
+        self._close()
+        self._fs.unlink(self.path)
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+class Blobs:
+    """The three folders of blobs below one data folder. Blocking: never on the loop."""
+
+    def __init__(self, folder: Path, fs: Fs, rng: Rng) -> None:
+        self._folder = folder
+        self._fs = fs
+        self._rng = rng
+        for kind in BlobKind:
+            (folder / kind).mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def spool(self, kind: BlobKind) -> Spool:
+        """Open a new blob for writing."""
+        return Spool(
+            self._fs,
+            self._folder / kind / f"{_TEMPORARY}{self._rng.token(8).hex()}",
+        )
+
+    def keep(self, spool: Spool, kind: BlobKind, name: str) -> Written:
+        """Make a spool durable under `name`."""
+        written = Written(name=name, sha256=spool.sha256(), num_bytes=spool.num_bytes)
+        spool.keep(self.path(kind, name))
+        return written
+
+    def write(
+        self, kind: BlobKind, name: str, parts: Iterable[bytes | memoryview]
+    ) -> Written:
+        """Write a whole blob durably."""
+        spool = self.spool(kind)
+        try:
+            for part in parts:
+                spool.write(part)
+            return self.keep(spool, kind, name)
+        finally:
+            spool.discard()
+
+    def path(self, kind: BlobKind, name: str) -> Path:
+        """Return where the blob lies."""
+        return self._folder / kind / name
+
+    def open(self, kind: BlobKind, name: str) -> BinaryIO:
+        """Open a blob; stays readable when it is removed meanwhile."""
+        return self._fs.open(self.path(kind, name))
+
+    def read(self, kind: BlobKind, name: str) -> bytes:
+        """Return a whole blob. Raises FileNotFoundError."""
+        with self.open(kind, name) as file:
+            return file.read()
+
+    def remove(self, kind: BlobKind, names: Iterable[str]) -> None:
+        """Remove blobs; missing ones are no error."""
+        for name in names:
+            self._fs.unlink(self.path(kind, name))
+        self._fs.sync_folder(self._folder / kind)
+
+    def names(self, kind: BlobKind) -> list[str]:
+        """Return the names of all blobs of a kind, leftovers included."""
+        return sorted(path.name for path in (self._folder / kind).iterdir())
+
+
+def version_blob(version: int) -> str:
+    """Return the file name of a version, for either of its blobs."""
+    return f"v{version:010d}.frame"

@@ -1,0 +1,154 @@
+"""The database: one writer thread, which alone checkpoints, and a few readers.
+
+Every write runs on that one thread inside BEGIN IMMEDIATE, so that no two writes
+ever wait for each other inside SQLite. Reads run beside it on connections that
+cannot write. The event loop only ever awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
+
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
+
+try:
+    # Newer than the SQLite of many systems, whose WAL reset can corrupt a file.
+    from pysqlite3 import dbapi2 as _driver  # type: ignore[import-untyped]
+except ImportError:
+    _driver = sqlite3
+
+T = TypeVar("T")
+
+NUM_READERS: Final = 2
+BUSY_TIMEOUT_S: Final = 5.0
+#: Bytes that the write-ahead log is cut back to after a checkpoint.
+JOURNAL_LIMIT_BYTES: Final = 64 * 2**20
+
+
+def sqlite_module() -> types.ModuleType:
+    """Return the driver in use; its `sqlite_version` goes to the log."""
+    module: types.ModuleType = _driver
+    return module
+
+
+def _pragmas(read_only: bool) -> tuple[str, ...]:
+    common = (
+        "PRAGMA foreign_keys=ON",
+        "PRAGMA trusted_schema=OFF",
+        f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}",
+    )
+    if read_only:
+        return (*common, "PRAGMA query_only=ON", "PRAGMA wal_autocheckpoint=0")
+    return (
+        *common,
+        "PRAGMA journal_mode=WAL",
+        "PRAGMA synchronous=FULL",
+        f"PRAGMA journal_size_limit={JOURNAL_LIMIT_BYTES}",
+    )
+
+
+def open_engine(path: Path, *, read_only: bool = False) -> Engine:
+    """Return an engine on a SQLite file with the settings of this project."""
+    mode = "ro" if read_only else "rwc"
+
+    # Not through a URL of SQLAlchemy: it would decode the name of the file once more.
+    def connect() -> Any:
+        return _driver.connect(
+            f"file:{quote(str(path))}?mode={mode}",
+            uri=True,
+            check_same_thread=False,
+            timeout=BUSY_TIMEOUT_S,
+        )
+
+    engine = create_engine(
+        "sqlite+pysqlite://",
+        module=_driver,
+        creator=connect,
+        poolclass=QueuePool,
+        pool_size=NUM_READERS if read_only else 1,
+        max_overflow=0,
+    )
+
+    def configure(connection: Any, _record: Any) -> None:
+        # The driver must not begin transactions on its own: ours say IMMEDIATE.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in _pragmas(read_only):
+            cursor.execute(pragma)
+        cursor.close()
+
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+    event.listen(engine, "connect", configure)
+    event.listen(engine, "begin", begin)
+    return engine
+
+
+def read_once(path: Path, act: Callable[[Connection], T]) -> T:
+    """Run `act` on a database that another process may be writing. Blocking."""
+    engine = open_engine(path, read_only=True)
+    try:
+        with engine.begin() as connection:
+            return act(connection)
+    finally:
+        engine.dispose()
+
+
+class Store:
+    """Runs functions of a `Connection` on the writer or on a reader."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer = open_engine(path)
+        self._reader = open_engine(path, read_only=True)
+        self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="store-write")
+        self._read_threads = ThreadPoolExecutor(
+            NUM_READERS, thread_name_prefix="store-read"
+        )
+
+    async def write(self, act: Callable[[Connection], T]) -> T:
+        """Run `act` in one transaction, committed and durable when this returns."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._write_thread, self._in_writer, act)
+
+    async def read(self, act: Callable[[Connection], T]) -> T:
+        """Run `act` on one consistent snapshot; it cannot write."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._read_threads, self._in_reader, act)
+
+    def write_now(self, act: Callable[[Connection], T]) -> T:
+        """Do the same as `write`, blocking: for start-up and commands."""
+        return self._write_thread.submit(self._in_writer, act).result()
+
+    def read_now(self, act: Callable[[Connection], T]) -> T:
+        """Do the same as `read`, blocking: for start-up and commands."""
+        return self._read_threads.submit(self._in_reader, act).result()
+
+    def _in_writer(self, act: Callable[[Connection], T]) -> T:
+        with self._writer.begin() as connection:
+            return act(connection)
+
+    def _in_reader(self, act: Callable[[Connection], T]) -> T:
+        with self._reader.begin() as connection:
+            return act(connection)
+
+    def close(self) -> None:
+        """Finish what runs, checkpoint, and close every connection."""
+        self._write_thread.submit(self._checkpoint).result()
+        self._write_thread.shutdown()
+        self._read_threads.shutdown()
+        self._reader.dispose()
+        self._writer.dispose()
+
+    def _checkpoint(self) -> None:
+        with self._writer.connect() as connection:
+            raw = connection.connection.cursor()
+            raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            raw.close()

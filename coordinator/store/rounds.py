@@ -1,0 +1,232 @@
+"""Rounds, the claims made in them, and the submissions that came back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from bitnet_ext.wire.verdicts import SubmissionState
+from coordinator.store.rows import ClaimRow, RoundRow, SubmissionRow, typed
+from coordinator.store.tables import claims, rounds, submissions
+
+
+def open_round(
+    connection: Connection, *, run_id: str, base_version: int, now: float
+) -> None:
+    """Open the next round on a version."""
+    connection.execute(
+        insert(rounds).values(
+            run_id=run_id, base_version=base_version, state="open", opened_at=now
+        )
+    )
+
+
+def live_round(connection: Connection, run_id: str) -> RoundRow | None:
+    """Return the round of a run that is open or closing."""
+    row = connection.execute(
+        select(rounds).where(rounds.c.run_id == run_id, rounds.c.state != "closed")
+    ).first()
+    return None if row is None else typed(RoundRow, row)
+
+
+def change_round(connection: Connection, round_id: int, **columns: Any) -> None:
+    """Set columns of a round."""
+    connection.execute(
+        update(rounds).where(rounds.c.round_id == round_id).values(**columns)
+    )
+
+
+def note_first_submission(connection: Connection, round_id: int, now: float) -> None:
+    """Record when the first submission of a round came; later ones change nothing."""
+    connection.execute(
+        update(rounds)
+        .where(rounds.c.round_id == round_id, rounds.c.first_submission_at.is_(None))
+        .values(first_submission_at=now)
+    )
+
+
+def add_claim(connection: Connection, **columns: Any) -> None:
+    """Record that a worker claimed a task in a round."""
+    connection.execute(insert(claims).values(**columns))
+
+
+def end_claim(
+    connection: Connection, *, round_id: int, task_id: str, outcome: str, now: float
+) -> None:
+    """Record how the open claim of a task ended."""
+    connection.execute(
+        update(claims)
+        .where(
+            claims.c.round_id == round_id,
+            claims.c.task_id == task_id,
+            claims.c.ended_at.is_(None),
+        )
+        .values(ended_at=now, outcome=outcome)
+    )
+
+
+def void_claims(connection: Connection, round_id: int) -> None:
+    """Start a round over: its claims no longer keep anybody from claiming."""
+    connection.execute(
+        update(claims).where(claims.c.round_id == round_id).values(outcome="void")
+    )
+
+
+def claims_of(connection: Connection, round_id: int) -> list[ClaimRow]:
+    """Return the claims of a round that still count, in order."""
+    rows = connection.execute(
+        select(claims)
+        .where(
+            claims.c.round_id == round_id,
+            claims.c.outcome.is_(None) | (claims.c.outcome != "void"),
+        )
+        .order_by(claims.c.claim_seq)
+    )
+    return [typed(ClaimRow, row) for row in rows]
+
+
+def add_submission(connection: Connection, **columns: Any) -> None:
+    """Insert an accepted submission."""
+    connection.execute(
+        insert(submissions).values(state=SubmissionState.ACCEPTED, **columns)
+    )
+
+
+def find_submission(connection: Connection, submission_id: str) -> SubmissionRow | None:
+    """Return a submission by its id."""
+    row = connection.execute(
+        select(submissions).where(submissions.c.submission_id == submission_id)
+    ).first()
+    return None if row is None else typed(SubmissionRow, row)
+
+
+def accepted_in_round(connection: Connection, round_id: int) -> list[SubmissionRow]:
+    """Return what a round will merge, in the one order in which it is merged."""
+    rows = connection.execute(
+        select(submissions)
+        .where(
+            submissions.c.round_id == round_id,
+            submissions.c.state == SubmissionState.ACCEPTED,
+        )
+        .order_by(
+            submissions.c.epoch, submissions.c.shard_id, submissions.c.start_token
+        )
+    )
+    return [typed(SubmissionRow, row) for row in rows]
+
+
+def tokens_within(
+    connection: Connection, *, epoch: int, shard_id: str, start: int, end: int
+) -> dict[str, int]:
+    """Return the tokens of a stretch that are accepted, by worker."""
+    rows = connection.execute(
+        select(submissions.c.worker_id, func.sum(submissions.c.tokens))
+        .where(
+            submissions.c.epoch == epoch,
+            submissions.c.shard_id == shard_id,
+            submissions.c.start_token >= start,
+            submissions.c.start_token < end,
+            submissions.c.state != SubmissionState.FILTERED,
+        )
+        .group_by(submissions.c.worker_id)
+    )
+    return {worker_id: int(tokens) for worker_id, tokens in rows}
+
+
+def apply_submissions(connection: Connection, round_id: int, version: int) -> None:
+    """Mark every accepted submission of a round as part of `version`."""
+    connection.execute(
+        update(submissions)
+        .where(
+            submissions.c.round_id == round_id,
+            submissions.c.state == SubmissionState.ACCEPTED,
+        )
+        .values(state=SubmissionState.APPLIED, version=version)
+    )
+
+
+def filter_submissions(connection: Connection, round_id: int, reason: str) -> None:
+    """Leave every accepted submission of a round out, with the reason."""
+    connection.execute(
+        update(submissions)
+        .where(
+            submissions.c.round_id == round_id,
+            submissions.c.state == SubmissionState.ACCEPTED,
+        )
+        .values(state=SubmissionState.FILTERED, reason=reason)
+    )
+
+
+def filter_run(connection: Connection, run_id: str, reason: str) -> None:
+    """Leave out everything of a run that is accepted but not applied."""
+    connection.execute(
+        update(submissions)
+        .where(
+            submissions.c.run_id == run_id,
+            submissions.c.state == SubmissionState.ACCEPTED,
+        )
+        .values(state=SubmissionState.FILTERED, reason=reason)
+    )
+
+
+def close_rounds(connection: Connection, run_id: str, now: float) -> None:
+    """Close whatever round of a run is still live, without a version."""
+    connection.execute(
+        update(rounds)
+        .where(rounds.c.run_id == run_id, rounds.c.state != "closed")
+        .values(state="closed", closed_at=now)
+    )
+
+
+def payload_files(connection: Connection) -> set[str]:
+    """Return the names of all payloads that a row still needs."""
+    rows = connection.execute(
+        select(submissions.c.payload_file).where(
+            submissions.c.payload_file.is_not(None)
+        )
+    )
+    return {name for (name,) in rows}
+
+
+def forget_payloads(connection: Connection, up_to_version: int) -> list[str]:
+    """Let go of payloads that only lead to pruned versions; return their names."""
+    gone = (
+        submissions.c.payload_file.is_not(None),
+        submissions.c.state == SubmissionState.APPLIED,
+        submissions.c.version <= up_to_version,
+    )
+    names = [
+        name
+        for (name,) in connection.execute(
+            select(submissions.c.payload_file).where(*gone)
+        )
+    ]
+    connection.execute(update(submissions).where(*gone).values(payload_file=None))
+    return names
+
+
+def applied_tokens_by_worker(connection: Connection, run_id: str) -> dict[str, int]:
+    """Return the tokens of each worker that are part of a version."""
+    rows = connection.execute(
+        select(submissions.c.worker_id, func.sum(submissions.c.tokens))
+        .where(
+            submissions.c.run_id == run_id,
+            submissions.c.state == SubmissionState.APPLIED,
+        )
+        .group_by(submissions.c.worker_id)
+    )
+    return {worker_id: int(tokens) for worker_id, tokens in rows}
+
+
+def epoch_tokens_accepted(connection: Connection, run_id: str, epoch: int) -> int:
+    """Return the tokens of an epoch that were accepted and not filtered."""
+    return int(
+        connection.execute(
+            select(func.coalesce(func.sum(submissions.c.tokens), 0)).where(
+                submissions.c.run_id == run_id,
+                submissions.c.epoch == epoch,
+                submissions.c.state != SubmissionState.FILTERED,
+            )
+        ).scalar_one()
+    )

@@ -1,0 +1,101 @@
+"""Runs and ranges: what is trained, and which stretches are left of this epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from coordinator.store.rows import RangeRow, RunRow, typed
+from coordinator.store.tables import ranges, runs
+
+
+def add_run(connection: Connection, **columns: Any) -> None:
+    """Insert a run."""
+    connection.execute(insert(runs).values(**columns))
+
+
+def newest_run(connection: Connection) -> RunRow | None:
+    """Return the run that was made last, whatever its state."""
+    row = connection.execute(
+        select(runs).order_by(runs.c.created_at.desc(), runs.c.root_version.desc())
+    ).first()
+    return None if row is None else typed(RunRow, row)
+
+
+def change_run(connection: Connection, run_id: str, **columns: Any) -> None:
+    """Set columns of a run."""
+    connection.execute(update(runs).where(runs.c.run_id == run_id).values(**columns))
+
+
+def add_accepted_tokens(connection: Connection, run_id: str, tokens: int) -> None:
+    """Count tokens that were just accepted (negative: given back by a filter)."""
+    connection.execute(
+        update(runs)
+        .where(runs.c.run_id == run_id)
+        .values(tokens_accepted=runs.c.tokens_accepted + tokens)
+    )
+
+
+def add_range(
+    connection: Connection,
+    *,
+    run_id: str,
+    epoch: int,
+    shard_id: str,
+    start_token: int,
+    num_tokens: int,
+) -> None:
+    """Insert a stretch to be trained."""
+    connection.execute(
+        insert(ranges).values(
+            run_id=run_id,
+            epoch=epoch,
+            shard_id=shard_id,
+            start_token=start_token,
+            num_tokens=num_tokens,
+        )
+    )
+
+
+def next_range(connection: Connection, run_id: str) -> RangeRow | None:
+    """Return the range to cut from next: oldest epoch, then oldest range."""
+    row = connection.execute(
+        select(ranges)
+        .where(ranges.c.run_id == run_id)
+        .order_by(ranges.c.epoch, ranges.c.range_id)
+        .limit(1)
+    ).first()
+    return None if row is None else typed(RangeRow, row)
+
+
+def shorten_range(connection: Connection, piece: RangeRow, taken: int) -> None:
+    """Take `taken` tokens from the front of a range; remove it when none is left."""
+    this = ranges.c.range_id == piece.range_id
+    if taken == piece.num_tokens:
+        connection.execute(ranges.delete().where(this))
+        return
+    connection.execute(
+        update(ranges)
+        .where(this)
+        .values(
+            start_token=piece.start_token + taken,
+            num_tokens=piece.num_tokens - taken,
+        )
+    )
+
+
+def range_tokens(connection: Connection, run_id: str) -> int:
+    """Return the tokens of all ranges of a run."""
+    return int(
+        connection.execute(
+            select(func.coalesce(func.sum(ranges.c.num_tokens), 0)).where(
+                ranges.c.run_id == run_id
+            )
+        ).scalar_one()
+    )
+
+
+def drop_ranges(connection: Connection, run_id: str) -> None:
+    """Forget what was left of a run that has ended."""
+    connection.execute(ranges.delete().where(ranges.c.run_id == run_id))

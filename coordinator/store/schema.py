@@ -1,0 +1,42 @@
+"""Brings a database to the newest schema, and refuses one that is newer still."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
+
+from coordinator.domain.errors import StartError
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
+
+
+def schema_revision(connection: Connection) -> str | None:
+    """Return the revision that a database has; None for an empty one."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def migrate(connection: Connection) -> None:
+    """Run every missing step, all in the caller's transaction.
+
+    Raises StartError for a database written by a newer version of this program.
+    """
+    config = _config()
+    scripts = ScriptDirectory.from_config(config)
+    known = {script.revision for script in scripts.walk_revisions()}
+    found = schema_revision(connection)
+    if found is not None and found not in known:
+        raise StartError(
+            f"the database has schema {found!r}, which this version does not know; "
+            f"use the version that wrote it, or restore a backup"
+        )
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")

@@ -1,0 +1,332 @@
+"""Every table, in SQLAlchemy Core; `migrations/` makes them, this file describes them.
+
+Times are Unix seconds UTC. The columns that end in `_json` hold one JSON object.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)
+
+metadata: Final = MetaData()
+
+#: BIGINT everywhere; on SQLite only INTEGER PRIMARY KEY counts up by itself.
+Serial: Final = BigInteger().with_variant(Integer, "sqlite")
+
+#: Small facts of this installation: the high-water mark of the lease clock.
+facts: Final = Table(
+    "facts",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+#: What must never be shown: password hash, server secret.
+secrets: Final = Table(
+    "secrets",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+#: Browser sessions of operators; only the hash of the cookie is kept.
+sessions: Final = Table(
+    "sessions",
+    metadata,
+    Column("session_hash", String(64), primary_key=True),
+    Column("operator", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("seen_at", Float, nullable=False),
+)
+
+#: One training from version 1 (or a reset) to its end; owns all that follows.
+runs: Final = Table(
+    "runs",
+    metadata,
+    Column("run_id", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("preset", String(32), nullable=False),
+    Column("model_json", Text, nullable=False),
+    Column("layout_hash", String(64), nullable=False),
+    Column("tokenizer_hash", String(64), nullable=False),
+    Column("corpus_hash", String(64), nullable=False),
+    Column("plan_json", Text, nullable=False),
+    Column("token_budget", BigInteger),
+    Column("root_version", BigInteger, nullable=False),
+    Column("epoch", Integer, nullable=False, server_default="0"),
+    Column("tokens_accepted", BigInteger, nullable=False, server_default="0"),
+    Column("created_at", Float, nullable=False),
+    Column("stop_at", Float),
+    Column("reset_from_version", BigInteger),
+    Column("reset_acknowledged", Boolean, nullable=False, server_default=text("1")),
+    CheckConstraint("state IN ('running','paused','finished')", name="run_state"),
+)
+
+#: A stretch of a shard not yet trained, nor cut into a task, in this epoch.
+ranges: Final = Table(
+    "ranges",
+    metadata,
+    Column("range_id", Serial, primary_key=True),
+    Column("run_id", String(64), ForeignKey("runs.run_id"), nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("shard_id", String(64), nullable=False),
+    Column("start_token", BigInteger, nullable=False),
+    Column("num_tokens", BigInteger, nullable=False),
+    CheckConstraint("num_tokens > 0", name="range_not_empty"),
+)
+Index("ix_ranges_next", ranges.c.run_id, ranges.c.epoch, ranges.c.range_id)
+
+#: A round: the submissions that make one version from the last.
+rounds: Final = Table(
+    "rounds",
+    metadata,
+    Column("round_id", Serial, primary_key=True),
+    Column("run_id", String(64), ForeignKey("runs.run_id"), nullable=False),
+    Column("base_version", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("opened_at", Float, nullable=False),
+    Column("first_claim_at", Float),
+    Column("first_submission_at", Float),
+    Column("closed_at", Float),
+    Column("version", BigInteger),
+    CheckConstraint("state IN ('open','closing','closed')", name="round_state"),
+)
+Index(
+    "ux_rounds_live",
+    rounds.c.run_id,
+    unique=True,
+    sqlite_where=text("state <> 'closed'"),
+    postgresql_where=text("state <> 'closed'"),
+)
+
+#: One unit of work: K local steps on a stretch, or the score of one version.
+tasks: Final = Table(
+    "tasks",
+    metadata,
+    Column("task_id", String(64), primary_key=True),
+    Column("run_id", String(64), ForeignKey("runs.run_id"), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("shard_id", String(64), nullable=False),
+    Column("start_token", BigInteger, nullable=False),
+    Column("num_tokens", BigInteger, nullable=False),
+    Column("fixed_size", Boolean, nullable=False),
+    Column("version", BigInteger),  # the version to score, for an evaluation
+    Column("state", String(16), nullable=False),
+    Column("reason", Text),
+    Column("attempt", Integer, nullable=False, server_default="0"),
+    Column("not_before_at", Float, nullable=False, server_default="0"),
+    # The round that had it last and did not finish it: not claimed there again.
+    Column("returned_round_id", BigInteger),
+    Column("created_at", Float, nullable=False),
+    Column("done_at", Float),
+    # The lease; set exactly while the task is leased.
+    Column("lease_hash", String(64)),
+    Column("lease_claim_id", String(64)),
+    Column("lease_worker_id", String(64)),
+    Column("lease_terms_json", Text),
+    Column("base_version", BigInteger),
+    Column("round_id", BigInteger),
+    Column("claimed_at", Float),
+    Column("expires_at", Float),
+    Column("hard_at", Float),
+    Column("predicted_s", Float),
+    # What the heartbeats of this lease reported.
+    Column("tokens_done", BigInteger, nullable=False, server_default="0"),
+    Column("bytes_done", BigInteger, nullable=False, server_default="0"),
+    Column("cpu_s", Float, nullable=False, server_default="0"),
+    Column("step_s", Float, nullable=False, server_default="0"),
+    Column("progress_at", Float),
+    CheckConstraint("state IN ('pending','leased','done','failed')", name="task_state"),
+    CheckConstraint("(state = 'leased') = (lease_hash IS NOT NULL)", name="task_lease"),
+    CheckConstraint("kind IN ('train','evaluate')", name="task_kind"),
+)
+Index(
+    "ix_tasks_pending",
+    tasks.c.run_id,
+    tasks.c.kind,
+    tasks.c.epoch,
+    tasks.c.created_at,
+    tasks.c.task_id,
+    sqlite_where=text("state = 'pending'"),
+    postgresql_where=text("state = 'pending'"),
+)
+Index(
+    "ix_tasks_leased",
+    tasks.c.expires_at,
+    sqlite_where=text("state = 'leased'"),
+    postgresql_where=text("state = 'leased'"),
+)
+Index(
+    "ux_tasks_claim",
+    tasks.c.lease_claim_id,
+    unique=True,
+    sqlite_where=text("state = 'leased'"),
+    postgresql_where=text("state = 'leased'"),
+)
+Index("ix_tasks_state", tasks.c.run_id, tasks.c.state)
+
+#: Who claimed what in a round, and how it ended: the lanes of the page.
+claims: Final = Table(
+    "claims",
+    metadata,
+    Column("claim_seq", Serial, primary_key=True),
+    Column("round_id", BigInteger, ForeignKey("rounds.round_id"), nullable=False),
+    Column("worker_id", String(64), nullable=False),
+    Column("task_id", String(64), nullable=False),
+    Column("num_tokens", BigInteger, nullable=False),
+    Column("claimed_at", Float, nullable=False),
+    Column("predicted_s", Float),
+    Column("ended_at", Float),
+    # back, expired, released, failed, revoked; void once the round starts over.
+    Column("outcome", String(16)),
+)
+Index("ix_claims_round", claims.c.round_id, claims.c.worker_id)
+
+#: A pseudo-gradient: accepted, then applied to a version or filtered.
+submissions: Final = Table(
+    "submissions",
+    metadata,
+    Column("submission_id", String(64), primary_key=True),
+    Column("run_id", String(64), ForeignKey("runs.run_id"), nullable=False),
+    Column(
+        "task_id", String(64), ForeignKey("tasks.task_id"), nullable=False, unique=True
+    ),
+    Column("round_id", BigInteger, ForeignKey("rounds.round_id"), nullable=False),
+    Column("worker_id", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text),
+    Column("base_version", BigInteger, nullable=False),
+    Column("version", BigInteger),
+    Column("epoch", Integer, nullable=False),
+    Column("shard_id", String(64), nullable=False),
+    Column("start_token", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("num_steps", Integer, nullable=False),
+    Column("loss_first", Float, nullable=False),
+    Column("loss_last", Float, nullable=False),
+    Column("loss_mean", Float, nullable=False),
+    Column("claimed_at", Float, nullable=False),
+    Column("accepted_at", Float, nullable=False),
+    Column("compute_s", Float, nullable=False),
+    Column("download_s", Float, nullable=False),
+    Column("download_bytes", BigInteger, nullable=False),
+    Column("cpu_s", Float, nullable=False),
+    Column("codec", String(16), nullable=False),
+    Column("payload_file", Text),
+    Column("payload_bytes", BigInteger, nullable=False),
+    Column("body_sha256", String(64), nullable=False),
+    Column("answer_json", Text, nullable=False),
+    CheckConstraint(
+        "state IN ('accepted','applied','filtered')", name="submission_state"
+    ),
+    CheckConstraint(
+        "(state = 'applied') = (version IS NOT NULL)", name="submission_version"
+    ),
+)
+Index("ix_submissions_round", submissions.c.round_id)
+Index("ix_submissions_accepted_at", submissions.c.run_id, submissions.c.accepted_at)
+
+#: A weight version: two blobs, the published frame and the server state.
+versions: Final = Table(
+    "versions",
+    metadata,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("run_id", String(64), ForeignKey("runs.run_id"), nullable=False),
+    # UNIQUE: history cannot fork. NULL for the root of a run.
+    Column("parent", BigInteger, ForeignKey("versions.version"), unique=True),
+    Column("round_id", BigInteger),
+    Column("published_sha256", String(64), nullable=False),
+    Column("published_bytes", BigInteger, nullable=False),
+    Column("state_sha256", String(64), nullable=False),
+    Column("state_bytes", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("tokens_total", BigInteger, nullable=False),
+    Column("num_submissions", Integer, nullable=False),
+    Column("train_loss", Float),
+    Column("plan_json", Text, nullable=False),
+    Column("pruned", Boolean, nullable=False, server_default=text("0")),
+)
+Index("ix_versions_run", versions.c.run_id, versions.c.version)
+
+#: The score of one version on the held-out shard.
+evaluations: Final = Table(
+    "evaluations",
+    metadata,
+    Column("submission_id", String(64), primary_key=True),
+    Column(
+        "task_id", String(64), ForeignKey("tasks.task_id"), nullable=False, unique=True
+    ),
+    Column("run_id", String(64), ForeignKey("runs.run_id"), nullable=False),
+    Column("version", BigInteger, nullable=False, unique=True),
+    Column("worker_id", String(64), nullable=False),
+    Column("nats", Float, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("compute_s", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("body_sha256", String(64), nullable=False),
+    Column("answer_json", Text, nullable=False),
+)
+
+#: One registered training process. The id is a label, not a right.
+workers: Final = Table(
+    "workers",
+    metadata,
+    Column("worker_id", String(64), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("cpu_model", Text, nullable=False),
+    Column("isa", String(64), nullable=False),
+    Column("threads", Integer, nullable=False),
+    Column("package_version", String(64), nullable=False),
+    Column("own_heartbeat_s", Float),
+    Column("calibrated_tokens_per_s", Float),
+    Column("registered_at", Float, nullable=False),
+    Column("heartbeat_at", Float, nullable=False),
+    Column("phase", String(16), nullable=False),
+    Column("draining", Boolean, nullable=False, server_default=text("0")),
+    Column("tokens_per_s", Float),
+    Column("tasks_done", Integer, nullable=False, server_default="0"),
+    Column("tasks_failed", Integer, nullable=False, server_default="0"),
+    Column("tokens_accepted", BigInteger, nullable=False, server_default="0"),
+)
+
+#: What happened, in order: the story behind every number on the page.
+events: Final = Table(
+    "events",
+    metadata,
+    Column("event_id", Serial, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("kind", String(64), nullable=False),
+    Column("body_json", Text, nullable=False),
+)
+
+#: Log records that workers sent.
+worker_logs: Final = Table(
+    "worker_logs",
+    metadata,
+    Column("log_id", Serial, primary_key=True),
+    Column("received_at", Float, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("worker_id", String(64), nullable=False),
+    Column("level", String(16), nullable=False),
+    Column("event", String(100), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("task_id", String(64)),
+)

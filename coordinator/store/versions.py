@@ -1,0 +1,132 @@
+"""Weight versions and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from coordinator.store.rows import EvaluationRow, PointRow, VersionRow, typed
+from coordinator.store.tables import evaluations, rounds, versions
+
+_parents = versions.alias("parents")
+
+
+def add_version(connection: Connection, **columns: Any) -> None:
+    """Insert a version whose two blobs are durable."""
+    connection.execute(insert(versions).values(**columns))
+
+
+def find_version(connection: Connection, version: int) -> VersionRow | None:
+    """Return a version by its number."""
+    row = connection.execute(
+        select(versions).where(versions.c.version == version)
+    ).first()
+    return None if row is None else typed(VersionRow, row)
+
+
+def newest_version(connection: Connection, run_id: str) -> VersionRow:
+    """Return the newest version of a run, which always has its root."""
+    row = connection.execute(
+        select(versions)
+        .where(versions.c.run_id == run_id)
+        .order_by(versions.c.version.desc())
+        .limit(1)
+    ).one()
+    return typed(VersionRow, row)
+
+
+def highest_number(connection: Connection) -> int:
+    """Return the highest version number ever used, 0 before the first."""
+    highest = connection.execute(select(func.max(versions.c.version))).scalar_one()
+    return 0 if highest is None else int(highest)
+
+
+def kept_versions(connection: Connection) -> list[VersionRow]:
+    """Return every version that still has its blobs, oldest first."""
+    rows = connection.execute(
+        select(versions)
+        .where(versions.c.pruned.is_(False))
+        .order_by(versions.c.version)
+    )
+    return [typed(VersionRow, row) for row in rows]
+
+
+def versions_of(connection: Connection, run_id: str) -> list[VersionRow]:
+    """Return every version of a run, oldest first."""
+    rows = connection.execute(
+        select(versions).where(versions.c.run_id == run_id).order_by(versions.c.version)
+    )
+    return [typed(VersionRow, row) for row in rows]
+
+
+def mark_pruned(connection: Connection, numbers: Iterable[int]) -> None:
+    """Record that versions lose their blobs; done before the files go."""
+    connection.execute(
+        update(versions)
+        .where(versions.c.version.in_(list(numbers)))
+        .values(pruned=True)
+    )
+
+
+def add_evaluation(connection: Connection, **columns: Any) -> None:
+    """Insert the score of a version."""
+    connection.execute(insert(evaluations).values(**columns))
+
+
+def find_evaluation(connection: Connection, submission_id: str) -> EvaluationRow | None:
+    """Return a score by the id under which it was submitted."""
+    row = connection.execute(
+        select(evaluations).where(evaluations.c.submission_id == submission_id)
+    ).first()
+    return None if row is None else typed(EvaluationRow, row)
+
+
+def evaluations_of(connection: Connection, run_id: str) -> list[EvaluationRow]:
+    """Return every score of a run, by version."""
+    rows = connection.execute(
+        select(evaluations)
+        .where(evaluations.c.run_id == run_id)
+        .order_by(evaluations.c.version)
+    )
+    return [typed(EvaluationRow, row) for row in rows]
+
+
+def best_version(connection: Connection, run_id: str) -> int | None:
+    """Return the version with the lowest held-out loss, None before any score."""
+    return connection.execute(
+        select(evaluations.c.version)
+        .where(evaluations.c.run_id == run_id)
+        .order_by(evaluations.c.nats / evaluations.c.tokens, evaluations.c.version)
+        .limit(1)
+    ).scalar_one_or_none()
+
+
+def points_of(
+    connection: Connection, run_id: str, *, newest: int | None = None
+) -> list[PointRow]:
+    """Return what the page shows of the versions of a run, oldest first.
+
+    With `newest`, only so many of the last ones.
+    """
+    rows = connection.execute(
+        select(
+            versions.c.version,
+            versions.c.created_at,
+            versions.c.tokens_total,
+            versions.c.num_submissions,
+            versions.c.train_loss,
+            rounds.c.first_claim_at,
+            _parents.c.tokens_total.label("tokens_before"),
+        )
+        .select_from(
+            versions.outerjoin(
+                rounds, rounds.c.round_id == versions.c.round_id
+            ).outerjoin(_parents, _parents.c.version == versions.c.parent)
+        )
+        .where(versions.c.run_id == run_id)
+        .order_by(versions.c.version.desc())
+        .limit(newest)
+    )
+    return [typed(PointRow, row) for row in rows][::-1]

@@ -1,0 +1,134 @@
+"""Registered workers, their logs, and the events of the fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from coordinator.store.rows import WorkerRow, typed
+from coordinator.store.tables import events, facts, secrets, worker_logs, workers
+
+#: How many log records and events are kept; the oldest go first.
+MAX_LOGS: Final = 20_000
+MAX_EVENTS: Final = 20_000
+
+
+def find_worker(connection: Connection, worker_id: str) -> WorkerRow | None:
+    """Return a worker by its id."""
+    row = connection.execute(
+        select(workers).where(workers.c.worker_id == worker_id)
+    ).first()
+    return None if row is None else typed(WorkerRow, row)
+
+
+def all_workers(connection: Connection) -> list[WorkerRow]:
+    """Return every worker, by name."""
+    rows = connection.execute(select(workers).order_by(workers.c.name))
+    return [typed(WorkerRow, row) for row in rows]
+
+
+def add_worker(connection: Connection, **columns: Any) -> None:
+    """Insert a worker."""
+    connection.execute(insert(workers).values(**columns))
+
+
+def change_worker(connection: Connection, worker_id: str, **columns: Any) -> None:
+    """Set columns of a worker."""
+    connection.execute(
+        update(workers).where(workers.c.worker_id == worker_id).values(**columns)
+    )
+
+
+def count_task(
+    connection: Connection, worker_id: str, *, tokens: int, tokens_per_s: float
+) -> None:
+    """Count one accepted training task of a worker and its new speed."""
+    connection.execute(
+        update(workers)
+        .where(workers.c.worker_id == worker_id)
+        .values(
+            tasks_done=workers.c.tasks_done + 1,
+            tokens_accepted=workers.c.tokens_accepted + tokens,
+            tokens_per_s=tokens_per_s,
+        )
+    )
+
+
+def count_failure(connection: Connection, worker_id: str) -> None:
+    """Count one task that a worker lost or could not do."""
+    connection.execute(
+        update(workers)
+        .where(workers.c.worker_id == worker_id)
+        .values(tasks_failed=workers.c.tasks_failed + 1)
+    )
+
+
+def fleet_speed(connection: Connection) -> float | None:
+    """Return the mean measured tokens per second of a worker, None before any."""
+    mean = connection.execute(select(func.avg(workers.c.tokens_per_s))).scalar_one()
+    return None if mean is None else float(mean)
+
+
+def add_logs(connection: Connection, records: Iterable[Mapping[str, Any]]) -> None:
+    """Insert log records and let the oldest beyond the limit go."""
+    rows = [dict(record) for record in records]
+    if not rows:
+        return
+    connection.execute(insert(worker_logs), rows)
+    newest = connection.execute(select(func.max(worker_logs.c.log_id))).scalar_one()
+    connection.execute(
+        delete(worker_logs).where(worker_logs.c.log_id <= newest - MAX_LOGS)
+    )
+
+
+def add_event(
+    connection: Connection, *, at: float, kind: str, body: Mapping[str, Any]
+) -> None:
+    """Record that something happened."""
+    done = connection.execute(
+        insert(events).values(
+            at=at, kind=kind, body_json=msgspec.json.encode(body).decode()
+        )
+    )
+    (newest,) = done.inserted_primary_key or (0,)
+    if newest % 1000 == 0:
+        connection.execute(
+            delete(events).where(events.c.event_id <= newest - MAX_EVENTS)
+        )
+
+
+def fact(connection: Connection, name: str) -> str | None:
+    """Return a small fact of this installation."""
+    return connection.execute(
+        select(facts.c.value).where(facts.c.name == name)
+    ).scalar_one_or_none()
+
+
+def set_fact(connection: Connection, name: str, value: str) -> None:
+    """Remember a small fact."""
+    done = connection.execute(
+        update(facts).where(facts.c.name == name).values(value=value)
+    )
+    if done.rowcount == 0:
+        connection.execute(insert(facts).values(name=name, value=value))
+
+
+def server_secret(connection: Connection, fresh: bytes) -> bytes:
+    """Return the secret that lease ids are made with; `fresh` becomes it once."""
+    found = connection.execute(
+        select(secrets.c.value).where(secrets.c.name == "server_secret")
+    ).scalar_one_or_none()
+    if found is not None:
+        return bytes.fromhex(found)
+    connection.execute(insert(secrets).values(name="server_secret", value=fresh.hex()))
+    return fresh
+
+
+def count_workers(connection: Connection) -> int:
+    """Return how many workers have registered."""
+    return int(
+        connection.execute(select(func.count()).select_from(workers)).scalar_one()
+    )

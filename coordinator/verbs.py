@@ -1,0 +1,77 @@
+"""The maintenance commands: each is one function that returns what to print.
+
+Commands that change a run go through `data/control.sock` to the coordinator that
+runs; without one they take the lock of the data folder and do the same themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+from sqlalchemy import Connection
+
+from coordinator.app import DATABASE_NAME, open_fleet, run_settings
+from coordinator.control import Command, ask, obey
+from coordinator.service.corpus import Recipe, Stage, prepare_corpus
+from coordinator.service.fleet import RUNNING
+from coordinator.service.starting import ensure_run, reconcile
+from coordinator.settings import CoordinatorSettings
+from coordinator.store import runs
+from coordinator.store.engine import read_once
+
+
+def command(settings: CoordinatorSettings, wish: Command) -> str:
+    """Do what was asked, by the running coordinator or in its place.
+
+    Raises FleetError.
+    """
+    said = ask(settings.data, wish)
+    if said is not None:
+        return said
+    with open_fleet(settings, _tell_nobody) as fleet:
+        reconcile(fleet)
+        ensure_run(fleet, run_settings(settings))
+        return asyncio.run(obey(fleet, wish))
+
+
+def tokenize_corpus(settings: CoordinatorSettings, recipe: Recipe) -> str:
+    """Prepare the corpus of these settings. Raises FleetError."""
+    manifest = prepare_corpus(
+        settings.corpus,
+        recipe,
+        now=time.time(),
+        protected_hash=protected_corpus(settings),
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )
+    held_out = manifest.held_out_shard()
+    return (
+        f"{sum(shard.num_tokens for shard in manifest.train_shards())} tokens to "
+        f"train on in {len(manifest.train_shards())} shards, {held_out.num_tokens} "
+        f"tokens ({held_out.text_bytes} bytes) held out, vocabulary "
+        f"{manifest.vocab_size}"
+    )
+
+
+def protected_corpus(settings: CoordinatorSettings) -> str | None:
+    """Return the hash of the corpus that a running run trains on."""
+    path = settings.data / DATABASE_NAME
+    if not path.exists():
+        return None
+
+    def find(connection: Connection) -> str | None:
+        run = runs.newest_run(connection)
+        return run.corpus_hash if run is not None and run.state == RUNNING else None
+
+    return read_once(path, find)
+
+
+def _tell_nobody(_kind: str, _body: object, _at: float) -> None:
+    """Publish nothing: no page is watching."""
+
+
+def _show_progress(stage: Stage, done: int, total: int) -> None:
+    share = 100 * done // max(1, total)
+    end = "\n" if done >= total else ""
+    print(f"\r{stage:>9} {share:3d} %", end=end, file=sys.stderr, flush=True)
