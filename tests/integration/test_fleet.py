@@ -1,0 +1,194 @@
+"""A real coordinator and two real workers train one epoch of generated text.
+
+What was trained is counted by a proxy that stands between them, and the weights are
+computed anew from what it saw: not one figure is taken on the coordinator's word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitnet_ext.codecs import Codec, decode
+from bitnet_ext.frames import decode_frame
+from coordinator.control import Seed
+from coordinator.domain.initial import initial_weights
+from coordinator.domain.manifest import Manifest
+from tests.integration.fleet import (
+    Hand,
+    coordinator,
+    make_corpus,
+    wait_for,
+    workers,
+)
+from tests.integration.recorder import Recorder, recording
+from worker.errors import LeaseLostError
+
+RATE, DECAY = 0.9, 0.8
+SETTINGS = {
+    "ROUND_S": 2,
+    "EVALUATE_EVERY": 1000,
+    "WARMUP_TOKENS": 0,
+    "KEEP_VERSIONS": 1000,
+    "OUTER_RATE": RATE,
+    "OUTER_MOMENTUM": DECAY,
+    "SEED": 7,
+}
+MAY_TRAIN_INVENTED_TEXT = {"BITNET_ALLOW_SYNTHETIC_SHARDS": "true"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What is left when the epoch is over."""
+
+    manifest: Manifest
+    status: Any
+    seen: Recorder
+    #: What a worker that was too late got for its submission.
+    late: BaseException | None
+    weights: Any
+    shape: Any
+    rows: list[tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    folder = tmp_path_factory.mktemp("fleet")
+    manifest = make_corpus(folder / "corpus", synthetic=True)
+    epoch = sum(shard.num_tokens for shard in manifest.train_shards())
+    with coordinator(folder, TOKEN_BUDGET=epoch, **SETTINGS) as process:
+        hand = Hand(process.url, manifest, "latecomer")
+        hand.register()
+        process.tell(Seed())
+        late = too_late(hand)
+        with (
+            recording(process.port) as (url, seen),
+            workers(folder, url, "one", "two", **MAY_TRAIN_INVENTED_TEXT),
+        ):
+            status = wait_for(
+                "the end of the run",
+                lambda: finished(process.status()),
+                timeout_s=240.0,
+            )
+        yield Trained(
+            manifest=manifest,
+            status=status,
+            seen=seen,
+            late=late,
+            weights=hand.weights(status["run"]["newest_version"]),
+            shape=hand.shape,
+            rows=process.rows("SELECT task_id, version FROM submissions"),
+        )
+
+
+def finished(status: Any) -> Any:
+    return status if status["run"]["state"] == "finished" else None
+
+
+def too_late(hand: Hand) -> BaseException | None:
+    """Claim a task, give it back, and submit something for it all the same."""
+    task = hand.claim_training()
+    body = hand.body(task, np.ones_like(hand.weights(task.base_version)))
+    hand.release(task)
+    try:
+        hand.client.submit(body)
+    except LeaseLostError as error:
+        return error
+    return None
+
+
+def test_the_held_out_loss_falls(trained: Trained) -> None:
+    first, last = trained.status["evaluations"][0], trained.status["evaluations"][-1]
+
+    assert last["version"] == trained.status["run"]["newest_version"]
+    assert last["loss"] < first["loss"] - 0.5
+
+
+def test_both_workers_took_part(trained: Trained) -> None:
+    names = {block["worker_id"] for block, *_ in trained.seen.submissions}
+
+    assert names == {"one", "two"}
+
+
+def test_every_token_of_the_epoch_was_trained_exactly_once(trained: Trained) -> None:
+    counts = {
+        shard.shard_id: np.zeros(shard.num_tokens, dtype=int)
+        for shard in trained.manifest.train_shards()
+    }
+
+    for block, _frame, status, _answer in trained.seen.submissions:
+        if status == 200:
+            terms = trained.seen.tasks[block["task_id"]]
+            start = terms["byte_offset"] // 4
+            end = start + terms["byte_length"] // 4
+            counts[terms["shard_id"]][start:end] += 1
+
+    for shard_id, count in counts.items():
+        assert (count == 1).all(), shard_id
+
+
+def test_a_submission_sent_twice_gets_the_same_answer(trained: Trained) -> None:
+    firsts = [(status, answer) for _, _, status, answer in trained.seen.submissions]
+
+    assert firsts
+    assert trained.seen.repeats == firsts
+
+
+def test_a_submission_after_its_lease_is_refused(trained: Trained) -> None:
+    assert isinstance(trained.late, LeaseLostError)
+    assert trained.late.field is None or trained.late.field == "lease_id"
+
+
+def test_every_accepted_task_was_applied_exactly_once(trained: Trained) -> None:
+    """The weights are those that the payloads seen on the wire lead to.
+
+    Duplicates and the late submission are no part of it: had one of them changed a
+    single number, or had one payload been left out, the bytes would differ.
+    """
+    accepted = {
+        block["task_id"]: (block, frame)
+        for block, frame, status, _ in trained.seen.submissions
+        if status == 200
+    }
+    by_base: dict[int, list[tuple[Any, bytes]]] = {}
+    for block, frame in accepted.values():
+        by_base.setdefault(block["base_version"], []).append((block, frame))
+    weights = initial_weights(trained.shape, SETTINGS["SEED"])
+    momentum = np.zeros_like(weights)
+
+    for base in sorted(by_base):
+        mean = mean_of(by_base[base], trained.seen)
+        momentum = np.float32(DECAY) * momentum + mean
+        step = np.float32(DECAY) * momentum + mean
+        weights = weights - np.float32(RATE) * step
+
+    assert sorted(by_base) == list(range(1, len(by_base) + 1))
+    assert trained.status["run"]["newest_version"] == len(by_base) + 1
+    assert weights.tobytes() == trained.weights.tobytes()
+    assert len(trained.rows) == len(accepted)
+
+
+def mean_of(submissions: list[tuple[Any, bytes]], seen: Recorder) -> Any:
+    """Return the token-weighted mean, in the order of the text."""
+
+    def place(pair: tuple[Any, bytes]) -> tuple[str, int]:
+        terms = seen.tasks[pair[0]["task_id"]]
+        return terms["shard_id"], terms["byte_offset"]
+
+    total = sum(block["tokens"] for block, _ in submissions)
+    mean: Any = 0
+    for block, frame in sorted(submissions, key=place):
+        header, payload = decode_frame(frame)
+        assert header.codec is Codec.INT8
+        vector = decode(header.codec, payload, header.num_elements)
+        mean = mean + np.float32(block["tokens"] / total) * vector
+    return mean
+
+
+def test_the_event_loop_was_never_held_up(trained: Trained) -> None:
+    # A machine that does other things delays it too; a blocking call would for long.
+    assert trained.status["server"]["loop_lag_ms"] < 1000.0

@@ -1,0 +1,52 @@
+"""With the sign of the outer step turned round, the sign tests must fail.
+
+They run again in a process of their own, against a coordinator that walks uphill.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from tests.integration.fleet import MODULE_VARIABLE, ROOT
+
+HERE = "tests/integration"
+UPHILL = "tests.integration.uphill_coordinator"
+MUST_FAIL = {
+    "test_the_new_weights_are_the_trained_ones",
+    "test_through_int8_they_are_off_by_half_a_quantisation_step",
+    "test_one_step_lowers_the_loss_of_its_own_batch",
+    "test_the_held_out_loss_falls",
+}
+MUST_PASS = {"test_both_workers_took_part"}
+
+
+def test_a_wrong_sign_is_caught(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    tests = [f"{HERE}/test_signs.py", f"{HERE}/test_fleet.py"]
+    chosen = " or ".join(MUST_FAIL | MUST_PASS)
+
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *tests, "-k", chosen, f"--junitxml={report}"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            MODULE_VARIABLE: f"{HERE.replace('/', '.')}.uphill_coordinator",
+        },
+        capture_output=True,
+        timeout=600,
+        check=False,
+    )
+
+    cases = {
+        str(case.get("name")): {child.tag for child in case}
+        for case in ET.parse(report).iter("testcase")
+    }
+    assert cases.keys() == MUST_FAIL | MUST_PASS
+    for name in MUST_FAIL:
+        assert "failure" in cases[name], name
+    for name in MUST_PASS:
+        assert not cases[name] & {"failure", "error"}, name

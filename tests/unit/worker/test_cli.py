@@ -1,0 +1,293 @@
+"""The command line: results on standard output, mistakes in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bitnet_ext.layout import PRESETS
+from bitnet_ext.wire.verdicts import ErrorCode
+from tests.unit.worker.fleet import ENV, published
+from tests.unit.worker.shapes import (
+    EOT,
+    SMALL,
+    random_tokens,
+    seeded_weights,
+    silent_hooks,
+)
+from tests.unit.worker.stand_in import Reply, refuses
+from worker.cli import main
+from worker.evaluate import evaluate
+from worker.generate import Sampling, generate
+from worker.model.transformer import BitNetModel
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch) -> None:
+    """Let `tiny` be as small as the tests; its vocabulary is 64 all the same."""
+    monkeypatch.setitem(PRESETS, "tiny", replace(SMALL, vocab_size=5174))
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was(handlers) -> Iterator[None]:
+    """Undo what a command does to its logging."""
+    root = logging.getLogger()
+    found, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = found
+    root.setLevel(level)
+
+
+@pytest.fixture
+def frame(tmp_path):
+    path = tmp_path / "v1.frame"
+    path.write_bytes(published())
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Return a folder with a held-out shard and a manifest, as prepared."""
+    tokens = random_tokens(200, seed=4)
+    tokens[::40] = EOT
+    folder = tmp_path / "corpus" / "tokenized"
+    folder.mkdir(parents=True)
+    content = tokens.astype("<i4").tobytes()
+    (folder / "heldout-00000.bin").write_bytes(content)
+    write_manifest(folder, content)
+    return tmp_path / "corpus"
+
+
+def write_manifest(folder, content: bytes, **changes: object) -> None:
+    held_out = {
+        "shard_id": "heldout-00000",
+        "num_tokens": len(content) // 4,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "text_bytes": 600,
+        "held_out": True,
+        "synthetic": True,
+    }
+    other = held_out | {"shard_id": "train-00000", "held_out": False}
+    manifest = {"version": 1, "vocab_size": 64, "eot_id": EOT, "created_at": 1.0}
+    manifest["shards"] = [other, held_out]
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def fails(capsys, *argv: object) -> str:
+    """Run a command that must fail with status 2; return its one line."""
+    try:
+        status = main([str(part) for part in argv])
+    except SystemExit as error:
+        status = error.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    (line,) = err.splitlines()
+    return line
+
+
+def prints(capsys, *argv: object) -> list[str]:
+    """Run a command that must succeed; return what it prints."""
+    assert main([str(part) for part in argv]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_eval_prints_the_score_and_ends_with_json(capsys, frame, corpus) -> None:
+    tokens = np.fromfile(corpus / "tokenized" / "heldout-00000.bin", "<i4")
+    expected = evaluate(
+        BitNetModel(SMALL), seeded_weights(SMALL), tokens, EOT, 8, silent_hooks()
+    )
+
+    lines = prints(
+        capsys, "eval", "--weights", frame, "--corpus", corpus, "--preset", "tiny"
+    )
+
+    last = json.loads(lines[-1])
+    assert last["nats"] == pytest.approx(expected.nats)
+    assert last["tokens"] == expected.tokens == 195
+    bits = expected.nats / math.log(2) / 600
+    assert last["bits_per_byte"] == pytest.approx(bits)
+    assert f"bits per byte  {bits:.4f}" in lines
+    assert "shard          heldout-00000" in lines
+
+
+def test_eval_takes_the_tokenized_folder_too(capsys, frame, corpus) -> None:
+    given = ("--weights", frame, "--preset", "tiny")
+
+    outer = prints(capsys, "eval", *given, "--corpus", corpus)
+    inner = prints(capsys, "eval", *given, "--corpus", corpus / "tokenized")
+
+    assert json.loads(outer[-1])["nats"] == json.loads(inner[-1])["nats"]
+
+
+def test_eval_refuses_what_does_not_belong_together(capsys, frame, corpus) -> None:
+    folder = corpus / "tokenized"
+    given = ("eval", "--weights", frame, "--corpus", corpus, "--preset", "tiny")
+    content = (folder / "heldout-00000.bin").read_bytes()
+
+    assert "has no shard nope" in fails(capsys, *given, "--shard", "nope")
+    write_manifest(folder, content, vocab_size=65)
+    assert "a vocabulary of 64, the corpus one of 65" in fails(capsys, *given)
+    write_manifest(folder, content, eot_id=63)
+    assert "tokens must start with EOT (63)" in fails(capsys, *given)
+    write_manifest(folder, content[:-4])
+    assert "must have SHA-256" in fails(capsys, *given)
+    (folder / "manifest.json").write_text("{}")
+    assert "manifest.json: " in fails(capsys, *given)
+    (folder / "manifest.json").unlink()
+    assert "manifest.json: No such file" in fails(capsys, *given)
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate"])
+def test_a_file_that_is_no_frame_of_the_preset_is_named(
+    capsys, frame, corpus, verb
+) -> None:
+    more = ("--corpus", corpus) if verb == "eval" else ()
+    given = (verb, "--weights", frame, *more, "--preset")
+
+    assert "no vocabulary gives preset 'small'" in fails(capsys, *given, "small")
+    frame.write_bytes(published()[:-1])
+    assert f"{frame}: frame must have" in fails(capsys, *given, "tiny")
+    frame.write_bytes(b"")
+    assert f"{frame}: frame must have" in fails(capsys, *given, "tiny")
+    frame.unlink()
+    assert f"{frame}: No such file" in fails(capsys, *given, "tiny")
+
+
+def test_generate_prints_ids(capsys, frame) -> None:
+    given = ("generate", "--weights", frame, "--preset", "tiny", "--num-tokens", 9)
+    expected = generate(
+        BitNetModel(SMALL),
+        seeded_weights(SMALL),
+        [3, 5],
+        Sampling(num_tokens=9, temperature=0.5, seed=4),
+    )
+
+    lines = prints(
+        capsys, *given, "--prompt-ids", "3,5", "--temperature", 0.5, "--seed", 4
+    )
+
+    assert lines == [" ".join(map(str, expected))]
+    assert prints(capsys, *given) == prints(capsys, *given, "--prompt-ids", "0")
+
+
+def test_generate_prints_text_with_a_tokenizer(capsys, frame, tmp_path) -> None:
+    path, tokenizer = a_tokenizer(tmp_path)
+    given = ("generate", "--weights", frame, "--preset", "tiny", "--num-tokens", 30)
+
+    def decoded(prompt_ids: str) -> list[str]:
+        (ids,) = prints(capsys, *given, "--prompt-ids", prompt_ids)
+        return [tokenizer.decode([int(part) for part in ids.split()])]
+
+    text = prints(
+        capsys, *given, *("--prompt-ids", "5", "--prompt", "ab", "--tokenizer", path)
+    )
+
+    assert tokenizer.encode("ab").ids == [10, 11]
+    assert text == decoded("5,10,11")
+    assert text != decoded("10,11")
+
+
+def a_tokenizer(folder):
+    """Write a tokenizer of 64 letters; `a` is 10, `b` is 11, and so on."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {chr(87 + number): number for number in range(1, 64)} | {"<e>": 0}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path, tokenizer
+
+
+def test_without_the_package_ids_are_printed_and_a_text_prompt_is_refused(
+    capsys, frame, tmp_path, monkeypatch
+) -> None:
+    path, _ = a_tokenizer(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    given = ("generate", "--weights", frame, "--preset", "tiny", "--num-tokens", 5)
+
+    with_file = prints(capsys, *given, "--tokenizer", path)
+
+    assert with_file == prints(capsys, *given)
+    refused = fails(capsys, *given, "--prompt", "ab", "--tokenizer", path)
+    assert "--tokenizer needs the package tokenizers" in refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt-ids", "3,x"], "must be ids with commas between, got '3,x'"),
+        (["--prompt-ids", "64"], "0 to 63, got 64"),
+        (["--prompt", "ab"], "--prompt needs --tokenizer"),
+        (["--tokenizer", "/nowhere.json"], "/nowhere.json: No such file"),
+        (["--tokenizer", __file__], "is no tokenizer"),
+        (["--temperature", "nan"], "temperature must be finite"),
+        (["--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
+        (["--num-tokens", "0"], "from 1 to 1048576, got '0'"),
+        (["--seed", "-1"], "--seed"),
+        (["--threads", "4097"], "from 1 to 4096, got '4097'"),
+        (["--preset", "tny"], "did you mean 'tiny'"),
+    ],
+)
+def test_a_wrong_argument_is_named_and_shown(capsys, frame, arguments, said) -> None:
+    given = ("generate", "--weights", frame, "--preset", "tiny", *arguments)
+
+    assert said in fails(capsys, *given)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"), [([], "COMMAND"), (["dance"], "invalid choice: 'dance'")]
+)
+def test_a_command_that_is_missing_or_unknown_is_one_line(capsys, argv, said) -> None:
+    assert said in fails(capsys, *argv)
+
+
+def test_calibrate_prints_a_table_and_json(capsys) -> None:
+    lines = prints(
+        capsys,
+        *("calibrate", "--preset", "tiny", "--threads", "1,2"),
+        *("--batch-size", 2, "--vocab-size", 64),
+    )
+
+    heading, one, two, last = lines
+    result = json.loads(last)
+    assert heading.split() == ["threads", "tokens/s"]
+    assert [one.split()[0], two.split()[0]] == ["1", "2"]
+    assert [row["threads"] for row in result["results"]] == [1, 2]
+    assert all(row["tokens_per_s"] > 0 for row in result["results"])
+    assert (result["preset"], result["vocab_size"]) == ("tiny", 64)
+
+
+def test_run_with_wrong_settings_is_one_line(capsys, monkeypatch) -> None:
+    monkeypatch.delenv("BITNET_COORDINATOR_URL", raising=False)
+
+    line = fails(capsys, "run")
+
+    assert line == (
+        "bitnet-worker: error: BITNET_COORDINATOR_URL is required and not set"
+    )
+
+
+def test_run_that_the_coordinator_refuses_is_one_line(
+    capsys, monkeypatch, coordinator, tmp_path
+) -> None:
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BITNET_COORDINATOR_URL", coordinator.url)
+    monkeypatch.setenv("BITNET_HEALTH_BEACON", str(tmp_path / "alive"))
+    monkeypatch.setenv("BITNET_LOG_LEVEL", "error")
+    coordinator.on("POST /register", refuses(401, ErrorCode.UNAUTHORIZED))
+
+    assert "refused to register us: unauthorized" in fails(capsys, "run")
+    assert not (tmp_path / "alive").exists()
+
+    coordinator.on("POST /register", Reply(404, b"<html>"))
+    assert main(["run"]) == 1
+    assert "not an answer of a coordinator" in capsys.readouterr().err

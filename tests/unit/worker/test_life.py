@@ -1,0 +1,222 @@
+"""The life of a worker: it registers, follows its coordinator, and stops."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from bitnet_ext.frames import decode_frame
+from bitnet_ext.layout import layout_hash
+from bitnet_ext.wire.verdicts import (
+    ErrorCode,
+    FailCode,
+    LeaseState,
+    WorkerPhase,
+)
+from tests.unit.worker.fleet import (
+    EMPTY,
+    OTHER,
+    register_answer,
+)
+from tests.unit.worker.shapes import SMALL
+from tests.unit.worker.stand_in import HANG_UP, Reply, refuses, says
+from worker.errors import ProtocolError, SettingsError, StoppedError
+
+
+def test_it_registers_calibrates_and_registers_again_with_its_speed(fleet) -> None:
+    fleet.hands_out()
+
+    fleet.turns(2)
+
+    first, second = (r.json() for r in fleet.coordinator.asked("POST /register"))
+    assert first["calibrated_tokens_per_s"] is None
+    assert second["calibrated_tokens_per_s"] == 1000.0
+    assert second["target_task_tokens"] == 600_000
+    assert first["worker_id"] == second["worker_id"] == "box-1"
+    assert fleet.trainer.calibrated == [SMALL]
+    assert fleet.num_registered == 1
+    assert fleet.beacon.exists()
+
+
+def test_a_coordinator_without_a_run_is_waited_for(fleet) -> None:
+    answer = says(register_answer(run_id="r1", shape=SMALL))
+    no_run = refuses(503, ErrorCode.NO_RUN, "9")
+    fleet.coordinator.on("POST /register", no_run, HANG_UP, no_run, answer)
+    fleet.hands_out()
+
+    fleet.turns(1)
+
+    assert len(fleet.coordinator.asked("POST /register")) == 5
+    assert sum(fleet.waits) >= 18.0
+    assert len(fleet.coordinator.asked("POST /work")) == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [ErrorCode.UNAUTHORIZED, ErrorCode.PRESET_MISMATCH, ErrorCode.PROTOCOL_MISMATCH],
+)
+def test_a_registration_that_only_an_operator_can_mend_ends_it(fleet, code) -> None:
+    fleet.coordinator.on("POST /register", refuses(400, code))
+
+    with pytest.raises(SettingsError, match=code):
+        fleet.worker.run()
+
+    assert fleet.num_registered == 0
+
+
+def test_a_coordinator_of_another_layout_ends_it(fleet) -> None:
+    answer = register_answer(run_id="r1", shape=SMALL)
+    other = msgspec.structs.replace(answer, layout_hash="1" * 64)
+    fleet.coordinator.on("POST /register", says(other))
+
+    with pytest.raises(ProtocolError, match="layout_hash must be"):
+        fleet.worker.run()
+
+
+def test_after_bad_weights_it_asks_again_which_model_is_trained(fleet) -> None:
+    fleet.hands_out(fleet.task(base_version=1))
+    fleet.turns(1)
+    fleet.runs("r1", OTHER)
+    fleet.hands_out(fleet.task(), fleet.task())
+
+    fleet.turns(2)
+
+    assert [failure["code"] for failure in fleet.failures()] == [FailCode.BAD_WEIGHTS]
+    assert fleet.trainer.calibrated == [SMALL, OTHER]
+    assert len(fleet.submissions()) == 2
+
+
+def test_a_draining_worker_claims_nothing(fleet) -> None:
+    fleet.beats(lease=LeaseState.NONE, drain=True)
+    fleet.hands_out(fleet.task())
+    fleet.heartbeat.beat()
+
+    fleet.turns(3)
+    assert not fleet.coordinator.asked("POST /work")
+
+    fleet.beats(lease=LeaseState.NONE)
+    fleet.heartbeat.beat()
+    fleet.turns(1)
+    assert len(fleet.submissions()) == 1
+
+
+def test_a_task_held_when_the_drain_begins_is_finished(fleet) -> None:
+    fleet.beats(drain=True)
+    fleet.trainer.during = fleet.heartbeat.beat
+    fleet.hands_out(fleet.task(), fleet.task())
+
+    fleet.turns(2)
+
+    assert len(fleet.submissions()) == 1
+
+
+def test_a_coordinator_that_forgot_us_is_told_again(fleet) -> None:
+    fleet.coordinator.on("POST /work", refuses(404, ErrorCode.UNKNOWN_WORKER), EMPTY)
+
+    fleet.turns(2)
+
+    registered = fleet.coordinator.asked("POST /register")
+    assert len(registered) == 3
+    assert registered[-1].json()["calibrated_tokens_per_s"] == 1000.0
+    assert fleet.trainer.calibrated == [SMALL]
+
+
+def test_a_key_that_was_withdrawn_ends_it(fleet) -> None:
+    fleet.hands_out()
+    fleet.turns(1)
+    unauthorized = refuses(401, ErrorCode.UNAUTHORIZED)
+    fleet.coordinator.on("POST /work", unauthorized)
+    fleet.coordinator.on("POST /register", unauthorized)
+
+    with pytest.raises(SettingsError, match="unauthorized"):
+        fleet.worker.run()
+
+
+def test_a_hard_reset_is_followed_and_the_old_state_forgotten(fleet) -> None:
+    fleet.hands_out(fleet.task())
+    fleet.turns(1)
+    fleet.runs("r2", OTHER)
+    fleet.hands_out(fleet.task(run_id="r2"))
+
+    fleet.turns(1)
+
+    assert fleet.trainer.calibrated == [SMALL, OTHER]
+    assert fleet.trainer.started_from == [None, None]
+    _, frame = fleet.submissions()[-1]
+    assert decode_frame(frame)[0].layout_hash == layout_hash(OTHER)
+    assert not fleet.failures()
+    assert not fleet.releases()
+
+
+def test_another_run_of_the_same_model_starts_from_nothing(fleet) -> None:
+    fleet.hands_out(fleet.task())
+    fleet.turns(1)
+    fleet.runs("r2", SMALL)
+    fleet.hands_out(fleet.task(run_id="r2"))
+
+    fleet.turns(1)
+
+    assert fleet.trainer.calibrated == [SMALL]
+    assert fleet.trainer.started_from == [None, None]
+    assert len(fleet.submissions()) == 2
+
+
+def test_a_task_of_a_run_that_nobody_names_is_given_back(fleet) -> None:
+    fleet.hands_out(fleet.task(run_id="r9"))
+
+    fleet.turns(1)
+
+    (release,) = fleet.releases()
+    assert "r9" in release["reason"]
+    assert not fleet.submissions()
+
+
+def test_told_to_stop_while_idle_it_stops(fleet) -> None:
+    def stop(_request) -> Reply:
+        fleet.shutdown.request()
+        return EMPTY
+
+    fleet.coordinator.on("POST /work", stop)
+
+    fleet.worker.run()
+
+    assert len(fleet.coordinator.asked("POST /work")) == 1
+    assert fleet.heartbeat.phase is WorkerPhase.STOPPING
+
+
+def test_told_to_stop_it_finishes_what_fits(fleet) -> None:
+    fleet.trainer.during = fleet.shutdown.request
+    fleet.hands_out(fleet.task(), fleet.task())
+
+    fleet.worker.run()
+
+    assert len(fleet.submissions()) == 1
+    assert not fleet.releases()
+
+
+def test_told_to_stop_it_gives_back_what_does_not_fit(fleet) -> None:
+    def stop_late() -> None:
+        fleet.now[0] += 50.0
+        fleet.shutdown.request()
+
+    fleet.trainer.during = stop_late
+    fleet.hands_out(fleet.task())
+
+    fleet.worker.run()
+
+    assert not fleet.submissions()
+    assert len(fleet.releases()) == 1
+
+
+def test_told_to_stop_before_the_first_step_it_gives_the_task_back(fleet) -> None:
+    def stop(request) -> Reply:
+        fleet.shutdown.request()
+        return says(fleet.task())
+
+    fleet.coordinator.on("POST /work", stop)
+
+    with pytest.raises(StoppedError):
+        fleet.worker.turn()
+
+    assert not fleet.trainer.started_from
+    assert len(fleet.releases()) == 1

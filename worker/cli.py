@@ -1,0 +1,267 @@
+"""The command `bitnet-worker`: run, calibrate, eval, generate.
+
+Results go to standard output, everything else to standard error; the last line of
+`calibrate` and `eval` is JSON. Wrong arguments or settings end the process with
+status 2 and one line, a coordinator that makes no sense with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from bitnet_ext.layout import (
+    DEFAULT_VOCAB_SIZE,
+    PRESETS,
+    UnknownPresetError,
+    preset_shape,
+)
+from bitnet_ext.ternary import active_isa
+from bitnet_ext.wire.log import configure_logging
+from worker import offline, process
+from worker.calibrate import calibrate
+from worker.errors import SettingsError, WorkerError
+from worker.generate import Sampling, generate
+from worker.model.transformer import BitNetModel
+from worker.settings import WorkerSettings, usable_cpus
+from worker.text import Tokenizer, is_installed
+from worker.trainer import TorchTrainer, use_threads
+
+PROGRAM: Final = "bitnet-worker"
+#: Sequences at a time, where nobody says otherwise.
+BATCH_SIZE: Final = 8
+#: The end-of-text token of a prepared corpus: a text starts with it.
+EOT_ID: Final = "0"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and the reason."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except SettingsError as error:
+        return _complain(error, 2)
+    except WorkerError as error:
+        return _complain(error, 1)
+    return 0
+
+
+def _complain(error: WorkerError, status: int) -> int:
+    line = " ".join(str(error).split())
+    print(f"{PROGRAM}: error: {line}", file=sys.stderr)
+    return status
+
+
+def _run(_arguments: argparse.Namespace) -> None:
+    settings = WorkerSettings.from_env(os.environ)
+    configure_logging(settings.log_level)
+    use_threads(settings.cpu_threads)
+    process.work(settings, TorchTrainer(settings.cpu_threads))
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    shape = preset_shape(arguments.preset, vocab_size=arguments.vocab_size)
+    results = []
+    print(f"{'threads':>8} {'tokens/s':>10}")
+    for threads in arguments.threads:
+        use_threads(threads)
+        model = BitNetModel(shape, threads=threads)
+        speed = calibrate(model, arguments.batch_size, time.monotonic)
+        print(f"{threads:>8} {speed:>10.0f}", flush=True)
+        results.append({"threads": threads, "tokens_per_s": round(speed, 1)})
+    _print_json(
+        preset=arguments.preset,
+        vocab_size=arguments.vocab_size,
+        batch_size=arguments.batch_size,
+        isa=active_isa(),
+        results=results,
+    )
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    use_threads(arguments.threads)
+    weights = offline.load_weights(arguments.weights, arguments.preset)
+    text = offline.load_text(arguments.corpus, arguments.shard)
+    score = offline.score(
+        weights, text, batch_size=arguments.batch_size, threads=arguments.threads
+    )
+    bits = offline.bits_per_byte(score.nats, text.text_bytes)
+    print(f"shard          {text.shard_id}")
+    print(f"tokens         {score.tokens}")
+    print(f"nats           {score.nats:.3f}")
+    print(f"bits per byte  {bits:.4f}")
+    _print_json(
+        shard_id=text.shard_id,
+        nats=score.nats,
+        tokens=score.tokens,
+        text_bytes=text.text_bytes,
+        bits_per_byte=bits,
+        seconds=round(score.compute_s, 3),
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    tokenizer = _tokenizer(arguments)
+    if arguments.prompt is None or tokenizer is None:
+        prompt = arguments.prompt_ids
+    else:
+        prompt = arguments.prompt_ids + tokenizer.encode(arguments.prompt)
+    use_threads(arguments.threads)
+    weights = offline.load_weights(arguments.weights, arguments.preset)
+    model = BitNetModel(weights.shape, threads=arguments.threads)
+    try:
+        sampling = Sampling(
+            num_tokens=arguments.num_tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            stop_id=arguments.stop_id,
+        )
+        ids = generate(model, weights.flat, prompt, sampling)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    print(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))
+
+
+def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
+    """Return the tokenizer to print text with; None prints ids."""
+    path: Path | None = arguments.tokenizer
+    if arguments.prompt is not None and path is None:
+        raise SettingsError("--prompt needs --tokenizer; --prompt-ids does not")
+    if path is None:
+        return None
+    if arguments.prompt is None and not is_installed():
+        print(f"{PROGRAM}: no package tokenizers, ids follow", file=sys.stderr)
+        return None
+    return Tokenizer(path)
+
+
+def _print_json(**fields: Any) -> None:
+    print(msgspec.json.encode(fields).decode())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROGRAM, description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add(commands, "run", _run, "train for a coordinator; reads BITNET_* only")
+    _describe_calibrate(
+        _add(commands, "calibrate", _calibrate, "measure training speed")
+    )
+    _describe_eval(
+        _add(commands, "eval", _eval, "score a frame of weights on a prepared corpus")
+    )
+    _describe_generate(
+        _add(commands, "generate", _generate, "sample from a frame of weights")
+    )
+    return parser
+
+
+def _add(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], about: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=about
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _describe_calibrate(parser: argparse.ArgumentParser) -> None:
+    _add_preset(parser)
+    parser.add_argument(
+        "--threads",
+        type=_list_of_threads,
+        default=[usable_cpus()],
+        help="numbers of threads to try, e.g. 1,2,4 (default: usable CPUs)",
+    )
+    parser.add_argument("--batch-size", type=_size, default=BATCH_SIZE)
+    parser.add_argument("--vocab-size", type=_size, default=DEFAULT_VOCAB_SIZE)
+
+
+def _describe_eval(parser: argparse.ArgumentParser) -> None:
+    _add_weights(parser)
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="folder of a prepared corpus"
+    )
+    parser.add_argument("--shard", help="id of the shard (default: the held-out one)")
+    parser.add_argument("--batch-size", type=_size, default=BATCH_SIZE)
+
+
+def _describe_generate(parser: argparse.ArgumentParser) -> None:
+    _add_weights(parser)
+    parser.add_argument(
+        "--prompt-ids",
+        type=_ids,
+        default=EOT_ID,
+        help="ids to continue, e.g. 0,17,4 (default: a text starts)",
+    )
+    parser.add_argument(
+        "--prompt", help="text to continue, after the ids; needs --tokenizer"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json: print text instead of ids"
+    )
+    parser.add_argument("--num-tokens", type=_size, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--stop-id", type=int, help="stop after this id")
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", type=Path, required=True, help="a published frame")
+    _add_preset(parser)
+    parser.add_argument("--threads", type=_threads, default=usable_cpus())
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", required=True, type=_preset, help="|".join(PRESETS))
+
+
+def _preset(value: str) -> str:
+    try:
+        preset_shape(value)
+    except UnknownPresetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def _whole(value: str, least: int, most: int) -> int:
+    if re.fullmatch(r"[0-9]{1,19}", value) and least <= int(value) <= most:
+        return int(value)
+    raise argparse.ArgumentTypeError(
+        f"must be a whole number from {least} to {most}, got {value!r}"
+    )
+
+
+_threads = partial(_whole, least=1, most=4096)
+_size = partial(_whole, least=1, most=2**20)
+_seed = partial(_whole, least=0, most=2**63 - 1)
+
+
+def _list_of_threads(value: str) -> list[int]:
+    return [_threads(part) for part in value.split(",")]
+
+
+def _ids(value: str) -> list[int]:
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be ids with commas between, got {value!r}"
+        ) from None
