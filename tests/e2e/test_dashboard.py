@@ -1,0 +1,257 @@
+"""The dashboard in a real browser, under the real CSP, fed by the real websocket."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coordinator.live.hub import BACKLOG_MESSAGES
+from coordinator.service.view import (
+    EtaView,
+    EvaluationPoint,
+    FleetUpdate,
+    FleetView,
+    LaneView,
+    RoundView,
+    RunView,
+    ServerView,
+    TasksView,
+    VersionPoint,
+    WorkerView,
+)
+from coordinator.store.tables import sessions
+from tests.e2e.chromium import BROWSER, Page, chromium_page
+from tests.integration.page_server import PASSWORD, PageServer, page_server
+
+WEBUI = Path(__file__).parents[2] / "webui"
+NOW = time.time()
+
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="chromium is not installed: the page is not tried out"
+)
+
+
+def worker(name: str, verdict: str) -> WorkerView:
+    return WorkerView(
+        worker_id=f"w-{name}",
+        name=name,
+        verdict=verdict,
+        evidence="<b>not markup</b>",
+        phase="train",
+        draining=False,
+        cpu_model="A CPU",
+        isa="AVX2",
+        threads=8,
+        heartbeat_at=NOW,
+        heartbeat_s=5.0,
+        task_id=f"t-{name}",
+        tokens_done=500,
+        num_tokens=1000,
+        claimed_at=NOW - 50.0,
+        predicted_s=100.0,
+        tokens_per_s=10.0,
+        calibrated_tokens_per_s=12.0,
+        tokens_accepted=2000,
+        tasks_done=2,
+        tasks_failed=0,
+    )
+
+
+def evaluation(version: int, bits: float) -> EvaluationPoint:
+    return EvaluationPoint(
+        version=version, tokens_total=1000, loss=bits * 0.7, bits_per_byte=bits
+    )
+
+
+def version(number: int) -> VersionPoint:
+    return VersionPoint(
+        version=number,
+        at=NOW,
+        tokens_total=1000 * number,
+        num_submissions=2,
+        train_loss=3.0 / number,
+        tokens_per_s=20.0,
+    )
+
+
+def fleet() -> FleetView:
+    eta = EtaView(at=NOW + 60, earliest_at=NOW + 50, latest_at=NOW + 90, reason="Soon.")
+    return FleetView(
+        package_version="0.1.0",
+        insecure_http=False,
+        missing=None,
+        run=RunView(
+            run_id="r1",
+            state="running",
+            preset="tiny",
+            num_params=1,
+            started_at=NOW - 60,
+            stop_at=None,
+            token_budget=10_000,
+            tokens_accepted=4000,
+            epoch=1,
+            epoch_tokens=10_000,
+            epoch_tokens_accepted=4000,
+            newest_version=2,
+            newest_version_at=NOW,
+            best_version=2,
+            gzip_bits_per_byte=2.5,
+            tokens_per_s=20.0,
+            eta=eta,
+            reset_from_version=None,
+        ),
+        round=RoundView(
+            round_id=2,
+            base_version=2,
+            state="open",
+            opened_at=NOW - 50,
+            first_claim_at=NOW - 50,
+            round_s=100.0,
+            lanes=[
+                LaneView(
+                    worker_id="w-birch",
+                    task_id="t-birch",
+                    num_tokens=1000,
+                    tokens_done=500,
+                    claimed_at=NOW - 50,
+                    predicted_s=100.0,
+                    ended_at=None,
+                    outcome=None,
+                )
+            ],
+        ),
+        tasks=TasksView(
+            pending=0,
+            leased=2,
+            done=4,
+            failed=0,
+            range_tokens=5000,
+            latest_failed=[],
+        ),
+        workers=[worker("alder", "computing"), worker("birch", "computing")],
+        server=ServerView(loop_lag_ms=1.0),
+        versions=[version(1), version(2)],
+        evaluations=[evaluation(1, 6.0), evaluation(2, 5.0)],
+    )
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[PageServer]:
+    with page_server(tmp_path) as server:
+        shutil.rmtree(tmp_path / "webui")
+        shutil.copytree(WEBUI, tmp_path / "webui")
+
+        async def take_snapshot() -> FleetView:
+            return server.view
+
+        server.view = fleet()
+        server.take_snapshot = take_snapshot
+        yield server
+
+
+def publish(server: PageServer, kind: str, body: object, count: int = 1) -> None:
+    def act() -> None:
+        for _ in range(count):
+            server.hub.publish(kind, body, server.clock.now())
+
+    server.call(act)
+
+
+async def log_in(page: Page, server: PageServer) -> None:
+    await page.open(f"http://127.0.0.1:{server.port}/admin/dashboard")
+    await page.until("document.querySelector('#password')")
+    await page.run(
+        f"document.querySelector('#password').value = '{PASSWORD}';"
+        "document.querySelector('form').submit()"
+    )
+    await page.until("document.querySelector('.workers tbody tr')")
+
+
+def text(selector: str) -> str:
+    return f"(document.querySelector('{selector}')?.textContent ?? '')"
+
+
+def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path):
+    async def watch() -> None:
+        async with chromium_page(tmp_path / "profile") as page:
+            await log_in(page, server)
+            assert await page.run("document.title") == "tiny"
+            await page.until(f"{text('.answer')}.includes('5.000 bits per byte')")
+            await page.until(f"{text('.live')}.includes('Live')")
+            await page.until("document.querySelector('.chart canvas')")
+            assert await page.run(text(".why")) == "<b>not markup</b>"
+
+            await follow_events(page)
+            await recover_from_a_lost_backlog(page)
+            await switch_theme(page)
+            assert page.errors == []
+
+            await end_the_session(page)
+
+    async def follow_events(page: Page) -> None:
+        publish(server, "version.published", version(3))
+        publish(server, "version.evaluated", evaluation(3, 4.0))
+        lost = FleetUpdate(workers=[worker("birch", "lost")])
+        publish(server, "fleet.updated", lost)
+
+        await page.until(f"{text('.answer')}.includes('4.000 bits per byte')")
+        await page.until("document.title === '1 lost: tiny'")
+        await page.until(f"{text('.workers .verdict')}.includes('Lost')")
+        assert "Worker birch is lost." in await page.run(text("#news"))
+
+    async def recover_from_a_lost_backlog(page: Page) -> None:
+        server.view = msgspec.structs.replace(server.view, package_version="9.9.9")
+
+        # In one go, so that the socket can't send any of them in between.
+        publish(server, "fleet.updated", FleetUpdate(), count=BACKLOG_MESSAGES + 1)
+
+        await page.until(f"{text('.foot')}.includes('9.9.9')")
+        await page.until("document.title === 'tiny'")
+
+    async def switch_theme(page: Page) -> None:
+        colour = "getComputedStyle(document.body).color"
+        before = await page.run(colour)
+        await page.run("dispatchEvent(new KeyboardEvent('keydown', {key: 't'}))")
+        assert await page.run(colour) != before
+
+    async def end_the_session(page: Page) -> None:
+        server.store.write_now(lambda connection: connection.execute(sessions.delete()))
+        server.call(server.feed.clients.recheck)
+
+        await page.until("location.pathname === '/login'")
+        assert await page.run("location.search") == "?next=%2Fadmin%2Fdashboard"
+
+    asyncio.run(watch())
+
+
+def test_no_width_scrolls_sideways_and_log_out_is_in_reach(server, tmp_path):
+    async def look() -> None:
+        async with chromium_page(tmp_path / "profile") as page:
+            await log_in(page, server)
+            await page.until("document.querySelector('.chart canvas')")
+            for width in (390, 720, 1100, 1280, 1440):
+                await page.call(
+                    "Emulation.setDeviceMetricsOverride",
+                    width=width,
+                    height=900,
+                    deviceScaleFactor=1,
+                    mobile=False,
+                )
+                await page.until(f"innerWidth === {width}")
+                await page.run("new Promise((done) => requestAnimationFrame(done))")
+                wide, room = await page.run(
+                    "(({scrollWidth, clientWidth}) => [scrollWidth, clientWidth])"
+                    "(document.documentElement)"
+                )
+                assert wide <= room, width
+
+            await page.run("document.querySelector('.top form button').click()")
+            await page.until("document.querySelector('#password')")
+
+    asyncio.run(look())

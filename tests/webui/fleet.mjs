@@ -1,0 +1,161 @@
+// Invented views in the exact shape of coordinator/service/view.py, for the tests.
+//
+// Run as a program it prints one as JSON; test_node.py decodes that by the contract.
+
+export const NOW = 1_000_000;
+
+export function run(given = {}) {
+  return {
+    run_id: "r1",
+    state: "running",
+    preset: "tiny",
+    num_params: 1_300_000,
+    started_at: NOW - 600,
+    stop_at: null,
+    token_budget: 4_000_000,
+    tokens_accepted: 1_000_000,
+    epoch: 2,
+    epoch_tokens: 800_000,
+    epoch_tokens_accepted: 200_000,
+    newest_version: 5,
+    newest_version_at: NOW - 47,
+    best_version: 5,
+    gzip_bits_per_byte: 2.5,
+    tokens_per_s: 1700,
+    eta: { at: null, earliest_at: null, latest_at: null, reason: "Needs a round." },
+    reset_from_version: null,
+    ...given,
+  };
+}
+
+export function worker(name, given = {}) {
+  return {
+    worker_id: `w-${name}`,
+    name,
+    verdict: "idle",
+    evidence: "Holds no task.",
+    phase: "idle",
+    draining: false,
+    cpu_model: "A CPU",
+    isa: "AVX2",
+    threads: 8,
+    heartbeat_at: NOW - 2,
+    heartbeat_s: 5,
+    task_id: null,
+    tokens_done: null,
+    num_tokens: null,
+    claimed_at: null,
+    predicted_s: null,
+    tokens_per_s: null,
+    calibrated_tokens_per_s: null,
+    tokens_accepted: 0,
+    tasks_done: 0,
+    tasks_failed: 0,
+    ...given,
+  };
+}
+
+/** A worker that has computed for so long, at a task forecast to take 100 s. */
+export function computing(name, elapsed_s, given = {}) {
+  return worker(name, {
+    verdict: "computing",
+    task_id: `t-${name}`,
+    tokens_done: 500,
+    num_tokens: 1000,
+    claimed_at: NOW - elapsed_s,
+    predicted_s: 100,
+    ...given,
+  });
+}
+
+export function lane(name, given = {}) {
+  return {
+    worker_id: `w-${name}`,
+    task_id: `t-${name}`,
+    num_tokens: 1000,
+    tokens_done: 500,
+    claimed_at: NOW - 50,
+    predicted_s: 80,
+    ended_at: null,
+    outcome: null,
+    ...given,
+  };
+}
+
+export function round(lanes, given = {}) {
+  return {
+    round_id: 5,
+    base_version: 5,
+    state: "open",
+    opened_at: NOW - 60,
+    first_claim_at: NOW - 50,
+    round_s: 100,
+    lanes,
+    ...given,
+  };
+}
+
+export function tasks(given = {}) {
+  return {
+    pending: 3,
+    leased: 1,
+    done: 20,
+    failed: 0,
+    range_tokens: 5000,
+    latest_failed: [],
+    ...given,
+  };
+}
+
+export function version(number, given = {}) {
+  return {
+    version: number,
+    at: NOW - 100 + number,
+    tokens_total: 1000 * number,
+    num_submissions: 2,
+    train_loss: 3,
+    tokens_per_s: 1700,
+    ...given,
+  };
+}
+
+/** Evaluations of v1, v2, ... with these bits per byte. */
+export function evaluations(...scores) {
+  return scores.map((score, i) => evaluation(i + 1, score));
+}
+
+export function evaluation(number, score) {
+  return {
+    version: number,
+    tokens_total: 1000 * number,
+    loss: 2 * score,
+    bits_per_byte: score,
+  };
+}
+
+export function fleet(given = {}) {
+  return {
+    package_version: "0.1.0",
+    insecure_http: false,
+    missing: null,
+    run: run(),
+    round: round([]),
+    tasks: tasks(),
+    workers: [],
+    server: { loop_lag_ms: 2 },
+    versions: [version(1, { train_loss: null, tokens_per_s: null })],
+    evaluations: [],
+    ...given,
+  };
+}
+
+if (process.argv[1] === import.meta.filename) {
+  const failed = { task_id: "t-9", kind: "train", attempt: 5, reason: "no disk" };
+  const view = fleet({
+    workers: [worker("birch"), computing("alder", 10)],
+    round: round([lane("alder")]),
+    tasks: tasks({ failed: 1, latest_failed: [failed] }),
+    evaluations: evaluations(3, 2),
+  });
+  console.log(JSON.stringify(view));
+}

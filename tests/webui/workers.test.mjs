@@ -1,0 +1,166 @@
+// The rows of the workers, the lanes of the round, the columns of the loss chart.
+
+import assert from "node:assert/strict";
+import test from "node:test";
+import { layOutRound } from "../../webui/js/lanes.js";
+import { lossSeries, niceTicks, yRange } from "../../webui/js/lossdata.js";
+import { lateWorkers, orderRows, taskProgress } from "../../webui/js/workers.js";
+import { NOW, computing, evaluation, lane, round, version, worker } from "./fleet.mjs";
+
+test("progress compares what is done with what was forecast by now", () => {
+  const progress = taskProgress(computing("birch", 80), NOW);
+
+  assert.deepEqual([progress.done, progress.expected, progress.lateS], [0.5, 0.8, 0]);
+});
+
+test("progress without a forecast has nothing to compare with", () => {
+  const bare = computing("birch", 80, { predicted_s: null });
+
+  assert.equal(taskProgress(bare, NOW).expected, null);
+  assert.equal(taskProgress(worker("alder"), NOW), null);
+});
+
+test("expected work never goes beyond the task", () => {
+  const progress = taskProgress(computing("birch", 250), NOW);
+
+  assert.deepEqual([progress.expected, progress.lateS], [1, 150]);
+});
+
+test("late ones come latest first", () => {
+  const workers = [computing("a", 120), computing("b", 200), computing("c", 90)];
+
+  assert.deepEqual(
+    lateWorkers(workers, NOW).map(({ worker: { name } }) => name),
+    ["b", "a"],
+  );
+});
+
+const lost = worker("alder", { verdict: "lost" });
+const ids = ({ ids: order }) => order.map((id) => id.slice(2));
+
+test("rows stand worst first, then by name", () => {
+  const workers = [
+    computing("cedar", 9),
+    computing("birch", 150),
+    worker("hazel"),
+    worker("aspen"),
+    lost,
+  ];
+
+  const order = orderRows(null, workers, NOW, false);
+
+  assert.deepEqual(ids(order), ["alder", "birch", "aspen", "hazel", "cedar"]);
+});
+
+test("rows move when a verdict changes, and only then", () => {
+  const before = orderRows(null, [worker("alder"), worker("birch")], NOW, false);
+
+  const same = orderRows(before, [worker("birch"), worker("alder")], NOW, false);
+  const worse = [worker("alder"), worker("birch", { verdict: "lost" })];
+
+  assert.deepEqual(ids(same), ["alder", "birch"]);
+  assert.deepEqual(ids(orderRows(same, worse, NOW, false)), ["birch", "alder"]);
+});
+
+test("no row moves under the pointer; a better order waits until it has gone", () => {
+  const before = orderRows(null, [worker("alder"), worker("birch")], NOW, false);
+  const worse = [
+    worker("birch", { verdict: "lost" }),
+    worker("alder"),
+    worker("aspen"),
+  ];
+
+  const held = orderRows(before, worse, NOW, true);
+  assert.deepEqual([ids(held), held.waits], [["alder", "birch", "aspen"], true]);
+
+  const let_go = orderRows(held, worse, NOW, false);
+  assert.deepEqual([ids(let_go), let_go.waits], [["birch", "alder", "aspen"], false]);
+});
+
+test("lanes say what became of each claim", () => {
+  const lanes = [
+    lane("back", { outcome: "back", ended_at: NOW - 10 }),
+    lane("due"),
+    lane("late", { predicted_s: 20 }),
+    lane("bare", { predicted_s: null }),
+    lane("released", { outcome: "released", ended_at: NOW - 5 }),
+    lane("lost"),
+  ];
+  const names = lanes.map(({ worker_id: id }) => worker(id.slice(2)));
+  names.at(-1).verdict = "lost";
+
+  const laid = layOutRound(round(lanes), names, NOW);
+
+  assert.deepEqual(
+    laid.lanes.map(({ name, tone, note }) => [name, tone, note]),
+    [
+      ["back", "ok", "back, 0:40"],
+      ["due", "ok", "due in 0:30"],
+      ["late", "slow", "0:30 late"],
+      ["bare", "ok", "0:50"],
+      ["released", "idle", "released"],
+      ["lost", "lost", "lost"],
+    ],
+  );
+  assert.deepEqual([laid.numBack, laid.leftS], [1, null]);
+});
+
+test("the time left is that of the last forecast", () => {
+  const lanes = [lane("birch"), lane("alder", { predicted_s: 95 })];
+
+  assert.equal(layOutRound(round(lanes), [], NOW).leftS, 45);
+});
+
+test("with very many lanes only those that need a look are listed", () => {
+  const lanes = Array.from({ length: 60 }, (_, i) =>
+    lane(`box${i}`, i < 3 ? { predicted_s: 20 } : i < 20 ? { outcome: "back" } : {}),
+  );
+
+  const laid = layOutRound(round(lanes), [], NOW);
+
+  assert.equal(laid.lanes.length, 3);
+  assert.equal(laid.hidden, "17 back, 40 on forecast");
+});
+
+test("the columns of the chart share their versions", () => {
+  const versions = [version(1, { train_loss: null }), version(2), version(3)];
+
+  const series = lossSeries(versions, [evaluation(1, 4), evaluation(3, 2)], {
+    numLast: null,
+    smoothing: 0,
+  });
+
+  assert.deepEqual(series, {
+    x: [1, 2, 3],
+    train: [null, 3, 3],
+    smooth: [null, 3, 3],
+    held: [8, null, 4],
+    natsPerBit: 2,
+  });
+});
+
+test("smoothing starts without a bias towards zero, and over all history", () => {
+  const losses = [null, 4, 2, 2];
+  const versions = losses.map((train_loss, i) => version(i + 1, { train_loss }));
+
+  const { x, smooth } = lossSeries(versions, [], { numLast: 3, smoothing: 0.5 });
+
+  assert.deepEqual(x, [2, 3, 4]);
+  assert.equal(smooth[0], 4);
+  assert.ok(Math.abs(smooth[1] - 8 / 3) < 1e-9);
+  assert.ok(smooth[2] > 2 && smooth[2] < smooth[1]);
+});
+
+test("the height keeps the line of gzip in view unless it squeezes the curves", () => {
+  const near = yRange([[3, 2, null]], 1.5);
+  const far = yRange([[3, 2, null]], 9);
+
+  assert.ok(near[0] < 1.5 && near[1] > 3);
+  assert.ok(far[1] < 4);
+});
+
+test("ticks are round numbers", () => {
+  const ticks = niceTicks(1.93, 4.1, 5).map((value) => value.toFixed(2));
+
+  assert.deepEqual(ticks, ["2.00", "2.50", "3.00", "3.50", "4.00"]);
+});

@@ -1,0 +1,1 @@
+"""Static files of the operators' pages, shipped as package data; no code."""

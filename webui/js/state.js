@@ -1,0 +1,69 @@
+// What the page knows, and the one pure function that changes it: `reduce`.
+
+/** Before the first snapshot. `stale` means: ask for a snapshot, ignore events. */
+export const EMPTY = Object.freeze({ view: null, seq: 0, at: null, stale: false });
+
+/**
+ * Return the state after one message of the live feed.
+ *
+ * A missed event makes the state stale: nothing is guessed, the next snapshot puts
+ * it right. `view` has the shape of `FleetView` in coordinator/service/view.py.
+ */
+export function reduce(state, message) {
+  if (message.kind === "resync") return { ...state, stale: true };
+  const { seq, at } = message;
+  if (message.kind === "snapshot") {
+    return { view: message.body, seq, at, stale: false };
+  }
+  if (state.stale) return state;
+  if (state.view === null) return { ...state, stale: true };
+  if (seq <= state.seq) return state; // we have it already
+  if (seq !== state.seq + 1 || beginsAnotherRun(state.view, message)) {
+    return { ...state, stale: true };
+  }
+  return { ...state, view: applyEvent(state.view, message), seq, at };
+}
+
+// The versions and evaluations of another run come only with a snapshot.
+function beginsAnotherRun(view, { kind, body }) {
+  return (
+    kind === "fleet.updated" &&
+    Boolean(body.run) &&
+    body.run.run_id !== view.run?.run_id
+  );
+}
+
+function applyEvent(view, { kind, body }) {
+  switch (kind) {
+    case "fleet.updated":
+      return applyUpdate(view, body);
+    case "version.published":
+      return { ...view, versions: putByVersion(view.versions, body) };
+    case "version.evaluated":
+      return { ...view, evaluations: putByVersion(view.evaluations, body) };
+    default:
+      return view; // a kind that a newer coordinator may send
+  }
+}
+
+// What an update names replaces the old, null included: "no round is open now".
+function applyUpdate(view, { workers = [], ...parts }) {
+  return {
+    ...view,
+    ...parts,
+    workers: mergeWorkers(view.workers, workers),
+  };
+}
+
+function mergeWorkers(rows, changed) {
+  if (changed.length === 0) return rows;
+  const byId = new Map(rows.map((row) => [row.worker_id, row]));
+  for (const row of changed) byId.set(row.worker_id, row);
+  return [...byId.values()];
+}
+
+// Replaces too: an event that fell into the taking of a snapshot is sent again.
+function putByVersion(points, point) {
+  const others = points.filter(({ version }) => version !== point.version);
+  return [...others, point].sort((a, b) => a.version - b.version);
+}
