@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from coordinator.api.gradient import gradient_routes
 from coordinator.api.status import status_routes
 from coordinator.api.workers import worker_routes
 from coordinator.control import ControlServer
+from coordinator.domain.errors import StartError
 from coordinator.live.hub import Hub
 from coordinator.live.socket import LiveFeed, live_route
 from coordinator.login.door import Door
@@ -136,9 +139,14 @@ def worker_key(settings: CoordinatorSettings) -> str:
     if settings.worker_api_key is not None:
         return settings.worker_api_key
     path = settings.data / KEY_NAME
-    with contextlib.suppress(FileExistsError):
-        path.touch(mode=0o600, exist_ok=False)
-        path.write_text(secrets.token_urlsafe(32))
+    if not path.exists():
+        # Whole before it has its name: another process may look at the same time.
+        fresh = path.with_name(f".{KEY_NAME}-{os.getpid()}")
+        fresh.touch(mode=0o600)
+        fresh.write_text(secrets.token_urlsafe(32))
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(fresh)
+        fresh.unlink()
     return path.read_text().strip()
 
 
@@ -215,7 +223,7 @@ async def _listen(
         max_body_size=_MAX_BODY_BYTES,
         idle_connection_timeout=_IDLE_S,
     )
-    sockets = bind_sockets(settings.port, settings.host)
+    sockets = _bind(settings)
     server.add_sockets(sockets)
     control = ControlServer(fleet, settings.data)
     await control.start()
@@ -228,6 +236,16 @@ async def _listen(
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
                 await server.close_all_connections()
+
+
+def _bind(settings: CoordinatorSettings) -> list[socket.socket]:
+    try:
+        return bind_sockets(settings.port, settings.host)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on host {settings.host!r}, port {settings.port}: "
+            f"{error.strerror or error}"
+        ) from error
 
 
 def _live_feed(

@@ -16,7 +16,7 @@ from typing import Final
 
 from bitnet_ext.wire.log import configure_logging
 from coordinator import verbs
-from coordinator.app import Listening, serve, worker_key
+from coordinator.app import KEY_NAME, Listening, serve, worker_key
 from coordinator.control import (
     AcknowledgeReset,
     ResetPassword,
@@ -42,6 +42,7 @@ _SETTINGS: Final = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
     options = _parser().parse_args(arguments)
+    os.umask(0o077)  # whatever is made here is for its owner alone
     act: Callable[[argparse.Namespace], int] = options.act
     try:
         return act(options)
@@ -145,7 +146,8 @@ def _serve(options: argparse.Namespace) -> int:
         print(f"Dashboard: http://{name}:{listening.port}/admin/dashboard")
         if listening.first_password is not None:
             print(f"Admin password, shown this once: {listening.first_password}")
-        print(f"Worker key: {settings.data / 'worker-api-key'}")
+        if settings.worker_api_key is None:
+            print(f"Worker key: {settings.data / KEY_NAME}")
         if not settings.is_loopback:
             print("WARNING: plain HTTP beyond this machine: keys can be read.")
         sys.stdout.flush()

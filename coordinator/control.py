@@ -7,8 +7,11 @@ commands run under the lock of the data folder (`coordinator.verbs`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +28,20 @@ log = logging.getLogger(__name__)
 SOCKET_NAME: Final = "control.sock"
 TIMEOUT_S: Final = 60.0
 _MAX_LINE_BYTES: Final = 4096
+_OWN_FILES: Final = Path("/proc/self/fd")
+
+
+@contextlib.contextmanager
+def _address(folder: Path) -> Iterator[str]:
+    """Yield a path to the socket that is short enough for one (107 bytes)."""
+    if not _OWN_FILES.exists():  # not Linux
+        yield str(folder / SOCKET_NAME)
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield str(_OWN_FILES / str(descriptor) / SOCKET_NAME)
+    finally:
+        os.close(descriptor)
 
 
 class Seed(Struct, frozen=True, kw_only=True, tag="seed-real-tasks"):
@@ -92,9 +109,10 @@ class ControlServer:
     async def start(self) -> None:
         """Listen. The lock of the folder is ours, so an old socket is a leftover."""
         self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(
-            self._serve, path=self._path, limit=_MAX_LINE_BYTES
-        )
+        with _address(self._path.parent) as address:
+            self._server = await asyncio.start_unix_server(
+                self._serve, path=address, limit=_MAX_LINE_BYTES
+            )
         self._path.chmod(0o600)
 
     async def stop(self) -> None:
@@ -130,7 +148,8 @@ def ask(folder: Path, command: Command) -> str | None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(TIMEOUT_S)
         try:
-            connection.connect(str(folder / SOCKET_NAME))
+            with _address(folder) as address:
+                connection.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
         connection.sendall(msgspec.json.encode(command) + b"\n")

@@ -47,7 +47,8 @@ class CoordinatorSettings:
     worker_api_key_next: str | None = field(repr=False)
     #: Opens /metrics, /status and /ready.
     metrics_token: str | None = field(repr=False)
-    preset: str
+    #: None: that of the run there is; `small` for the first.
+    preset: str | None
     #: Decides the first weights and the order of the training text.
     seed: int
     #: Tokens to train; None: 20 for each parameter.
@@ -180,8 +181,10 @@ def _hosts(env: Mapping[str, str]) -> frozenset[str]:
     return frozenset(name.lower() for name in names if name)
 
 
-def _preset(env: Mapping[str, str]) -> str:
-    value = env.get("PRESET", "small")
+def _preset(env: Mapping[str, str]) -> str | None:
+    value = env.get("PRESET")
+    if value is None:
+        return None
     try:
         preset_shape(value)
     except UnknownPresetError as error:

@@ -32,7 +32,8 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
         return said
     with open_fleet(settings, _tell_nobody) as fleet:
         reconcile(fleet)
-        ensure_run(fleet, run_settings(settings))
+        if fleet.store.read_now(runs.newest_run) is None:
+            ensure_run(fleet, run_settings(settings))
         return asyncio.run(obey(fleet, wish))
 
 

@@ -34,7 +34,7 @@ class Child:
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - our own modules
                 [sys.executable, "-m", module, verb],
-                env={**os.environ, **env},
+                env={**_clean_environment(), **env},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if module == "coordinator" else log,
                 stderr=log,
@@ -122,6 +122,15 @@ def start_worker(
         "BITNET_HEALTH_BEACON": str(folder / f"{name}.alive"),
     }
     return Child(name, "worker", "run", env, folder)
+
+
+def _clean_environment() -> dict[str, str]:
+    """Return our environment without settings that were meant for another fleet."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("BITNET_") or name.startswith("BITNET_EXT_")
+    }
 
 
 def pause(seconds: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from bitnet_ext.wire.verdicts import WorkerPhase
 from coordinator.control import Command, ResetPassword, Seed, TrainFor, ask
 from coordinator.demo import report
 from coordinator.demo.killing import Killing
@@ -31,6 +33,7 @@ from coordinator.service.fleet import FINISHED
 from coordinator.service.view import FleetView
 
 WORKERS: Final = ("demo-1", "demo-2")
+_NOT_READY: Final = (WorkerPhase.STARTING, WorkerPhase.CALIBRATING)
 #: Seconds between two looks at the fleet.
 LOOK_S: Final = 0.5
 #: How long the last round and its evaluation may take after the budget.
@@ -96,9 +99,11 @@ def run_demo(options: DemoOptions) -> int:
     print(f"State folder: {folder}")
     manifest = prepare(folder / "corpus", options.corpus)
     report.print_corpus(manifest)
+    _end_properly_when_told()
+    started_at = time.time()
     with _running(options, folder) as demo:
         _print_door(demo, folder)
-        _wait_for_workers(demo)
+        _wait_for_workers(demo, started_at)
         outcome = _train(demo)
         view = demo.status.look()
     print(report.sample(folder, view), flush=True)
@@ -160,12 +165,29 @@ def _print_door(demo: Demo, folder: Path) -> None:
     print(f"Password:     {path.read_text()}", flush=True)
 
 
-def _wait_for_workers(demo: Demo) -> None:
+def _end_properly_when_told() -> None:
+    """Let the signals that end a process end ours the way an error does.
+
+    Its children have sessions of their own: nobody else would stop them.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+
+
+def _wait_for_workers(demo: Demo, started_at: float) -> None:
     """Return once both workers are calibrated and version 1 has its score."""
     print("Workers start and time a few training steps ...", flush=True)
     while True:
         view = demo.status.look()
-        ready = [w for w in view.workers if w.calibrated_tokens_per_s is not None]
+        ready = [
+            worker
+            for worker in view.workers
+            if worker.heartbeat_at >= started_at and worker.phase not in _NOT_READY
+        ]
         if len(ready) >= len(WORKERS) and view.evaluations:
             return
         demo.check_alive(set())

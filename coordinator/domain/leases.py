@@ -83,13 +83,13 @@ def backoff_s(attempt: int, jitter: float) -> float:
     return jitter * min(2.0**attempt, MAX_BACKOFF_S)
 
 
-def lease_id(server_secret: bytes, task_id: str, attempt: int, claim_id: str) -> str:
+def lease_id(server_secret: bytes, task_id: str, number: int, claim_id: str) -> str:
     """Return the 128-bit right to a task, as 32 hex digits.
 
-    HMAC-SHA256 over task, attempt and claim: a repeated claim computes it again,
-    and nobody else can.
+    HMAC-SHA256 over task, number of the lease and claim: a repeated claim computes
+    it again, and nobody else can.
     """
-    text = f"{task_id}\n{attempt}\n{claim_id}".encode()
+    text = f"{task_id}\n{number}\n{claim_id}".encode()
     return hmac.new(server_secret, text, hashlib.sha256).digest()[:16].hex()
 
 

@@ -30,7 +30,7 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     beta2: Share = 0.95
     eps: Positive = 1e-8
     clip_norm: Positive = 1.0
-    #: Outer step: rate and momentum of Nesterov (training.md 4.3).
+    #: Outer step: rate and momentum of Nesterov (Douillard et al. 2023, 2311.08105).
     outer_rate: Positive = 0.9
     outer_momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.8
     #: Sequences in one local step.

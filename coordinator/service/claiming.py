@@ -9,13 +9,15 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
 
 import msgspec
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.messages import ClaimRequest, Task
-from bitnet_ext.wire.verdicts import TaskKind
+from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain import leases, sizing
+from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Shard
 from coordinator.domain.plan import TrainingPlan, hyper_parameters
 from coordinator.service.fleet import RUNNING, Fleet
@@ -26,16 +28,19 @@ from coordinator.store import rounds, runs, tasks, versions, workers
 from coordinator.store.rows import RoundRow, RunRow, TaskRow, WorkerRow
 
 #: Less than this before the end of the run is not worth a task.
-MIN_TASK_S = 1.0
+MIN_TASK_S: Final = 1.0
+#: Below this the disk counts as full: versions, payloads and logs still have room.
+MIN_FREE_BYTES: Final = 2**30
 
 
 async def claim(fleet: Fleet, request: ClaimRequest) -> Task | None:
     """Return a task under a lease, or None when there is nothing to do now.
 
     The same `claim_id` gets the same lease as long as that lease lives. Raises
-    RefusedError `no_run` or `unknown_worker`.
+    RefusedError: no_run, disk_low, unknown_worker.
     """
     fleet.the_manifest()
+    await _check_disk(fleet)
     now = fleet.clock.now()
     task = await fleet.store.write(
         lambda connection: _Claim(connection, fleet, request, now).make()
@@ -43,6 +48,17 @@ async def claim(fleet: Fleet, request: ClaimRequest) -> Task | None:
     if task is not None:
         fleet.changed.ring()
     return task
+
+
+async def _check_disk(fleet: Fleet) -> None:
+    """Give out no work whose result could not be stored."""
+    free = await fleet.off_loop(fleet.blobs.free_bytes)
+    if free < MIN_FREE_BYTES:
+        raise RefusedError(
+            ErrorCode.DISK_LOW,
+            f"the data folder must have {MIN_FREE_BYTES} bytes free, has {free}",
+            retry_after_s=30.0,
+        )
 
 
 class _Claim:
@@ -78,7 +94,7 @@ class _Claim:
         terms = msgspec.json.decode(task.lease_terms_json or "", type=Task)
         return msgspec.structs.replace(
             terms,
-            lease_id=self._lease_id(task.task_id, task.attempt),
+            lease_id=self._lease_id(task.task_id, task.num_leases),
             lease_s=max(0.0, (task.expires_at or 0.0) - self._now),
         )
 
@@ -247,9 +263,9 @@ class _Claim:
         speed = worker.tokens_per_s or workers.fleet_speed(self._connection)
         return task.num_tokens / speed if speed else None
 
-    def _lease_id(self, task_id: str, attempt: int) -> str:
+    def _lease_id(self, task_id: str, num_leases: int) -> str:
         return leases.lease_id(
-            self._fleet.secret, task_id, attempt, self._request.claim_id
+            self._fleet.secret, task_id, num_leases, self._request.claim_id
         )
 
     def _terms(self, run: RunRow, task: TaskRow, version: int, ttl: float) -> Task:
@@ -262,7 +278,7 @@ class _Claim:
         return Task(
             task_id=task.task_id,
             kind=TaskKind(task.kind),
-            lease_id=self._lease_id(task.task_id, task.attempt + 1),
+            lease_id=self._lease_id(task.task_id, task.num_leases + 1),
             lease_s=ttl,
             run_id=run.run_id,
             base_version=version,

@@ -43,7 +43,12 @@ def _mark(connection: Connection, keep_last: int) -> _Pruned:
     run = runs.newest_run(connection)
     if run is None:
         return _Pruned([], [])
-    kept = [row.version for row in versions.kept_versions(connection)]
+    # Those of an earlier run stay: a hard reset keeps what was there.
+    kept = [
+        row.version
+        for row in versions.kept_versions(connection)
+        if row.run_id == run.run_id
+    ]
     newest = versions.newest_version(connection, run.run_id).version
     gone = versions_to_prune(
         kept, newest=newest, pinned=_pinned(connection, run.run_id), keep_last=keep_last

@@ -14,7 +14,7 @@ from coordinator.service.fleet import Fleet
 from coordinator.service.returning import is_held
 from coordinator.service.roster import heartbeat_s, known_worker
 from coordinator.store import tasks, workers
-from coordinator.store.rows import TaskRow
+from coordinator.store.rows import TaskRow, WorkerRow
 
 
 async def heartbeat(fleet: Fleet, request: HeartbeatRequest) -> HeartbeatAnswer:
@@ -40,7 +40,7 @@ def _heartbeat(
     interval_s = heartbeat_s(fleet, worker)
     state, lease_s = LeaseState.NONE, 0.0
     if request.task_id is not None:
-        expires_at = _renew(connection, request, leases.ttl_s(interval_s), now)
+        expires_at = _renew(connection, request, worker, leases.ttl_s(interval_s), now)
         state = LeaseState.LOST if expires_at is None else LeaseState.HELD
         lease_s = max(0.0, (expires_at or now) - now)
     return HeartbeatAnswer(
@@ -52,7 +52,11 @@ def _heartbeat(
 
 
 def _renew(
-    connection: Connection, request: HeartbeatRequest, ttl_s: float, now: float
+    connection: Connection,
+    request: HeartbeatRequest,
+    worker: WorkerRow,
+    ttl_s: float,
+    now: float,
 ) -> float | None:
     """Return until when the lease lives now; None when it is lost."""
     task = tasks.find_task(connection, request.task_id or "")
@@ -71,6 +75,8 @@ def _renew(
         step_s=request.step_s,
     )
     changes = _changes(task, before, after, ttl_s, now)
+    if worker.tokens_per_s is None:
+        changes["hard_at"] = _hard_at(task, after, now)
     tasks.renew_lease(connection, task.task_id, **changes)
     return float(changes["expires_at"])
 
@@ -93,23 +99,23 @@ def _changes(
         "step_s": after.step_s,
         "progress_at": advanced_at,
         "expires_at": expires_at,
-        "hard_at": _hard_at(task, after, now),
     }
 
 
 def _hard_at(task: TaskRow, after: Reported, now: float) -> float | None:
-    """Return when the lease ends whatever happens.
+    """Return when the lease of a worker that nobody has measured yet ends for good.
 
-    Where nobody was measured when it was claimed, the task's own speed decides,
-    anew at each heartbeat; before its first token there is no limit.
+    Its own speed decides, anew at each heartbeat: what the fleet would need says
+    little of a box that may be ten times slower. Before its first token, the limit
+    is the one of the claim, if it had any.
     """
-    if task.predicted_s is not None or task.claimed_at is None:
-        return task.hard_at
     predicted = leases.predicted_from_progress(
         num_tokens=task.num_tokens,
         tokens_done=after.tokens_done,
-        elapsed_s=now - task.claimed_at,
+        elapsed_s=now - (task.claimed_at or now),
     )
     if predicted is None:
         return task.hard_at
-    return leases.hard_at(task.claimed_at, predicted)
+    own = leases.hard_at(task.claimed_at or now, predicted)
+    # A limit by the fleet's speed is only ever moved out.
+    return own if task.predicted_s is None else max(own, task.hard_at or own)

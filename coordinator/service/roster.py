@@ -144,6 +144,7 @@ def _keep(connection: Connection, request: RegisterRequest, now: float) -> None:
         "package_version": request.package_version,
         "own_heartbeat_s": request.heartbeat_s,
         "heartbeat_at": now,
+        "phase": WorkerPhase.STARTING,
     }
     if request.calibrated_tokens_per_s is not None:
         said["calibrated_tokens_per_s"] = request.calibrated_tokens_per_s
@@ -161,7 +162,6 @@ def _keep(connection: Connection, request: RegisterRequest, now: float) -> None:
         connection,
         worker_id=request.worker_id,
         registered_at=now,
-        phase=WorkerPhase.STARTING,
         **said,
     )
     workers.add_event(

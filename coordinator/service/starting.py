@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
@@ -41,6 +41,7 @@ from coordinator.store.rows import RunRow, VersionRow
 log = logging.getLogger(__name__)
 
 EXIT_DAMAGED: Final = 4
+DEFAULT_PRESET: Final = "small"
 
 #: Returns the first weights of a run: float32 (n,) in layout order.
 Initial = Callable[[ModelShape, int], NDArray[np.float32]]
@@ -50,7 +51,8 @@ Initial = Callable[[ModelShape, int], NDArray[np.float32]]
 class RunSettings:
     """What a new run is made of, besides its corpus."""
 
-    preset: str
+    #: None: that of the run there is, `small` for the first.
+    preset: str | None
     seed: int
     plan: TrainingPlan
     #: None: 20 tokens for each parameter.
@@ -65,9 +67,12 @@ def load_corpus(fleet: Fleet) -> None:
 
 
 def reconcile(fleet: Fleet) -> None:
-    """Make disk and database agree. Blocking; raises StartError."""
-    removed = _remove_orphans(fleet)
+    """Make disk and database agree. Blocking; raises StartError.
+
+    What is damaged stops the start before anything is removed.
+    """
     fleet.store.read_now(lambda connection: _check_newest(connection, fleet))
+    removed = _remove_orphans(fleet)
     now = fleet.clock.now()
     ttl = leases.ttl_s(fleet.heartbeat_s)
     moved = fleet.store.write_now(
@@ -87,15 +92,22 @@ def ensure_run(
     """Make the run where there is none, or where it no longer fits. Blocking.
 
     Returns whether one was made. Raises StartError when the corpus is not the one
-    that the running run was started with.
+    that the run was started with.
     """
-    if fleet.manifest is None:
-        return False
-    shape = preset_shape(settings.preset, vocab_size=fleet.manifest.vocab_size)
     run = fleet.store.read_now(runs.newest_run)
+    if fleet.manifest is None:
+        if run is not None:
+            raise StartError(
+                f"run {run.run_id} trains on a corpus that is not in {fleet.corpus}: "
+                f"put it back, or name its folder"
+            )
+        return False
+    preset = settings.preset or (DEFAULT_PRESET if run is None else run.preset)
+    shape = preset_shape(preset, vocab_size=fleet.manifest.vocab_size)
     if run is not None and run.layout_hash == layout_hash(shape).hex():
         _check_corpus(run, fleet.manifest)
         return False
+    settings = replace(settings, preset=preset)
     _make_run(fleet, settings, fleet.manifest, shape, initial, replaces=run)
     return True
 

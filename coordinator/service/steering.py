@@ -38,6 +38,7 @@ async def seed_epoch(fleet: Fleet, tokens: int | None) -> Seeded:
 
     def add(connection: Connection) -> Seeded:
         run = _the_run(connection)
+        _check_running(run)
         num_tasks = 0
         if tokens is None:
             add_epoch(connection, run, manifest)
@@ -98,6 +99,16 @@ def _check_size(tokens: int | None, total: int) -> None:
             f"tokens must be at least {max(1, least)} ({MAX_TASKS} tasks at most), "
             f"got {tokens}",
             field="tokens",
+        )
+
+
+def _check_running(run: RunRow) -> None:
+    if run.state != RUNNING:
+        raise RefusedError(
+            ErrorCode.BAD_REQUEST,
+            f"run {run.run_id} is {run.state}: give it time first, with "
+            f"`bitnet-coordinator train-for`",
+            field="run_id",
         )
 
 

@@ -67,16 +67,17 @@ class Intake:
             await self._feed(piece)
 
     async def _feed(self, piece: bytes) -> None:
-        self._body_hash.update(piece)
         if self._meta is not None:
             await self._take_frame(piece)
             return
         self._head += piece
         block = _json_block(self._head)
         if block is not None:
+            end = _LENGTH_BYTES + len(block)
+            self._body_hash.update(self._head[:end])
             self._meta = parse(block, SubmissionMeta)
             await self._begin(self._meta)
-            await self._take_frame(bytes(self._head[_LENGTH_BYTES + len(block) :]))
+            await self._take_frame(bytes(self._head[end:]))
 
     async def finish(self) -> SubmissionAnswer:
         """Check and accept what has arrived. Raises RefusedError."""
@@ -88,8 +89,8 @@ class Intake:
                 field="body",
             )
         meta = self._meta
+        await self._flush()
         if self._spool is not None and self._expected is not None:
-            await self._flush(self._spool)
             await self._keep(self._spool, self._expected, meta)
         answer, is_new = await self._accept(meta)
         if is_new:
@@ -128,19 +129,24 @@ class Intake:
             )
 
     async def _take_frame(self, piece: bytes) -> None:
-        if self._spool is None or self._expected is None:
-            return
         self._waiting += piece
-        self._expected.check_length(
-            self._spool.num_bytes + len(self._waiting), whole=False
-        )
+        if self._spool is not None and self._expected is not None:
+            num_bytes = self._spool.num_bytes + len(self._waiting)
+            self._expected.check_length(num_bytes, whole=False)
         if len(self._waiting) >= _WRITE_BYTES:
-            await self._flush(self._spool)
+            await self._flush()
 
-    async def _flush(self, spool: Spool) -> None:
+    async def _flush(self) -> None:
+        """Hash and write what waits, off the loop."""
         piece, self._waiting = bytes(self._waiting), bytearray()
+
+        def work() -> None:
+            self._body_hash.update(piece)
+            if self._spool is not None:
+                self._spool.write(piece)
+
         if piece:
-            await self._fleet.off_loop(lambda: spool.write(piece))
+            await self._fleet.off_loop(work)
 
     async def _keep(
         self, spool: Spool, expected: _Expected, meta: SubmissionMeta

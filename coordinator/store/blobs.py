@@ -132,6 +132,10 @@ class Blobs:
             self._fs.unlink(self.path(kind, name))
         self._fs.sync_folder(self._folder / kind)
 
+    def free_bytes(self) -> int:
+        """Return the space left on the disk of the blobs."""
+        return self._fs.free_bytes(self._folder)
+
     def names(self, kind: BlobKind) -> list[str]:
         """Return the names of all blobs of a kind, leftovers included."""
         return sorted(path.name for path in (self._folder / kind).iterdir())

@@ -193,8 +193,8 @@ def forget_payloads(connection: Connection, up_to_version: int) -> list[str]:
     """Let go of payloads that only lead to pruned versions; return their names."""
     gone = (
         submissions.c.payload_file.is_not(None),
-        submissions.c.state == SubmissionState.APPLIED,
-        submissions.c.version <= up_to_version,
+        submissions.c.state != SubmissionState.ACCEPTED,
+        submissions.c.base_version < up_to_version,
     )
     names = [
         name

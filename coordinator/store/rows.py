@@ -75,6 +75,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     state: str
     reason: str | None
     attempt: int
+    num_leases: int
     created_at: float
     lease_hash: str | None
     lease_claim_id: str | None

@@ -131,6 +131,8 @@ tasks: Final = Table(
     Column("state", String(16), nullable=False),
     Column("reason", Text),
     Column("attempt", Integer, nullable=False, server_default="0"),
+    # Leases ever given out; unlike an attempt, none is taken back on release.
+    Column("num_leases", Integer, nullable=False, server_default="0"),
     Column("not_before_at", Float, nullable=False, server_default="0"),
     # The round that had it last and did not finish it: not claimed there again.
     Column("returned_round_id", BigInteger),
@@ -194,7 +196,7 @@ claims: Final = Table(
     Column("claimed_at", Float, nullable=False),
     Column("predicted_s", Float),
     Column("ended_at", Float),
-    # back, expired, released, failed, revoked; void once the round starts over.
+    # back, expired, released, failed; void once the round starts over.
     Column("outcome", String(16)),
 )
 Index("ix_claims_round", claims.c.round_id, claims.c.worker_id)

@@ -75,6 +75,7 @@ def lease_task(connection: Connection, task_id: str, **lease: Any) -> None:
         .values(
             state=TaskState.LEASED,
             attempt=tasks.c.attempt + 1,
+            num_leases=tasks.c.num_leases + 1,
             reason=None,
             tokens_done=0,
             bytes_done=0,

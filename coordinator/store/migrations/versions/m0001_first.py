@@ -182,6 +182,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("reason", sa.Text(), nullable=True),
         sa.Column("attempt", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("num_leases", sa.Integer(), server_default="0", nullable=False),
         sa.Column("not_before_at", sa.Float(), server_default="0", nullable=False),
         sa.Column("returned_round_id", sa.BigInteger(), nullable=True),
         sa.Column("created_at", sa.Float(), nullable=False),
