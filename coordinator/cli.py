@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartError as error:
         print(f"bitnet-coordinator: {error}", file=sys.stderr)
         return error.exit_code
-    except (FleetError, ValueError) as error:
+    except (FleetError, ValueError, OSError) as error:
         print(f"bitnet-coordinator: {error}", file=sys.stderr)
         return 2
 

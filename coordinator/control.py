@@ -143,7 +143,7 @@ class ControlServer:
 def ask(folder: Path, command: Command) -> str | None:
     """Send a command to the coordinator of a data folder; None when none runs.
 
-    Raises StartError with the reason when it is refused.
+    Raises StartError with the reason when it is refused, or when no answer comes.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(TIMEOUT_S)
@@ -152,9 +152,15 @@ def ask(folder: Path, command: Command) -> str | None:
                 connection.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
-        connection.sendall(msgspec.json.encode(command) + b"\n")
-        with connection.makefile("rb") as answer:
-            outcome = msgspec.json.decode(answer.readline(), type=Outcome)
+        try:
+            connection.sendall(msgspec.json.encode(command) + b"\n")
+            with connection.makefile("rb") as answer:
+                outcome = msgspec.json.decode(answer.readline(), type=Outcome)
+        except (OSError, msgspec.DecodeError) as error:
+            raise StartError(
+                f"the coordinator of {folder} gave no answer ({error}); whether it did "
+                "what was asked is not known"
+            ) from error
     if outcome.error is not None:
         raise StartError(outcome.error)
     return outcome.said

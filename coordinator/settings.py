@@ -51,7 +51,7 @@ class CoordinatorSettings:
     preset: str | None
     #: Decides the first weights and the order of the training text.
     seed: int
-    #: Tokens to train; None: 20 for each parameter.
+    #: Tokens to train; None: 20 for each parameter; 0: no end by tokens.
     token_budget: int | None
     #: Heartbeat interval of workers that set none.
     heartbeat_s: float
@@ -83,7 +83,11 @@ class CoordinatorSettings:
             metrics_token=_key(given, "METRICS_TOKEN"),
             preset=_preset(given),
             seed=_whole(given, "SEED", 1, 0, 2**62),
-            token_budget=_whole(given, "TOKEN_BUDGET", 0, 0, 2**62) or None,
+            token_budget=(
+                _whole(given, "TOKEN_BUDGET", 0, 0, 2**62)
+                if "TOKEN_BUDGET" in given
+                else None
+            ),
             heartbeat_s=_seconds(given, "HEARTBEAT_S", 5.0),
             keep_versions=_whole(given, "KEEP_VERSIONS", 20, 1, 10**9),
             log_level=_level(given),

@@ -45,8 +45,10 @@ SETTINGS: Final = {
     "HEARTBEAT_S": "2",
     "KEEP_VERSIONS": "3",
     "EVALUATE_EVERY": "5",
-    "WARMUP_TOKENS": "40000",
-    "TOKEN_BUDGET": str(10**12),
+    "BATCH_SIZE": "4",
+    "LEARNING_RATE": "7e-4",
+    "WARMUP_TOKENS": "100000",
+    "TOKEN_BUDGET": "0",
 }
 
 
@@ -176,6 +178,8 @@ def _end_properly_when_told() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
+    # A shell that starts us in the background has this one ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _wait_for_workers(demo: Demo, started_at: float) -> None:

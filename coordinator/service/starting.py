@@ -55,7 +55,7 @@ class RunSettings:
     preset: str | None
     seed: int
     plan: TrainingPlan
-    #: None: 20 tokens for each parameter.
+    #: None: 20 tokens for each parameter. 0: no end by tokens.
     token_budget: int | None = None
 
 
@@ -163,7 +163,9 @@ def _make_run(
 def _run_columns(
     fleet: Fleet, settings: RunSettings, manifest: Manifest, shape: ModelShape
 ) -> dict[str, object]:
-    budget = settings.token_budget or TOKENS_PER_PARAMETER * num_params(shape)
+    budget = settings.token_budget
+    if budget is None:
+        budget = TOKENS_PER_PARAMETER * num_params(shape)
     return {
         "run_id": f"r-{fleet.rng.token(4).hex()}",
         "state": RUNNING,
@@ -174,7 +176,7 @@ def _run_columns(
         "tokenizer_hash": manifest.tokenizer_sha256,
         "corpus_hash": manifest.corpus_sha256,
         "plan_json": msgspec.json.encode(settings.plan).decode(),
-        "token_budget": budget,
+        "token_budget": budget or None,
     }
 
 

@@ -1,0 +1,263 @@
+"""`bitnet-coordinator` in this process: what it prints, and how it says no."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from coordinator.cli import main
+from coordinator.settings import PREFIX
+from coordinator.store.lock import DataLock
+from tests.unit.coordinator.fleets import write_corpus
+
+
+@pytest.fixture(autouse=True)
+def clean_process(monkeypatch: pytest.MonkeyPatch):
+    """Run each command as in a process of its own: environment, umask, logging."""
+    for name in os.environ:
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv(PREFIX + "PRESET", "tiny")
+    umask = os.umask(0o022)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    os.umask(umask)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """The options that name a data folder, new, and a prepared corpus."""
+    write_corpus(tmp_path / "corpus")
+    return ["--data", str(tmp_path / "data"), "--corpus", str(tmp_path / "corpus")]
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run a command that has to be refused with one line; return the line."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("bitnet-coordinator: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def said(capsys, *arguments: str) -> str:
+    """Run a command that has to succeed; return what it printed."""
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_the_worker_key_is_made_once_and_for_its_owner_alone(capsys, tmp_path):
+    data = tmp_path / "deep" / "data"
+
+    first = said(capsys, "worker-key", "--data", str(data))
+
+    assert len(first.strip()) >= 32
+    assert said(capsys, "worker-key", "--data", str(data)) == first
+    assert stat.S_IMODE((data / "worker-api-key").stat().st_mode) == 0o600
+    assert stat.S_IMODE(data.stat().st_mode) == 0o700
+
+
+def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):
+    cut = said(capsys, "seed-real-tasks", *folders)
+    fixed = said(capsys, "seed-real-tasks", *folders, "300")
+    timed = said(capsys, "train-for", *folders, "60")
+    ever = said(capsys, "train-for", *folders, "ever")
+    reset = said(capsys, "acknowledge-reset", *folders)
+
+    assert cut == "epoch 1: 1504 tokens, tasks cut at claim\n"
+    assert fixed == "epoch 2: 1504 tokens, 6 tasks\n"
+    assert timed == "training for 60 s more\n"
+    assert ever == "training until the token budget is used up\n"
+    assert reset == "reset acknowledged\n"
+
+
+def test_a_text_becomes_a_corpus(capsys, tmp_path):
+    for number in range(8):
+        text = f"document {number}\n" + "some words to learn from\n" * 40
+        (tmp_path / f"{number}.txt").write_text(text)
+
+    out = said(
+        capsys,
+        "tokenize-corpus",
+        "--corpus",
+        str(tmp_path),
+        "--data",
+        str(tmp_path / "data"),
+        "--vocab-size",
+        "300",
+        "--held-out-bytes",
+        "1000",
+    )
+
+    assert "held out, vocabulary" in out
+    assert (tmp_path / "tokenized/manifest.json").exists()
+
+
+def test_before_a_corpus_it_says_what_to_do(capsys, tmp_path):
+    options = ["--data", str(tmp_path / "d"), "--corpus", str(tmp_path / "c")]
+
+    assert "tokenize-corpus" in refused(capsys, "seed-real-tasks", *options)
+
+
+@pytest.mark.parametrize(
+    ("verb", "value", "name"),
+    [
+        ("seed-real-tasks", "many", "tokens"),
+        ("seed-real-tasks", "0", "tokens"),
+        ("seed-real-tasks", "-5", "tokens"),
+        ("seed-real-tasks", "1.5", "tokens"),
+        ("seed-real-tasks", "\u0663", "tokens"),
+        ("train-for", "soon", "seconds"),
+        ("train-for", "0", "seconds"),
+        ("train-for", "-1", "seconds"),
+        ("train-for", "nan", "seconds"),
+        ("train-for", "inf", "seconds"),
+    ],
+)
+def test_a_wrong_amount_is_named_and_shown(capsys, folders, verb, value, name):
+    line = refused(capsys, verb, *folders, value)
+
+    assert name in line
+    assert value in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("port", "70000"),
+        ("port", "http"),
+        ("seed", "-1"),
+        ("preset", "smol"),
+        ("host", "0.0.0.0"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start(capsys, folders, option, value):
+    line = refused(capsys, "serve", *folders, f"--{option}={value}")
+
+    assert PREFIX + option.upper() in line
+    assert value in line
+
+
+def test_an_option_wins_over_the_environment(capsys, folders, monkeypatch):
+    monkeypatch.setenv(PREFIX + "PORT", "1")
+
+    assert "'70000'" in refused(capsys, "serve", *folders, "--port", "70000")
+
+
+def test_a_misspelt_variable_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv(PREFIX + "PROT", "1")
+
+    line = refused(capsys, "worker-key", "--data", str(tmp_path))
+
+    assert PREFIX + "PROT is not a setting" in line
+
+
+def test_a_weak_key_is_refused_and_not_shown(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv(PREFIX + "WORKER_API_KEY", "hunter2")
+
+    line = refused(capsys, "worker-key", "--data", str(tmp_path))
+
+    assert "hunter2" not in line
+
+
+@pytest.mark.parametrize("verb", ["worker-key", "seed-real-tasks", "acknowledge-reset"])
+def test_a_data_folder_that_is_a_file_is_named(capsys, folders, tmp_path, verb):
+    (tmp_path / "data").write_text("I am a file")
+
+    assert str(tmp_path / "data") in refused(capsys, verb, *folders)
+
+
+def test_a_folder_in_use_is_left_alone(capsys, folders, tmp_path):
+    (tmp_path / "data").mkdir()
+    lock = DataLock(tmp_path / "data")
+    try:
+        assert "in use" in refused(capsys, "seed-real-tasks", *folders)
+    finally:
+        lock.close()
+
+
+# Tornado leaves the socket that it could not bind to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_port_in_use_is_one_line(capsys, folders):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        assert main(["serve", *folders, f"--port={port}"]) == 2
+    gc.collect()
+
+    err = capsys.readouterr().err
+    assert "in use" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("vocab-size", "10"), ("held-out-bytes", "0"), ("shard-tokens", "1")],
+)
+def test_a_recipe_that_cannot_be_is_refused(capsys, tmp_path, name, value):
+    line = refused(
+        capsys, "tokenize-corpus", "--corpus", str(tmp_path), f"--{name}={value}"
+    )
+
+    assert name.replace("-", "_") in line
+    assert value in line
+
+
+def test_a_missing_text_folder_is_named(capsys, tmp_path):
+    options = ["--corpus", str(tmp_path / "nowhere"), "--data", str(tmp_path)]
+
+    assert "nowhere" in refused(capsys, "tokenize-corpus", *options)
+
+
+def test_damaged_weights_stop_every_command_with_status_four(capsys, folders, tmp_path):
+    said(capsys, "seed-real-tasks", *folders)
+    blob = tmp_path / "data/state/v0000000001.frame"
+    blob.write_bytes(blob.read_bytes()[:-1])
+
+    assert main(["seed-real-tasks", *folders]) == 4
+
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "version 1 is damaged" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["serve", "--prot", "1"],
+        ["serve", "--por", "1"],
+        ["train-for"],
+        ["tokenize-corpus", "--vocab-size", "many"],
+    ],
+)
+def test_what_is_no_command_ends_with_status_two(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+
+    assert caught.value.code == 2
+    assert "usage: bitnet-coordinator" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for verb in ("serve", "tokenize-corpus", "seed-real-tasks", "train-for", "demo"):
+        assert verb in out

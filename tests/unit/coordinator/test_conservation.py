@@ -1,0 +1,143 @@
+"""Whatever happens in whatever order: no token is lost, none is trained twice."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, select
+
+from bitnet_ext.wire.verdicts import ErrorCode
+from coordinator.domain.errors import RefusedError
+from coordinator.domain.plan import TrainingPlan
+from coordinator.service.returning import sweep_leases
+from coordinator.service.starting import reconcile
+from coordinator.store.tables import ranges, rounds, runs, submissions, tasks
+from tests.unit.coordinator.fleets import World, open_world
+
+NAMES = ["w1", "w2", "w3"]
+#: Short rounds, so that leases, rounds and epochs end within a short story.
+PLAN = TrainingPlan(batch_size=2, round_s=20.0, codec="fp32")
+NUM_EVENTS = 150
+
+
+def pieces(connection: Connection) -> dict[tuple[int, str], list[tuple[int, int]]]:
+    """Return who accounts for what: (start, end) by epoch and shard, sorted."""
+    found = defaultdict(list)
+    for row in connection.execute(select(ranges)):
+        found[row.epoch, row.shard_id].append((row.start_token, row.num_tokens))
+    for row in connection.execute(select(tasks).where(tasks.c.state != "done")):
+        found[row.epoch, row.shard_id].append((row.start_token, row.num_tokens))
+    for row in connection.execute(
+        select(submissions).where(submissions.c.state != "filtered")
+    ):
+        found[row.epoch, row.shard_id].append((row.start_token, row.tokens))
+    return {
+        key: sorted((start, start + size) for start, size in stretches)
+        for key, stretches in found.items()
+    }
+
+
+def check(world: World) -> None:
+    """Every epoch that has begun is covered once, without gap or overlap."""
+    found, run = world.read(pieces), world.run_row()
+    shards = world.fleet.the_manifest().train_shards()
+    assert len(found) == run.epoch * len(shards)
+    for epoch in range(1, run.epoch + 1):
+        for shard in shards:
+            position = 0
+            for start, end in found[epoch, shard.shard_id]:
+                assert start == position
+                position = end
+            assert position == shard.num_tokens
+    world.read(check_rows)
+
+
+def check_rows(connection: Connection) -> None:
+    leased = list(connection.execute(select(tasks).where(tasks.c.state == "leased")))
+    live = connection.execute(select(rounds).where(rounds.c.state != "closed")).one()
+    counted = connection.execute(
+        select(submissions.c.tokens).where(submissions.c.state != "filtered")
+    )
+    accepted = connection.execute(select(runs.c.tokens_accepted)).scalar_one()
+    assert len({row.lease_worker_id for row in leased}) == len(leased)
+    assert {row.round_id for row in leased} <= {live.round_id}
+    assert {row.base_version for row in leased} <= {live.base_version}
+    assert sum(tokens for (tokens,) in counted) == accepted
+
+
+class Story:
+    """Random things that happen to a fleet."""
+
+    def __init__(self, world: World, chance: random.Random) -> None:
+        self.world = world
+        self.chance = chance
+        self.held = {}
+        self.happened = defaultdict(int)
+
+    def go_on(self) -> None:
+        """Let one thing happen."""
+        act = self.chance.choices(
+            [self.claim, self.submit, self.give_back, self.wait, self.close],
+            [6, 6, 1, 1, 3],
+        )[0]
+        act(self.chance.choice(NAMES))
+
+    def claim(self, name: str) -> None:
+        task = self.world.claim(name)
+        if task is not None:
+            self.held[name] = task
+            self.happened["claimed"] += 1
+
+    def submit(self, name: str) -> None:
+        self.world.clock.advance(self.chance.choice([0.1, 5.0, 15.0]))
+        # Now and then a gradient that no outer step survives.
+        value = 3e38 if self.chance.random() < 0.1 else 1e-3
+        self.try_to("submitted", name, lambda t: self.world.submit(t, name, value))
+
+    def give_back(self, name: str) -> None:
+        act = self.chance.choice([self.world.release, self.world.fail])
+        self.try_to("given back", name, lambda task: act(task, name))
+
+    def try_to(self, what: str, name: str, act) -> None:
+        if (task := self.held.pop(name, None)) is None:
+            return
+        try:
+            act(task)
+        except RefusedError as error:
+            what = "lost" if error.code is ErrorCode.LEASE_LOST else error.code
+        self.happened[what] += 1
+
+    def wait(self, _name: str) -> None:
+        self.world.clock.advance(self.chance.choice([1.0, 31.0]))
+        self.happened["expired"] += self.world.do(sweep_leases(self.world.fleet))
+
+    def close(self, _name: str) -> None:
+        self.happened["closed"] += self.world.close_round()
+
+
+def tell(folder: Path, seed: int) -> Story:
+    with open_world(folder) as world:
+        world.start_run(PLAN)
+        for name in NAMES:
+            world.register(name)
+        story = Story(world, random.Random(seed))
+        for _ in range(NUM_EVENTS):
+            story.go_on()
+            check(world)
+        reconcile(world.fleet)
+        check(world)
+        story.happened["epochs"] = world.run_row().epoch
+        return story
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_token_of_an_epoch_is_accounted_for_once(tmp_path: Path, seed):
+    story = tell(tmp_path, seed)
+
+    # Guards the story: it would prove nothing if nothing happened in it.
+    assert story.happened["claimed"] > 10
+    for what in ("submitted", "expired", "closed", "lost"):
+        assert story.happened[what] > 0

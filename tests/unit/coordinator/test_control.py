@@ -1,0 +1,210 @@
+"""Commands over the socket of a running coordinator: a real socket, a real fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coordinator.control import (
+    SOCKET_NAME,
+    AcknowledgeReset,
+    ControlServer,
+    Outcome,
+    ResetPassword,
+    Seed,
+    TrainFor,
+    ask,
+)
+from coordinator.domain.errors import StartError
+from coordinator.login.passwords import password_matches
+from coordinator.store import runs
+from coordinator.store.sessions import find_password_hash
+from tests.fakes import START
+from tests.unit.coordinator.fleets import World
+
+
+@contextlib.asynccontextmanager
+async def serving(world: World, folder: Path):
+    server = ControlServer(world.fleet, folder)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+def asked(world: World, folder: Path, *commands) -> list[str | None]:
+    """Ask a running coordinator one command after another."""
+
+    async def story():
+        async with serving(world, folder):
+            return [await asyncio.to_thread(ask, folder, c) for c in commands]
+
+    return world.do(story())
+
+
+def sent(world: World, folder: Path, line: bytes) -> Outcome:
+    """Send a line of one's own making; return the answer."""
+
+    async def story():
+        async with serving(world, folder):
+            reader, writer = await asyncio.open_unix_connection(folder / SOCKET_NAME)
+            writer.write(line)
+            answer = await asyncio.wait_for(reader.read(), 10.0)
+            writer.close()
+            return msgspec.json.decode(answer, type=Outcome)
+
+    return world.do(story())
+
+
+def test_every_command_reaches_the_fleet(running: World, tmp_path: Path):
+    running.change_run(reset_acknowledged=False)
+
+    said = asked(
+        running,
+        tmp_path,
+        Seed(),
+        Seed(tokens=300),
+        TrainFor(seconds=90.0),
+        AcknowledgeReset(),
+    )
+
+    assert said == [
+        "epoch 2: 1504 tokens, tasks cut at claim",
+        "epoch 3: 1504 tokens, 6 tasks",
+        "training for 90 s more",
+        "reset acknowledged",
+    ]
+    run = running.run_row()
+    assert (run.epoch, run.stop_at, run.reset_acknowledged) == (3, START + 90.0, True)
+    assert running.read(lambda c: runs.range_tokens(c, "r-1")) == 2 * 1504
+
+
+def test_a_time_to_stop_can_be_taken_back(running: World, tmp_path: Path):
+    running.change_run(stop_at=START)
+
+    (said,) = asked(running, tmp_path, TrainFor())
+
+    assert said == "training until the token budget is used up"
+    assert running.run_row().stop_at is None
+
+
+def test_a_new_password_is_said_once_and_works(running: World, tmp_path: Path):
+    (said,) = asked(running, tmp_path, ResetPassword())
+
+    password = said.removeprefix("new admin password: ")
+    stored = running.read(find_password_hash)
+    assert password_matches(stored, password)
+    assert password not in stored
+
+
+def test_a_refusal_comes_back_as_its_reason(running: World, tmp_path: Path):
+    with pytest.raises(StartError, match="tokens must be at least 1") as caught:
+        asked(running, tmp_path, Seed(tokens=0))
+
+    assert caught.value.exit_code == 2
+
+
+def test_without_a_coordinator_there_is_no_answer(tmp_path: Path):
+    assert ask(tmp_path, Seed()) is None
+    assert ask(tmp_path / "nowhere", Seed()) is None
+
+
+def test_the_socket_of_a_dead_coordinator_is_no_coordinator(
+    running: World, tmp_path: Path
+):
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / SOCKET_NAME))
+    assert ask(tmp_path, Seed()) is None
+
+    assert asked(running, tmp_path, AcknowledgeReset()) == ["reset acknowledged"]
+    assert not (tmp_path / SOCKET_NAME).exists()
+
+
+def test_only_its_user_can_open_the_socket(running: World, tmp_path: Path):
+    async def story():
+        async with serving(running, tmp_path):
+            return (tmp_path / SOCKET_NAME).stat().st_mode
+
+    mode = running.do(story())
+
+    assert stat.S_ISSOCK(mode)
+    assert stat.S_IMODE(mode) == 0o600
+
+
+def test_a_folder_with_a_very_long_name_will_do(running: World, tmp_path: Path):
+    folder = tmp_path / ("d" * 150)
+    folder.mkdir()
+
+    assert asked(running, folder, AcknowledgeReset()) == ["reset acknowledged"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b"nonsense\n",
+        b"{}\n",
+        b'{"type":"drop-database"}\n',
+        b'{"type":"seed-real-tasks","tokens":"many"}\n',
+        b'{"type":"train-for","seconds":NaN}\n',
+        b"\xff\xfe\n",
+    ],
+)
+def test_a_line_that_is_no_command_is_answered_and_changes_nothing(
+    running: World, tmp_path: Path, line
+):
+    before = running.everything()
+
+    outcome = sent(running, tmp_path, line)
+
+    assert outcome.error
+    assert running.everything() == before
+
+
+def test_a_bug_is_logged_and_not_told(world: World, tmp_path: Path, caplog):
+    world.start_run()
+    world.write(lambda c: c.exec_driver_sql("DROP TABLE events"))
+
+    outcome = sent(world, tmp_path, b'{"type":"seed-real-tasks"}\n')
+
+    assert outcome.error == "internal error; the log has the story"
+    assert "no such table" in caplog.text
+    world.write(lambda c: c.exec_driver_sql("CREATE TABLE events (event_id)"))
+
+
+@pytest.mark.parametrize("answer", [b"", b'{"said":', b"nonsense\n"])
+def test_a_coordinator_that_dies_while_it_answers_is_one_clear_line(
+    tmp_path: Path, answer
+):
+    def once(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(answer)
+
+    with pytest.raises(StartError, match="gave no answer"):
+        ask_against(tmp_path, once)
+
+
+def ask_against(folder: Path, act: Callable[[socket.socket], None]) -> None:
+    """Ask while `act` plays the coordinator."""
+
+    async def story():
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(folder / SOCKET_NAME))
+            listening.listen()
+            acting = asyncio.create_task(asyncio.to_thread(act, listening))
+            try:
+                await asyncio.to_thread(ask, folder, Seed())
+            finally:
+                await acting
+
+    asyncio.run(story())

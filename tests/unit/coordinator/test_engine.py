@@ -1,0 +1,166 @@
+"""One writer thread, readers that cannot write, and commits that last."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from coordinator.store.engine import Store, read_once
+
+TIMEOUT_S = 10.0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    # Characters that a careless URL would trip over.
+    return tmp_path / "a fleet?&#%41.db"
+
+
+@pytest.fixture
+def store(path: Path):
+    store = Store(path)
+    store.write_now(lambda c: c.execute(text("CREATE TABLE n (v INTEGER NOT NULL)")))
+    store.write_now(lambda c: c.execute(text("INSERT INTO n VALUES (0)")))
+    yield store
+    store.close()
+
+
+def value(connection):
+    return connection.execute(text("SELECT v FROM n")).scalar_one()
+
+
+def set_value(connection, number):
+    connection.execute(text("UPDATE n SET v = :v"), {"v": number})
+
+
+def pragma(store, name, *, reading=False):
+    run = store.read_now if reading else store.write_now
+    return run(lambda c: c.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+
+
+def test_the_file_is_the_one_that_was_named(store, path):
+    assert path.exists()
+
+
+def test_a_reader_cannot_write(store):
+    with pytest.raises(OperationalError, match="readonly"):
+        store.read_now(lambda c: set_value(c, 1))
+
+    assert store.read_now(value) == 0
+
+
+def test_commits_survive_a_power_cut_and_foreign_keys_hold(store):
+    assert pragma(store, "journal_mode") == "wal"
+    assert pragma(store, "synchronous") == 2
+    assert pragma(store, "foreign_keys") == 1
+    assert pragma(store, "query_only", reading=True) == 1
+    # The writer alone checkpoints.
+    assert pragma(store, "wal_autocheckpoint", reading=True) == 0
+
+
+def test_what_was_written_is_there_for_another_process_at_once(store, path):
+    store.write_now(lambda c: set_value(c, 5))
+
+    assert read_once(path, value) == 5
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_takes_the_whole_transaction_back(store, error):
+    def half_done(connection):
+        set_value(connection, 1)
+        raise error
+
+    with pytest.raises(error):
+        store.write_now(half_done)
+
+    assert store.read_now(value) == 0
+    store.write_now(lambda c: set_value(c, 2))
+    assert store.read_now(value) == 2
+
+
+def test_a_broken_rule_takes_the_whole_transaction_back(store):
+    def break_rule(connection):
+        set_value(connection, 1)
+        set_value(connection, None)
+
+    with pytest.raises(IntegrityError):
+        store.write_now(break_rule)
+
+    assert store.read_now(value) == 0
+
+
+def test_eight_tasks_share_one_writer_thread_and_lose_no_update(store):
+    threads = set()
+
+    def add_one(connection):
+        threads.add(threading.get_ident())
+        set_value(connection, value(connection) + 1)
+
+    async def many_times():
+        for _ in range(10):
+            await store.write(add_one)
+
+    async def story():
+        await asyncio.gather(*(many_times() for _ in range(8)))
+
+    asyncio.run(story())
+
+    assert store.read_now(value) == 80
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+def test_a_write_in_progress_neither_blocks_readers_nor_shows(store):
+    written, go_on = threading.Event(), threading.Event()
+
+    def slow(connection):
+        set_value(connection, 1)
+        written.set()
+        assert go_on.wait(TIMEOUT_S)
+
+    async def story():
+        writing = asyncio.ensure_future(store.write(slow))
+        await asyncio.to_thread(written.wait, TIMEOUT_S)
+        during = await asyncio.wait_for(store.read(value), TIMEOUT_S)
+        go_on.set()
+        await writing
+        return during, await store.read(value)
+
+    assert asyncio.run(story()) == (0, 1)
+
+
+def test_a_reader_sees_one_snapshot_while_writes_go_on(store):
+    looked, go_on = threading.Event(), threading.Event()
+
+    def look_twice(connection):
+        first = value(connection)
+        looked.set()
+        assert go_on.wait(TIMEOUT_S)
+        return first, value(connection)
+
+    async def story():
+        reading = asyncio.ensure_future(store.read(look_twice))
+        await asyncio.to_thread(looked.wait, TIMEOUT_S)
+        await store.write(lambda c: set_value(c, 1))
+        go_on.set()
+        return await reading
+
+    assert asyncio.run(story()) == (0, 0)
+
+
+def test_closing_leaves_one_file_that_holds_everything(path):
+    store = Store(path)
+    store.write_now(lambda c: c.execute(text("CREATE TABLE n (v INTEGER)")))
+    store.write_now(lambda c: c.execute(text("INSERT INTO n VALUES (3)")))
+    store.read_now(value)
+
+    store.close()
+
+    leftovers = [p.name for p in path.parent.iterdir() if p.stat().st_size]
+    assert leftovers == [path.name]
+    assert read_once(path, value) == 3

@@ -1,0 +1,159 @@
+"""What the page is sent: everything once, then only what differs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from coordinator.service.feed import Feed, difference
+from coordinator.service.lag import LoopLag
+from coordinator.service.returning import sweep_leases
+from coordinator.service.view import ServerView
+from tests.unit.coordinator.fleets import World
+
+
+@pytest.fixture
+def feed(running: World) -> Feed:
+    return Feed(running.fleet, LoopLag(running.clock), insecure_http=False)
+
+
+def looked(world, feed):
+    return world.do(feed.snapshot())
+
+
+def body_of(update):
+    """Return what is sent of an update; None for no update."""
+    return None if update is None else msgspec.to_builtins(update)
+
+
+def updates(world):
+    return [body_of(body) for kind, body in world.told if kind == "fleet.updated"]
+
+
+def test_the_first_update_holds_everything(running: World, feed: Feed):
+    view = looked(running, feed)
+
+    sent = body_of(difference(None, view))
+
+    whole = msgspec.to_builtins(view)
+    names = ("missing", "run", "round", "tasks", "server", "workers")
+    assert sent == {name: whole[name] for name in names}
+
+
+def test_nothing_new_is_no_update(running: World, feed: Feed):
+    view = looked(running, feed)
+
+    assert difference(view, view) is None
+
+
+def test_the_lag_of_the_server_alone_is_no_news(running: World, feed: Feed):
+    view = looked(running, feed)
+    later = msgspec.structs.replace(view, server=ServerView(loop_lag_ms=99.0))
+
+    assert difference(view, later) is None
+
+
+def test_only_what_changed_is_sent_and_the_lag_goes_along(running: World, feed: Feed):
+    running.register("w2")
+    before = looked(running, feed)
+    running.heartbeat(worker_id="w2", phase="idle")
+    running.clock.advance(1.0)
+    running.heartbeat(worker_id="w2", phase="idle")
+    after = looked(running, feed)
+
+    sent = body_of(difference(before, after))
+
+    assert sorted(sent) == ["server", "workers"]
+    assert [worker["worker_id"] for worker in sent["workers"]] == ["w2"]
+    assert sent["server"] == msgspec.to_builtins(after.server)
+
+
+def test_a_claim_changes_round_tasks_and_its_worker(running: World, feed: Feed):
+    running.register("w2")
+    before = looked(running, feed)
+    running.claimed("w1")
+
+    sent = body_of(difference(before, looked(running, feed)))
+
+    assert sorted(sent) == ["round", "server", "tasks", "workers"]
+    assert [lane["worker_id"] for lane in sent["round"]["lanes"]] == ["w1"]
+    assert sent["tasks"]["leased"] == 1
+    assert [worker["worker_id"] for worker in sent["workers"]] == ["w1"]
+
+
+def test_what_is_gone_is_sent_as_null(world: World):
+    feed = Feed(world.fleet, LoopLag(world.clock), insecure_http=False)
+    before = looked(world, feed)
+    world.start_run()
+
+    sent = body_of(difference(before, looked(world, feed)))
+
+    assert before.missing
+    assert sent["missing"] is None
+    assert sent["run"]["run_id"] == "r-1"
+
+
+def test_updates_put_together_are_the_view(running: World, feed: Feed):
+    running.register("w2")
+    last, known, workers = None, {}, {}
+    for act in (
+        lambda: None,
+        lambda: running.claimed("w1"),
+        lambda: running.clock.advance(3.0),
+        lambda: running.heartbeat(phase="idle"),
+        lambda: running.claimed("w2"),
+        lambda: running.clock.advance(40.0),
+        lambda: running.do(sweep_leases(running.fleet)),
+        lambda: running.train_round(0.5, 0.5),
+    ):
+        act()
+        view = looked(running, feed)
+        sent = body_of(difference(last, view)) or {}
+        for row in sent.pop("workers", []):
+            workers[row["worker_id"]] = row
+        known |= sent
+        last = view
+
+        whole = msgspec.to_builtins(view)
+        assert list(workers.values()) == whole["workers"]
+        assert {name: whole[name] for name in known} == known
+
+
+def test_the_feed_publishes_once_for_each_change(running: World, feed: Feed):
+    running.do(feed.update())
+    running.do(feed.update())
+    running.claimed()
+    running.do(feed.update())
+    running.do(feed.update())
+
+    first, second = updates(running)
+    assert first["run"]["run_id"] == "r-1"
+    assert "run" not in second
+    assert second["tasks"]["leased"] == 1
+
+
+def test_an_update_holds_no_history_and_a_snapshot_does(running: World, feed: Feed):
+    running.train_round(0.5)
+
+    snapshot = looked(running, feed)
+
+    assert [point.version for point in snapshot.versions] == [1, 2]
+    running.do(feed.update())
+    assert "versions" not in updates(running)[-1]
+
+
+def test_a_ring_makes_the_feed_look(running: World, feed: Feed):
+    async def story():
+        task = asyncio.ensure_future(feed.run())
+        while not task.done() and not updates(running):
+            running.fleet.changed.ring()
+            await asyncio.sleep(0)
+            await running.fleet.store.read(lambda c: None)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    running.do(asyncio.wait_for(story(), 10.0))
+
+    assert len(updates(running)) == 1

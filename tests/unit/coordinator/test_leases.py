@@ -1,0 +1,96 @@
+"""How long a lease lasts, what keeps it alive, and who can compute its id."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.domain import leases
+from coordinator.domain.leases import Reported, shows_progress
+
+SECRET = b"secret"
+
+
+def reported(tokens=0, num_bytes=0, cpu_s=0.0, step_s=0.0):
+    return Reported(
+        tokens_done=tokens, bytes_done=num_bytes, cpu_s=cpu_s, step_s=step_s
+    )
+
+
+@pytest.mark.parametrize(
+    ("heartbeat_s", "due"), [(0.5, 30.0), (5.0, 30.0), (5.1, 30.6), (60.0, 360.0)]
+)
+def test_a_lease_lives_six_heartbeats_and_at_least_half_a_minute(heartbeat_s, due):
+    assert leases.ttl_s(heartbeat_s) == pytest.approx(due)
+
+
+def test_the_hard_limit_is_three_predictions_and_a_minute():
+    assert leases.hard_at(1000.0, 20.0) == 1120.0
+
+
+@pytest.mark.parametrize(
+    ("after", "since_advance_s", "due"),
+    [
+        (reported(tokens=11, num_bytes=5), 1e9, True),
+        (reported(tokens=10, num_bytes=6), 1e9, True),
+        (reported(tokens=10, num_bytes=5), 0.0, False),
+        (reported(tokens=9, num_bytes=4), 0.0, False),
+        # CPU time alone, unmeasured: an hour
+        (reported(10, 5, cpu_s=2.0), 3599.0, True),
+        (reported(10, 5, cpu_s=2.0), 3600.0, False),
+        (reported(10, 5, cpu_s=1.0), 0.0, False),
+        # CPU time alone, measured: five steps
+        (reported(10, 5, cpu_s=2.0, step_s=3.0), 14.9, True),
+        (reported(10, 5, cpu_s=2.0, step_s=3.0), 15.0, False),
+    ],
+)
+def test_what_counts_as_progress(after, since_advance_s, due):
+    before = reported(10, 5, cpu_s=1.0)
+
+    assert shows_progress(before, after, since_advance_s=since_advance_s) is due
+
+
+def test_a_task_is_predicted_from_its_own_speed_once_there_is_one():
+    def predicted(done, elapsed_s):
+        return leases.predicted_from_progress(
+            num_tokens=1000, tokens_done=done, elapsed_s=elapsed_s
+        )
+
+    assert predicted(0, 10.0) is None
+    assert predicted(100, 0.0) is None
+    assert predicted(100, 10.0) == 100.0
+
+
+@given(attempt=st.integers(1, 200), jitter=st.floats(0.0, 1.0))
+def test_a_failed_task_rests_longer_each_time_but_never_over_a_minute(attempt, jitter):
+    rest_s = leases.backoff_s(attempt, jitter)
+
+    assert 0.0 <= rest_s <= 60.0
+    assert rest_s <= leases.backoff_s(attempt + 1, jitter)
+    assert leases.backoff_s(1, 1.0) == 2.0
+
+
+def test_a_lease_id_is_computed_again_from_the_same_claim_and_from_no_other():
+    first = leases.lease_id(SECRET, "t-1", 1, "c-1")
+
+    assert first == leases.lease_id(SECRET, "t-1", 1, "c-1")
+    assert len(bytes.fromhex(first)) == 16
+    others = {
+        leases.lease_id(b"another", "t-1", 1, "c-1"),
+        leases.lease_id(SECRET, "t-2", 1, "c-1"),
+        leases.lease_id(SECRET, "t-1", 2, "c-1"),
+        leases.lease_id(SECRET, "t-1", 1, "c-2"),
+        # Joined without a mark between them, these would be the first again.
+        leases.lease_id(SECRET, "t-11", 1, "c-1"),
+        leases.lease_id(SECRET, "t-1", 11, "c-1"),
+    }
+    assert len(others | {first}) == 7
+
+
+def test_what_is_stored_of_a_lease_id_does_not_show_it():
+    lease = leases.lease_id(SECRET, "t-1", 1, "c-1")
+
+    assert len(leases.lease_hash(lease)) == 64
+    assert lease not in leases.lease_hash(lease)
+    assert leases.lease_hash(lease) == leases.lease_hash(lease)

@@ -1,0 +1,192 @@
+"""The view of the fleet says what is so, at every turn of a story."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from bitnet_ext.layout import num_params
+from coordinator.service.looking import look
+from coordinator.service.view import FleetView
+from coordinator.store import workers
+from tests.fakes import START
+from tests.unit.coordinator.fleets import SHAPE, World
+
+
+def looked(world: World, *, history: bool = True) -> FleetView:
+    now = world.clock.now()
+    return world.read(
+        lambda c: look(
+            c,
+            world.fleet,
+            now=now,
+            loop_lag_ms=1.26,
+            insecure_http=False,
+            history=history,
+        )
+    )
+
+
+def lane(view, worker_id):
+    return next(lane for lane in view.round.lanes if lane.worker_id == worker_id)
+
+
+def worker(view, worker_id):
+    return next(row for row in view.workers if row.worker_id == worker_id)
+
+
+def test_before_a_corpus_the_page_says_what_to_do(world: World):
+    world.fleet.manifest = None
+
+    view = looked(world)
+
+    assert "bitnet-coordinator tokenize-corpus" in view.missing
+    assert (view.run, view.round, view.tasks, view.workers) == (None, None, None, [])
+    assert view.server.loop_lag_ms == 1.3
+
+
+def test_before_the_first_epoch_it_says_what_to_do_next(world: World):
+    world.start_run(seeded=False)
+
+    view = looked(world)
+
+    assert "bitnet-coordinator seed-real-tasks" in view.missing
+    assert view.run.num_params == num_params(SHAPE)
+
+
+def test_a_fresh_run(running: World):
+    view = looked(running)
+
+    assert view.missing is None
+    run = view.run
+    assert (run.state, run.preset, run.epoch) == ("running", "tiny", 1)
+    assert (run.epoch_tokens, run.epoch_tokens_accepted) == (1504, 0)
+    assert (run.newest_version, run.best_version, run.tokens_per_s) == (1, None, None)
+    assert run.eta.reason == "Needs one measured round."
+    # 200 bytes of gzip for 300 bytes of text
+    assert run.gzip_bits_per_byte == pytest.approx(8 * 200 / 300)
+    assert view.tasks.range_tokens == 1504
+    assert (view.round.state, view.round.lanes) == ("open", [])
+    assert worker(view, "w1").verdict == "idle"
+
+
+def test_a_worker_in_the_middle_of_its_task(running: World):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()
+    running.clock.advance(10.0)
+    running.heartbeat(task, tokens_done=120)
+
+    view = looked(running)
+
+    row = worker(view, "w1")
+    assert (row.verdict, row.evidence) == ("computing", "25 % of its task done.")
+    assert (row.task_id, row.tokens_done, row.num_tokens) == (task.task_id, 120, 480)
+    assert (row.claimed_at, row.predicted_s) == (START, 60.0)
+    assert (lane(view, "w1").tokens_done, lane(view, "w1").outcome) == (120, None)
+    assert view.round.first_claim_at == START
+    assert view.tasks.leased == 1
+
+
+def test_a_worker_that_is_back_waits_and_its_lane_is_full(running: World):
+    running.register("w2")
+    first, _second = running.claimed("w1"), running.claimed("w2")
+    running.clock.advance(10.0)
+    running.submit(first, "w1")
+
+    view = looked(running)
+
+    assert worker(view, "w1").verdict == "waiting"
+    full = lane(view, "w1")
+    assert (full.outcome, full.tokens_done, full.ended_at) == ("back", 64, START + 10)
+    assert view.run.tokens_accepted == view.run.epoch_tokens_accepted == 64
+    assert (view.tasks.done, view.tasks.leased) == (1, 1)
+
+
+def test_a_silent_worker_is_lost(running: World):
+    running.clock.advance(31.0)
+
+    row = worker(looked(running), "w1")
+
+    assert (row.verdict, row.evidence) == ("lost", "No heartbeat for 31 s, limit 30 s.")
+
+
+def test_speed_and_end_come_from_closed_rounds(running: World):
+    running.change_run(token_budget=64 + 640)
+    running.train_round(0.5)  # 64 tokens in 10 s
+
+    run = looked(running).run
+
+    assert run.newest_version == 2
+    assert run.tokens_per_s == pytest.approx(6.4)
+    assert run.eta.at == pytest.approx(START + 10.0 + 100.0)
+
+
+def test_history_is_left_out_of_updates(running: World):
+    running.train_round(0.5)
+
+    full, short = looked(running), looked(running, history=False)
+
+    assert [point.version for point in full.versions] == [1, 2]
+    assert (full.versions[0].train_loss, full.versions[0].tokens_per_s) == (None, None)
+    assert full.versions[1].train_loss == 2.5
+    assert (short.versions, short.evaluations) == ([], [])
+    assert short.run == full.run
+
+
+def test_a_score_is_in_the_history_and_names_the_best(world: World):
+    world.start_run(scored=True, seeded=False)
+    world.register()
+    world.score(world.claimed(), nats=186.0)
+
+    view = looked(world)
+
+    assert view.run.best_version == 1
+    (point,) = view.evaluations
+    assert (point.version, point.loss) == (1, 2.0)
+
+
+def test_tasks_that_were_given_up_are_named_newest_first(running: World):
+    for _ in range(7):
+        for _ in range(5):
+            running.fail(task := running.claimed())
+            running.clock.advance(60.0)
+    view = looked(running)
+
+    assert view.tasks.failed == 7
+    assert len(view.tasks.latest_failed) == 5
+    newest = view.tasks.latest_failed[0]
+    assert (newest.task_id, newest.attempt) == (task.task_id, 5)
+    assert newest.reason == "out_of_memory: too large"
+
+
+def test_a_reset_shows_until_it_is_acknowledged(running: World):
+    running.change_run(reset_from_version=7, reset_acknowledged=False)
+    assert looked(running).run.reset_from_version == 7
+
+    running.change_run(reset_acknowledged=True)
+    assert looked(running).run.reset_from_version is None
+
+
+def test_a_finished_run_has_an_end_and_no_eta(running: World):
+    running.change_run(state="finished")
+
+    eta = looked(running).run.eta
+
+    assert (eta.at, eta.reason) == (None, "The run is finished.")
+
+
+def test_a_draining_worker_shows_it(running: World):
+    running.write(lambda c: workers.change_worker(c, "w1", draining=True))
+
+    assert worker(looked(running), "w1").draining is True
+
+
+def test_nothing_that_opens_a_door_is_ever_in_the_view(running: World):
+    task = running.claimed("w1", "c-secret-claim")
+
+    shown = msgspec.json.encode(looked(running)).decode()
+
+    row = running.task(task.task_id)
+    for secret in (task.lease_id, row.lease_hash, "c-secret-claim", "s" * 32):
+        assert secret not in shown
+    assert task.task_id in shown

@@ -1,0 +1,112 @@
+"""The migrations make exactly the tables that the code describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, inspect, text
+
+from coordinator.domain.errors import StartError
+from coordinator.store.engine import Store
+from coordinator.store.schema import migrate, schema_revision
+from coordinator.store.tables import metadata
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    store = Store(tmp_path / "fleet.db")
+    yield store
+    store.close()
+
+
+def described(connection: Connection):
+    """Return all that SQLite knows of each table, in an order of its own."""
+    inspector = inspect(connection)
+    return {
+        table: {
+            "columns": sorted(
+                (c["name"], str(c["type"]), c["nullable"], c["default"])
+                for c in inspector.get_columns(table)
+            ),
+            "key": inspector.get_pk_constraint(table)["constrained_columns"],
+            "checks": sorted(
+                (c["name"], c["sqltext"])
+                for c in inspector.get_check_constraints(table)
+            ),
+            "foreign": sorted(
+                (f["constrained_columns"], f["referred_table"], f["referred_columns"])
+                for f in inspector.get_foreign_keys(table)
+            ),
+            "unique": sorted(
+                u["column_names"] for u in inspector.get_unique_constraints(table)
+            ),
+            "indexes": sorted(
+                (
+                    i["name"],
+                    i["unique"],
+                    i["column_names"],
+                    str(i.get("dialect_options", {}).get("sqlite_where")),
+                )
+                for i in inspector.get_indexes(table)
+            ),
+        }
+        for table in inspector.get_table_names()
+        if table != "alembic_version"
+    }
+
+
+def test_alembic_finds_nothing_left_to_migrate(store):
+    store.write_now(migrate)
+
+    def compare(connection):
+        options = {"compare_type": True, "compare_server_default": True}
+        context = MigrationContext.configure(connection, opts=options)
+        return compare_metadata(context, metadata)
+
+    assert store.read_now(compare) == []
+
+
+def test_checks_and_partial_indexes_are_the_same_too(store, tmp_path):
+    store.write_now(migrate)
+    twin = Store(tmp_path / "twin.db")
+    try:
+        twin.write_now(metadata.create_all)
+
+        due = twin.read_now(described)
+    finally:
+        twin.close()
+
+    assert store.read_now(described) == due
+    assert any(table["checks"] for table in due.values())
+
+
+def test_migrating_again_changes_nothing(store):
+    store.write_now(migrate)
+    store.write_now(lambda c: c.execute(text("INSERT INTO facts VALUES ('a', 'b')")))
+
+    store.write_now(migrate)
+
+    rows = store.read_now(lambda c: list(c.execute(text("SELECT * FROM facts"))))
+    assert rows == [("a", "b")]
+
+
+def test_a_database_of_a_newer_version_is_refused_and_stays_as_it_is(store):
+    store.write_now(migrate)
+    store.write_now(
+        lambda c: c.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    )
+
+    with pytest.raises(StartError, match="'9999'") as caught:
+        store.write_now(migrate)
+
+    assert caught.value.exit_code == 2
+    assert store.read_now(schema_revision) == "9999"
+
+
+def test_an_empty_database_has_no_revision(store):
+    store.write_now(lambda c: None)
+
+    assert store.read_now(schema_revision) is None

@@ -1,0 +1,69 @@
+"""The numbers of a run: checked when decoded, a schedule that goes by tokens."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from coordinator.domain.plan import TrainingPlan, hyper_parameters, learning_rate_at
+
+PLAN = TrainingPlan(learning_rate=1e-3, warmup_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "due"), [(0, 0.0), (250, 0.25e-3), (1000, 1e-3), (10**12, 1e-3)]
+)
+def test_the_rate_rises_linearly_and_then_stays(tokens, due):
+    assert learning_rate_at(PLAN, tokens) == pytest.approx(due)
+
+
+def test_without_warm_up_the_rate_is_there_at_once():
+    plan = msgspec.structs.replace(PLAN, warmup_tokens=0)
+
+    assert learning_rate_at(plan, 0) == 1e-3
+
+
+def test_a_task_goes_on_where_the_one_before_it_ended():
+    first = hyper_parameters(PLAN, tokens_accepted=0, task_tokens=400)
+    second = hyper_parameters(PLAN, tokens_accepted=400, task_tokens=400)
+
+    assert first.lr_start == 0.0
+    assert first.lr_end == second.lr_start == pytest.approx(0.4e-3)
+    assert (first.beta1, first.weight_decay) == (PLAN.beta1, PLAN.weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("warmup_tokens", -1),
+        ("weight_decay", -0.1),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("eps", 0.0),
+        ("clip_norm", 0.0),
+        ("outer_rate", 0.0),
+        ("outer_momentum", 1.0),
+        ("batch_size", 0),
+        ("round_s", 0.0),
+        ("codec", "int4"),
+        ("codec", "int8\n"),
+        ("evaluate_every", 0),
+        ("learning_rat", 1.0),
+        # JSON has no infinity, so a plan that holds one could not be read again.
+        ("learning_rate", float("inf")),
+        ("eps", float("nan")),
+        ("round_s", float("inf")),
+        ("weight_decay", float("inf")),
+        ("beta1", float("nan")),
+    ],
+)
+def test_a_plan_out_of_range_is_refused_and_the_field_named(field, value):
+    with pytest.raises(msgspec.ValidationError, match=field):
+        msgspec.convert({field: value}, TrainingPlan)
+
+
+def test_a_plan_survives_being_stored():
+    stored = msgspec.json.encode(PLAN)
+
+    assert msgspec.json.decode(stored, type=TrainingPlan) == PLAN

@@ -1,0 +1,185 @@
+"""Heartbeats: progress keeps a lease, presence alone does not."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from bitnet_ext.wire.verdicts import ErrorCode, LeaseState, WorkerPhase
+from coordinator.domain.errors import RefusedError
+from coordinator.service.returning import sweep_leases
+from coordinator.store import workers
+from tests.fakes import START
+from tests.unit.coordinator.fleets import World
+
+
+def limits(world, task):
+    row = world.task(task.task_id)
+    return row.expires_at, row.hard_at
+
+
+@pytest.mark.parametrize("progress", [{"tokens_done": 8}, {"bytes_done": 1000}])
+def test_progress_moves_the_end_of_the_lease(running: World, progress):
+    task = running.claimed()
+    running.clock.advance(20.0)
+
+    answer = running.heartbeat(task, **progress)
+
+    assert answer.lease is LeaseState.HELD
+    assert (answer.lease_s, answer.heartbeat_s, answer.drain) == (30.0, 5.0, False)
+    assert limits(running, task)[0] == START + 50.0
+
+
+def test_presence_alone_does_not(running: World):
+    task = running.claimed()
+    running.clock.advance(20.0)
+
+    answer = running.heartbeat(task)
+
+    assert (answer.lease, answer.lease_s) == (LeaseState.HELD, 10.0)
+    assert limits(running, task)[0] == START + 30.0
+    assert running.worker("w1").heartbeat_at == START + 20.0
+
+
+def test_cpu_time_counts_for_an_hour_before_the_first_step(running: World):
+    task = running.claimed()
+    for minute in range(1, 121):
+        running.clock.advance(29.0)
+        answer = running.heartbeat(task, cpu_s=float(minute))
+        assert answer.lease is LeaseState.HELD
+
+    # 3480 s are over: the last CPU seconds that count end within the hour.
+    for minute in range(121, 127):
+        running.clock.advance(29.0)
+        answer = running.heartbeat(task, cpu_s=float(minute))
+
+    assert answer.lease is LeaseState.LOST
+
+
+def test_cpu_time_counts_for_five_steps_and_then_a_stuck_lease_expires(running: World):
+    task = running.claimed()
+    running.clock.advance(5.0)
+    running.heartbeat(task, tokens_done=16, cpu_s=5.0, step_s=2.0)
+    running.clock.advance(9.0)
+    running.heartbeat(task, tokens_done=16, cpu_s=14.0, step_s=2.0)
+    assert limits(running, task)[0] == START + 44.0
+    running.clock.advance(1.0)
+    running.heartbeat(task, tokens_done=16, cpu_s=15.0, step_s=2.0)
+    assert limits(running, task)[0] == START + 44.0
+
+    running.clock.advance(28.9)
+    assert running.do(sweep_leases(running.fleet)) == 0
+    running.clock.advance(0.1)
+    assert running.do(sweep_leases(running.fleet)) == 1
+    assert running.task(task.task_id).state == "pending"
+
+
+def test_before_any_measurement_the_task_itself_sets_the_hard_limit(running: World):
+    task = running.claimed()
+    assert limits(running, task) == (START + 30.0, None)
+    running.clock.advance(10.0)
+
+    running.heartbeat(task, bytes_done=1)
+    assert limits(running, task)[1] is None
+    running.heartbeat(task, tokens_done=16)  # 64 tokens would take 40 s
+    assert limits(running, task)[1] == START + 3 * 40.0 + 60.0
+    running.clock.advance(10.0)
+    running.heartbeat(task, tokens_done=64)
+    assert limits(running, task)[1] == START + 3 * 20.0 + 60.0
+
+
+def test_a_measured_speed_sets_the_hard_limit_once(running: World):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()
+    due = START + 3 * 60.0 + 60.0
+    assert limits(running, task)[1] == due
+    running.clock.advance(10.0)
+
+    running.heartbeat(task, tokens_done=1)
+
+    assert limits(running, task)[1] == due
+
+
+def test_an_unmeasured_worker_is_predicted_by_the_fleet(running: World):
+    running.register("w2")
+    running.set_speed("w2", 3.2)
+
+    task = running.claimed("w1")  # 64 tokens, 20 s
+
+    assert running.task(task.task_id).predicted_s == pytest.approx(20.0)
+    assert limits(running, task)[1] == pytest.approx(START + 120.0)
+
+
+def test_a_heartbeat_cannot_revive_a_lease(running: World):
+    task = running.claimed()
+    running.clock.advance(30.0)
+
+    answer = running.heartbeat(task, tokens_done=64)
+
+    assert (answer.lease, answer.lease_s) == (LeaseState.LOST, 0.0)
+    assert running.task(task.task_id).tokens_done == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"lease_id": "0" * 32}, {"task_id": "t-unknown"}], ids=["lease", "task"]
+)
+def test_a_foreign_lease_is_lost_and_moves_nothing(running: World, change):
+    task = running.claimed()
+    running.register("w2")
+    before = running.task(task.task_id)
+    running.clock.advance(20.0)
+
+    answer = running.heartbeat(
+        msgspec.structs.replace(task, **change), "w2", tokens_done=64
+    )
+
+    assert answer.lease is LeaseState.LOST
+    assert running.task(task.task_id) == before
+
+
+def test_without_a_task_there_is_no_lease_to_speak_of(running: World):
+    answer = running.heartbeat(phase=WorkerPhase.IDLE)
+
+    assert (answer.lease, answer.lease_s) == (LeaseState.NONE, 0.0)
+    assert running.worker("w1").phase == "idle"
+
+
+def test_drain_reaches_a_worker_on_its_next_heartbeat(running: World):
+    task = running.claimed()
+    running.write(lambda c: workers.change_worker(c, "w1", draining=True))
+
+    answer = running.heartbeat(task, tokens_done=1)
+
+    assert (answer.drain, answer.lease) == (True, LeaseState.HELD)
+    running.register("w1")
+    assert running.heartbeat().drain is True
+
+
+def test_the_wish_of_a_worker_for_its_heartbeat_counts(running: World):
+    running.register("w1", heartbeat_s=10.0)
+
+    task = running.claimed()
+    running.clock.advance(10.0)
+    answer = running.heartbeat(task, tokens_done=1)
+
+    assert (task.lease_s, answer.lease_s, answer.heartbeat_s) == (60.0, 60.0, 10.0)
+
+
+def test_a_heartbeat_that_was_overtaken_takes_nothing_back(running: World):
+    task = running.claimed()
+    running.clock.advance(10.0)
+    running.heartbeat(task, tokens_done=32, bytes_done=100, cpu_s=9.0)
+    running.clock.advance(1.0)
+
+    running.heartbeat(task, tokens_done=16, bytes_done=50, cpu_s=4.0)
+
+    row = running.task(task.task_id)
+    assert (row.tokens_done, row.bytes_done, row.cpu_s) == (32, 100, 9.0)
+    assert row.expires_at == START + 40.0
+
+
+def test_an_unknown_worker_is_refused(running: World):
+    with pytest.raises(RefusedError) as caught:
+        running.heartbeat(worker_id="w9")
+
+    assert caught.value.code is ErrorCode.UNKNOWN_WORKER

@@ -1,0 +1,306 @@
+"""Leases that end without a submission, and what becomes of task and round."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from sqlalchemy import select
+
+from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
+from coordinator.domain.errors import RefusedError
+from coordinator.service.returning import sweep_leases
+from coordinator.store import rounds, runs, tasks
+from coordinator.store.tables import claims, events
+from tests.unit.coordinator.fleets import World
+
+
+@pytest.fixture
+def two(running: World) -> World:
+    running.register("w2")
+    return running
+
+
+def sweep(world):
+    return world.do(sweep_leases(world.fleet))
+
+
+def outcomes(world):
+    return [
+        row.outcome for row in world.read(lambda c: list(c.execute(select(claims))))
+    ]
+
+
+def kinds(world):
+    return [row.kind for row in world.read(lambda c: list(c.execute(select(events))))]
+
+
+def pending_at(world, now):
+    return world.read(
+        lambda c: tasks.next_pending(c, run_id="r-1", kind=TaskKind.TRAIN, now=now)
+    )
+
+
+def test_a_release_does_not_count_as_an_attempt(running: World):
+    for _ in range(8):
+        task = running.claimed()
+        assert running.release(task).state == "pending"
+
+    row = running.task(task.task_id)
+    assert (row.state, row.attempt) == ("pending", 0)
+    assert running.worker("w1").tasks_failed == 0
+    assert kinds(running)[-1] == "lease.released"
+
+
+def test_a_lease_without_progress_is_free_again_after_its_time(running: World):
+    task = running.claimed()
+    running.clock.advance(29.9)
+    assert sweep(running) == 0
+    running.clock.advance(0.1)
+
+    assert sweep(running) == 1
+
+    row = running.task(task.task_id)
+    assert (row.state, row.attempt, row.reason) == ("pending", 1, "lease expired")
+    assert running.worker("w1").tasks_failed == 1
+    assert kinds(running)[-1] == "lease.expired"
+    assert sweep(running) == 0
+
+
+def test_a_task_is_given_up_after_its_fifth_attempt(running: World):
+    states = []
+    for _ in range(5):
+        task = running.claimed()
+        running.clock.advance(30.0)
+        sweep(running)
+        states.append(running.task(task.task_id).state)
+
+    assert states == ["pending"] * 4 + ["failed"]
+    assert running.task(task.task_id).reason == "lease expired"
+    assert running.claimed().task_id != task.task_id
+
+
+def test_a_task_that_cannot_be_done_rests_and_says_why(running: World):
+    task = running.claimed()
+
+    assert running.fail(task).state == "pending"
+
+    row, now = running.task(task.task_id), running.clock.now()
+    assert (row.attempt, row.reason) == (1, "out_of_memory: too large")
+    assert running.worker("w1").tasks_failed == 1
+    assert kinds(running)[-1] == "lease.failed"
+    # Half of the two seconds of a first failure, by the randomness of the fake.
+    assert pending_at(running, now + 0.9) is None
+    assert pending_at(running, now + 1.0).task_id == task.task_id
+
+
+def test_a_resting_task_does_not_keep_its_worker_from_other_work(running: World):
+    task = running.claimed()
+    running.fail(task)
+
+    assert running.claimed().task_id != task.task_id
+
+
+def test_a_task_that_nobody_can_do_is_given_up(running: World):
+    for _ in range(5):
+        answer = running.fail(task := running.claimed())
+        running.clock.advance(60.0)
+
+    assert answer.state == "failed"
+    assert running.task(task.task_id).state == "failed"
+
+
+def test_a_lease_past_its_hard_limit_ends_although_it_is_alive(running: World):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()  # 480 tokens, predicted 60 s, hard limit 240 s
+    for tokens in range(1, 13):
+        running.clock.advance(19.0)
+        assert running.heartbeat(task, tokens_done=tokens).lease == "held"
+    running.clock.advance(12.0)
+
+    assert sweep(running) == 1
+    assert running.task(task.task_id).reason == "took three times its prediction"
+
+
+def test_a_round_without_a_submission_starts_over_and_stays_open(two: World):
+    before = two.live_round()
+    first, second = two.claimed("w1"), two.claimed("w2")
+    assert two.live_round().first_claim_at == two.clock.now()
+    two.release(first, "w1")
+    two.release(second, "w2")
+
+    live = two.live_round()
+    assert (live.round_id, live.state) == (before.round_id, "open")
+    assert (live.first_claim_at, live.first_submission_at) == (None, None)
+    assert outcomes(two) == ["void", "void"]
+    assert not two.close_round()
+    assert two.claimed("w1").task_id == first.task_id
+
+
+def test_returned_work_waits_while_the_round_goes_on(two: World):
+    two.register("w3")
+    first, second = two.claimed("w1"), two.claimed("w2")
+    two.release(first, "w1")
+    assert outcomes(two) == ["released", None]
+
+    third = two.claimed("w3")
+
+    assert third.task_id not in (first.task_id, second.task_id)
+    two.submit(second, "w2")
+    two.submit(third, "w3")
+    two.close_round()
+    assert two.claimed("w1").task_id == first.task_id
+
+
+def test_returned_work_is_free_in_the_same_round_once_it_starts_over(two: World):
+    two.register("w3")
+    first, second = two.claimed("w1"), two.claimed("w2")
+    two.release(first, "w1")
+    two.release(second, "w2")
+
+    assert two.claimed("w3").task_id == first.task_id
+
+
+def test_a_round_closes_when_its_last_lease_runs_out(two: World):
+    first, _second = two.claimed("w1"), two.claimed("w2")
+    two.submit(first, "w1")
+    assert two.live_round().state == "open"
+    assert not two.close_round()
+    two.clock.advance(30.0)
+
+    sweep(two)
+
+    assert two.live_round().state == "closing"
+    assert outcomes(two) == ["back", "expired"]
+    assert two.close_round()
+
+
+def test_every_overdue_lease_ends_in_one_sweep(two: World):
+    two.claimed("w1")
+    two.claimed("w2")
+    two.clock.advance(30.0)
+
+    assert sweep(two) == 2
+    assert two.live_round().first_claim_at is None
+
+
+def test_an_evaluation_comes_back_without_touching_the_round(world: World):
+    world.start_run(scored=True, seeded=False)
+    world.register()
+    task = world.claimed()
+
+    assert world.release(task).state == "pending"
+
+    assert outcomes(world) == []
+    assert world.claimed().task_id == task.task_id
+
+
+def test_giving_up_the_last_task_begins_the_next_epoch(running: World):
+    shards = running.fleet.the_manifest().train_shards()
+    running.write(lambda c: runs.drop_ranges(c, "r-1"))
+    running.write(
+        lambda c: runs.add_range(
+            c,
+            run_id="r-1",
+            epoch=1,
+            shard_id="train-00000",
+            start_token=0,
+            num_tokens=8,
+        )
+    )
+    for _ in range(5):
+        task = running.claimed()
+        assert running.run_row().epoch == 1
+        running.clock.advance(30.0)
+        sweep(running)
+
+    assert running.task(task.task_id).state == "failed"
+    assert running.run_row().epoch == 2
+    assert running.read(lambda c: runs.range_tokens(c, "r-1")) == sum(
+        shard.num_tokens for shard in shards
+    )
+
+
+def another_lease(task):
+    return msgspec.structs.replace(task, lease_id="0" * 32)
+
+
+@pytest.mark.parametrize("act", ["release", "fail"])
+def test_a_foreign_lease_returns_nothing(running: World, act):
+    task = running.claimed()
+    before = running.everything()
+
+    with pytest.raises(RefusedError) as caught:
+        getattr(running, act)(another_lease(task))
+
+    assert (caught.value.code, caught.value.field) == (ErrorCode.LEASE_LOST, "lease_id")
+    assert running.everything() == before
+
+
+@pytest.mark.parametrize("act", ["release", "fail"])
+def test_a_lease_ends_once(running: World, act):
+    task = running.claimed()
+    running.release(task)
+    before = running.everything()
+
+    with pytest.raises(RefusedError) as caught:
+        getattr(running, act)(task)
+
+    assert caught.value.code is ErrorCode.LEASE_LOST
+    assert running.everything() == before
+
+
+@pytest.mark.parametrize("act", ["release", "fail"])
+def test_a_lease_that_ran_out_is_lost_before_anybody_sweeps(running: World, act):
+    task = running.claimed()
+    running.clock.advance(30.0)
+
+    with pytest.raises(RefusedError) as caught:
+        getattr(running, act)(task)
+
+    assert caught.value.code is ErrorCode.LEASE_LOST
+
+
+def test_an_unknown_task_is_refused(running: World):
+    task = msgspec.structs.replace(running.claimed(), task_id="t-unknown")
+
+    with pytest.raises(RefusedError) as caught:
+        running.release(task)
+
+    assert (caught.value.code, caught.value.field) == (
+        ErrorCode.UNKNOWN_TASK,
+        "task_id",
+    )
+
+
+def test_the_lease_of_an_earlier_attempt_is_lost(two: World):
+    first = two.claimed("w1")
+    two.clock.advance(30.0)
+    again = two.claimed("w2")
+    assert again.task_id == first.task_id
+
+    with pytest.raises(RefusedError) as caught:
+        two.release(first, "w1")
+
+    assert caught.value.code is ErrorCode.LEASE_LOST
+    assert two.task(first.task_id).lease_worker_id == "w2"
+
+
+def test_a_released_lease_id_is_never_given_out_again(running: World):
+    first = running.claimed("w1", "c-same")
+    running.release(first)
+
+    again = running.claimed("w1", "c-same")
+
+    assert again.task_id == first.task_id
+    assert again.lease_id != first.lease_id
+
+
+def test_claims_that_still_count_are_those_of_the_round(two: World):
+    two.claimed("w1")
+    two.claimed("w2")
+
+    round_id = two.live_round().round_id
+
+    found = two.read(lambda c: rounds.claims_of(c, round_id))
+
+    assert [claim.worker_id for claim in found] == ["w1", "w2"]

@@ -1,0 +1,183 @@
+"""Every setting is read, checked and named; keys are never shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from coordinator.domain.errors import StartError
+from coordinator.domain.plan import TrainingPlan
+from coordinator.settings import PREFIX, CoordinatorSettings
+
+KEY = "k" * 31 + "!"
+
+#: Variable: value as written, value as read.
+GOOD = {
+    "DATA": ("/srv/data", Path("/srv/data")),
+    "CORPUS": ("/srv/corpus", Path("/srv/corpus")),
+    "HOST": ("::1", "::1"),
+    "PORT": ("0", 0),
+    "ALLOWED_HOSTS": ("Fleet.lan, box:5000", frozenset({"fleet.lan", "box:5000"})),
+    "INSECURE_HTTP": ("true", True),
+    "WORKER_API_KEY": (KEY, KEY),
+    "WORKER_API_KEY_NEXT": (KEY, KEY),
+    "METRICS_TOKEN": (KEY, KEY),
+    "PRESET": ("medium", "medium"),
+    "SEED": ("0", 0),
+    "TOKEN_BUDGET": ("1000000", 1000000),
+    "HEARTBEAT_S": ("2.5", 2.5),
+    "KEEP_VERSIONS": ("1", 1),
+    "LOG_LEVEL": ("DEBUG", "debug"),
+}
+GOOD_PLAN = {
+    "LEARNING_RATE": ("0.01", 0.01),
+    "WARMUP_TOKENS": ("0", 0),
+    "WEIGHT_DECAY": ("0", 0.0),
+    "BETA1": ("0.5", 0.5),
+    "BETA2": ("0.5", 0.5),
+    "EPS": ("1e-6", 1e-6),
+    "CLIP_NORM": ("2", 2.0),
+    "OUTER_RATE": ("1", 1.0),
+    "OUTER_MOMENTUM": ("0", 0.0),
+    "BATCH_SIZE": ("4", 4),
+    "ROUND_S": ("30", 30.0),
+    "CODEC": ("fp32", "fp32"),
+    "EVALUATE_EVERY": ("1", 1),
+}
+BAD = [
+    ("PORT", "65536"),
+    ("PORT", "-1"),
+    ("PORT", "http"),
+    ("PORT", "1.5"),
+    ("PORT", "\u0663"),
+    ("ALLOWED_HOSTS", "a b"),
+    ("INSECURE_HTTP", "yes"),
+    ("INSECURE_HTTP", "True"),
+    ("SEED", "-1"),
+    ("SEED", str(2**62 + 1)),
+    ("TOKEN_BUDGET", "1e6"),
+    ("HEARTBEAT_S", "0"),
+    ("HEARTBEAT_S", "nan"),
+    ("HEARTBEAT_S", "inf"),
+    ("HEARTBEAT_S", "soon"),
+    ("KEEP_VERSIONS", "0"),
+    ("LOG_LEVEL", "loud"),
+    ("LEARNING_RATE", "0"),
+    ("LEARNING_RATE", "fast"),
+    ("LEARNING_RATE", "inf"),
+    ("WARMUP_TOKENS", "-1"),
+    ("BETA1", "1"),
+    ("OUTER_MOMENTUM", "1"),
+    ("BATCH_SIZE", "0"),
+    ("BATCH_SIZE", "2.5"),
+    ("ROUND_S", "nan"),
+    ("CODEC", "int4"),
+    ("EVALUATE_EVERY", "0"),
+]
+
+
+def read(**given: str) -> CoordinatorSettings:
+    return CoordinatorSettings.from_env({PREFIX + k: v for k, v in given.items()})
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_setting_is_read(name):
+    written, due = GOOD[name]
+
+    settings = read(**{name: written})
+
+    assert getattr(settings, name.lower()) == due
+    assert settings != read()
+
+
+@pytest.mark.parametrize("name", GOOD_PLAN)
+def test_every_number_of_the_plan_is_read(name):
+    written, due = GOOD_PLAN[name]
+
+    plan = read(**{name: written}).plan
+
+    assert getattr(plan, name.lower()) == due
+    assert plan != TrainingPlan()
+
+
+def test_there_is_no_setting_that_these_tests_leave_out():
+    fields = {field.name.upper() for field in dataclasses.fields(CoordinatorSettings)}
+
+    assert fields - {"PLAN"} == set(GOOD)
+    assert {name.upper() for name in TrainingPlan.__struct_fields__} == set(GOOD_PLAN)
+
+
+def test_without_a_variable_there_are_the_defaults():
+    settings = CoordinatorSettings.from_env({"PATH": "/bin", "BITNET_THREADS": "2"})
+
+    assert (settings.data, settings.corpus) == (Path("data"), Path("corpus"))
+    assert (settings.host, settings.port) == ("127.0.0.1", 5000)
+    assert (settings.seed, settings.token_budget) == (1, None)
+    assert (settings.preset, settings.worker_api_key) == (None, None)
+    assert (settings.heartbeat_s, settings.keep_versions) == (5.0, 20)
+    assert settings.plan == TrainingPlan()
+
+
+@pytest.mark.parametrize("name", [*GOOD, *GOOD_PLAN])
+def test_an_empty_variable_counts_as_not_set(name):
+    assert read(**{name: "  "}) == read()
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_wrong_value_is_named_and_shown(name, value):
+    with pytest.raises(StartError) as caught:
+        read(**{name: value})
+
+    message = str(caught.value)
+    assert PREFIX + name in message
+    assert repr(value) in message
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    with pytest.raises(StartError, match=r"PRESET.*'smol'.*did you mean 'small'"):
+        read(PRESET="smol")
+
+
+def test_an_unknown_name_is_refused_and_the_known_ones_listed():
+    with pytest.raises(
+        StartError, match="BITNET_COORD_PROT is not a setting"
+    ) as caught:
+        read(PROT="5000")
+
+    for name in (*GOOD, *GOOD_PLAN):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["WORKER_API_KEY", "WORKER_API_KEY_NEXT"])
+@pytest.mark.parametrize("key", ["secret-but-short", "secret " * 8, "sécret" * 8])
+def test_a_weak_key_is_refused_and_never_shown(name, key):
+    with pytest.raises(StartError, match=f"{PREFIX}{name} must have at least 32") as e:
+        read(**{name: key})
+
+    assert "cret" not in str(e.value)
+
+
+def test_no_key_is_in_the_repr():
+    settings = read(WORKER_API_KEY=KEY, WORKER_API_KEY_NEXT=KEY, METRICS_TOKEN=KEY)
+
+    assert KEY not in repr(settings)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_nobody_to_allow_it(host):
+    settings = read(HOST=host)
+
+    assert settings.is_loopback
+    settings.check_reach()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "fleet.lan"])
+def test_an_address_beyond_this_machine_has_to_be_allowed(host):
+    assert not read(HOST=host).is_loopback
+    with pytest.raises(StartError, match="insecure-http"):
+        read(HOST=host).check_reach()
+    read(HOST=host, INSECURE_HTTP="true").check_reach()

@@ -1,0 +1,96 @@
+"""How much a task holds: whole sequences, no crumbs, the same seed each time."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.domain import sizing
+
+sizes = st.integers(1, 10**7)
+
+
+@given(num_tokens=sizes, size=sizes)
+def test_a_cut_leaves_nothing_or_at_least_half_a_task(num_tokens, size):
+    taken = sizing.cut(num_tokens, size)
+
+    left = num_tokens - taken
+    assert 0 < taken <= num_tokens
+    assert taken <= max(size, 1.5 * size)
+    assert left == 0 or (taken == size and left >= size // 2)
+
+
+@given(num_tokens=sizes, size=sizes)
+def test_given_back_work_is_divided_only_above_twice_the_size(num_tokens, size):
+    head = sizing.divided(num_tokens, size)
+
+    assert head == (num_tokens if num_tokens <= 2 * size else size)
+
+
+@given(
+    speed=st.floats(0.01, 1e6),
+    seconds=st.floats(0.5, 600.0),
+    seq_len=st.sampled_from([8, 128, 256]),
+)
+def test_a_measured_worker_gets_whole_sequences_for_the_time(speed, seconds, seq_len):
+    size = sizing.task_tokens(
+        speed, seconds=seconds, batch_tokens=8 * seq_len, seq_len=seq_len
+    )
+
+    assert size % seq_len == 0
+    assert size >= seq_len
+    assert size == seq_len or abs(size - speed * seconds) <= seq_len / 2 + 1e-6
+
+
+def test_an_unmeasured_worker_gets_a_probe_of_four_steps():
+    size = sizing.task_tokens(None, seconds=600.0, batch_tokens=1024, seq_len=128)
+
+    assert size == 4096
+
+
+@pytest.mark.parametrize(
+    ("age_s", "due"), [(0.0, 60.0), (20.0, 40.0), (42.0, 18.0), (59.0, 18.0)]
+)
+def test_a_late_claim_gets_less_but_never_under_its_least_share(age_s, due):
+    assert sizing.seconds_left(60.0, round_age_s=age_s) == pytest.approx(due)
+
+
+def test_the_first_task_is_the_measurement_and_later_ones_move_it():
+    first = sizing.measured_speed(None, 1000, 10.0)
+    second = sizing.measured_speed(first, 2000, 10.0)
+
+    assert first == 100.0
+    assert second == pytest.approx(130.0)
+    assert sizing.measured_speed(None, 1000, 0.0) == pytest.approx(1e6)
+
+
+@given(
+    num_tokens=st.integers(1, 5000),
+    seq_len=st.integers(1, 64),
+    batch_size=st.integers(1, 9),
+)
+def test_steps_are_batches_of_whole_sequences(num_tokens, seq_len, batch_size):
+    starts = range(0, num_tokens, seq_len)
+    batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
+
+    due = sizing.num_steps(num_tokens, seq_len=seq_len, batch_size=batch_size)
+
+    assert due == len(batches)
+
+
+def test_a_seed_is_a_function_of_run_epoch_and_place():
+    def seed(run_seed=1, epoch=1, shard_id="train-00000", start_token=0):
+        return sizing.task_seed(
+            run_seed, epoch=epoch, shard_id=shard_id, start_token=start_token
+        )
+
+    others = [
+        seed(run_seed=2),
+        seed(epoch=2),
+        seed(shard_id="train-00001"),
+        seed(start_token=8),
+    ]
+    assert seed() == seed()
+    assert len({seed(), *others}) == 5
+    assert all(0 <= number < 2**56 for number in others)

@@ -1,0 +1,330 @@
+"""Before the first request: disk and database agree, or there is no start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from sqlalchemy import select
+
+from bitnet_ext.layout import layout_hash, num_params, preset_shape
+from bitnet_ext.wire.verdicts import ErrorCode
+from coordinator.domain.errors import RefusedError, StartError
+from coordinator.domain.initial import initial_weights
+from coordinator.domain.manifest import ManifestError
+from coordinator.domain.plan import TrainingPlan
+from coordinator.service.starting import (
+    RunSettings,
+    ensure_run,
+    load_corpus,
+    reconcile,
+)
+from coordinator.store import runs, tasks, versions
+from coordinator.store.blobs import BlobKind, version_blob
+from coordinator.store.tables import events, submissions
+from coordinator.store.tables import runs as runs_table
+from tests.fakes import START, MadeToFailError
+from tests.unit.coordinator.fleets import PLAN, SHAPE, World, write_corpus
+
+TINY = preset_shape("tiny", vocab_size=SHAPE.vocab_size)
+SETTINGS = RunSettings(preset="tiny", seed=3, plan=PLAN)
+
+
+def quickly(shape, seed):
+    """First weights that take no time: all the same number."""
+    return np.full(num_params(shape), 0.25, dtype=np.float32)
+
+
+def make_run(world, settings=SETTINGS):
+    return ensure_run(world.fleet, settings, quickly)
+
+
+def blob(world, kind, version):
+    return world.fleet.blobs.path(kind, version_blob(version))
+
+
+def leave_orphan(world):
+    path = blob(world, BlobKind.STATE, 77)
+    path.write_bytes(b"orphan")
+    return path
+
+
+# -- making the run ------------------------------------------------------------
+
+
+def test_a_run_is_made_once(world: World):
+    assert make_run(world)
+    assert not make_run(world)
+
+    run = world.run_row()
+    assert (run.state, run.preset, run.seed, run.root_version) == (
+        "running",
+        "tiny",
+        3,
+        1,
+    )
+    assert run.layout_hash == layout_hash(TINY).hex()
+    assert run.corpus_hash == world.fleet.the_manifest().corpus_sha256
+    assert msgspec.json.decode(run.plan_json, type=TrainingPlan) == PLAN
+    assert run.token_budget == 20 * num_params(TINY)
+    assert (run.reset_from_version, run.reset_acknowledged) == (None, True)
+    live = world.live_round()
+    assert (live.base_version, live.state) == (1, "open")
+    assert world.read(lambda c: tasks.evaluations_open(c, run.run_id)) == {1}
+
+
+def test_a_budget_that_is_set_is_kept(world: World):
+    make_run(world, RunSettings(preset="tiny", seed=3, plan=PLAN, token_budget=5))
+
+    assert world.run_row().token_budget == 5
+
+
+def test_the_first_weights_come_from_the_seed(world: World):
+    ensure_run(world.fleet, SETTINGS)
+
+    state = world.state(1)
+    np.testing.assert_array_equal(state.weights, initial_weights(TINY, 3))
+    assert not state.momentum.any()
+
+
+def test_without_a_corpus_there_is_no_run(world: World):
+    world.fleet.manifest = None
+
+    assert not make_run(world)
+    assert world.read(runs.newest_run) is None
+
+
+@pytest.mark.parametrize("ordinal", [1, 4, 7, 8, 12, 18])
+def test_after_a_crash_the_run_is_made_anew(world: World, ordinal):
+    with world.fs.crashing(ordinal), pytest.raises(MadeToFailError):
+        make_run(world)
+
+    reconcile(world.fleet)
+    assert world.blobs() == {}
+    assert make_run(world)
+    assert world.run_row().root_version == 1
+
+
+def test_the_manifest_is_read_where_there_is_one(world: World, tmp_path: Path):
+    world.fleet.manifest = None
+    load_corpus(world.fleet)
+    assert world.fleet.the_manifest().vocab_size == SHAPE.vocab_size
+
+    world.fleet.manifest = None
+    world.fleet.corpus = tmp_path / "nowhere"
+    load_corpus(world.fleet)
+    assert world.fleet.manifest is None
+
+
+def test_a_damaged_manifest_stops_the_start(world: World):
+    path = world.fleet.corpus / "tokenized/manifest.json"
+    path.write_text("{}")
+
+    with pytest.raises(ManifestError, match=r"manifest\.json"):
+        load_corpus(world.fleet)
+
+
+# -- what a crash left ---------------------------------------------------------
+
+
+def test_orphans_go_and_everything_with_a_row_stays(running: World):
+    running.train_round(0.5)
+    running.submit(running.claimed())
+    before = running.blobs()
+    for kind in BlobKind:
+        running.fleet.blobs.path(kind, ".tmp-0123").write_bytes(b"half")
+        running.fleet.blobs.path(kind, "v0000000077.frame").write_bytes(b"orphan")
+
+    reconcile(running.fleet)
+
+    assert running.blobs() == before
+    assert len(before) == 6  # two versions of two blobs, two payloads
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(content[:-1])
+    else:
+        path.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [("missing", "No such file"), ("cut", "must have"), ("flipped", "SHA-256")],
+)
+@pytest.mark.parametrize("kind", [BlobKind.PUBLISHED, BlobKind.STATE])
+def test_a_damaged_newest_version_stops_the_start_and_nothing_changes(
+    running: World, kind, how, why
+):
+    running.train_round(0.5)
+    damage(blob(running, kind, 2), how)
+    leave_orphan(running)
+    before = running.everything()
+
+    with pytest.raises(StartError) as caught:
+        reconcile(running.fleet)
+
+    assert caught.value.exit_code == 4
+    assert "version 2 is damaged" in str(caught.value)
+    assert why in str(caught.value)
+    assert f"{kind}/{version_blob(2)}" in str(caught.value)
+    assert "whole: 1." in str(caught.value)
+    assert running.everything() == before
+
+
+def test_the_last_good_version_may_be_further_back_or_nowhere(running: World):
+    for _ in range(2):
+        running.train_round(0.5)
+    for version in (2, 3):
+        damage(blob(running, BlobKind.STATE, version), "cut")
+    with pytest.raises(StartError, match="whole: 1"):
+        reconcile(running.fleet)
+
+    damage(blob(running, BlobKind.PUBLISHED, 1), "cut")
+    with pytest.raises(StartError, match="whole: none"):
+        reconcile(running.fleet)
+
+
+def test_an_older_damaged_version_does_not_stop_the_start(running: World):
+    running.train_round(0.5)
+    damage(blob(running, BlobKind.STATE, 1), "flipped")
+
+    reconcile(running.fleet)
+
+
+def test_every_lease_gets_time_to_be_renewed(running: World):
+    task = running.claimed()
+    running.clock.advance(1000.0)
+
+    reconcile(running.fleet)
+
+    assert running.task(task.task_id).expires_at == START + 1030.0
+    assert running.heartbeat(task, tokens_done=1).lease == "held"
+
+
+def test_a_second_start_at_once_changes_nothing(running: World):
+    running.train_round(0.5)
+    running.claimed()
+    reconcile(running.fleet)
+    before = running.everything()
+
+    reconcile(running.fleet)
+
+    assert running.everything() == before
+
+
+# -- hard reset ----------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(running: World) -> World:
+    """Version 2, one submission accepted but not applied, one lease out."""
+    running.train_round(0.5)
+    running.register("w2")
+    running.held = running.claimed("w2")
+    running.submit(running.claimed("w1"), "w1")
+    return running
+
+
+def test_another_layout_starts_a_new_run_at_the_next_number(unfinished: World):
+    assert make_run(unfinished)
+
+    run = unfinished.run_row()
+    assert run.root_version == 3
+    assert (run.reset_from_version, run.reset_acknowledged) == (2, False)
+    assert (run.state, run.epoch, run.tokens_accepted) == ("running", 0, 0)
+    assert unfinished.live_round().base_version == 3
+    assert unfinished.read(lambda c: versions.find_version(c, 3)).parent is None
+    assert (unfinished.state(3).weights == 0.25).all()
+
+
+def test_the_old_run_is_finished_and_its_blobs_are_kept(unfinished: World):
+    before = unfinished.blobs()
+
+    make_run(unfinished)
+    reconcile(unfinished.fleet)
+
+    old = unfinished.read(
+        lambda c: c.execute(
+            select(runs_table.c.state).where(runs_table.c.run_id == "r-1")
+        ).scalar_one()
+    )
+    assert old == "finished"
+    assert unfinished.blobs().items() >= before.items()
+    assert unfinished.read(lambda c: runs.range_tokens(c, "r-1")) == 0
+    kinds = unfinished.read(lambda c: [e.kind for e in c.execute(select(events))])
+    assert kinds[-2:] == ["run.reset", "run.started"]
+
+
+def test_what_was_accepted_is_filtered_and_what_was_out_is_lost(unfinished: World):
+    task = unfinished.held
+
+    make_run(unfinished)
+
+    rows = unfinished.read(lambda c: list(c.execute(select(submissions))))
+    assert [(r.state, r.reason) for r in rows] == [
+        ("applied", None),
+        ("filtered", "reset"),
+    ]
+    held = unfinished.task(task.task_id)
+    assert (held.state, held.reason) == ("failed", "hard reset")
+    assert unfinished.heartbeat(task, "w2").lease == "lost"
+    with pytest.raises(RefusedError) as caught:
+        unfinished.submit(task, "w2")
+    assert caught.value.code is ErrorCode.LEASE_LOST
+    assert not unfinished.close_round()
+
+
+def test_a_crash_in_a_reset_leaves_the_old_run_as_it_was(unfinished: World):
+    before = unfinished.everything()
+    with unfinished.fs.crashing(14), pytest.raises(MadeToFailError):
+        make_run(unfinished)
+
+    reconcile(unfinished.fleet)
+
+    assert unfinished.everything() == before
+    assert make_run(unfinished)
+    assert unfinished.run_row().root_version == 3
+
+
+def test_a_reset_happens_once(unfinished: World):
+    make_run(unfinished)
+
+    assert not make_run(unfinished)
+
+
+def test_another_corpus_is_refused_and_nothing_changes(world: World):
+    make_run(world)
+    world.fleet.manifest = write_corpus(world.fleet.corpus, sizes=(999,))
+    before = world.everything()
+
+    with pytest.raises(StartError, match="put the first one back") as caught:
+        make_run(world)
+
+    assert caught.value.exit_code == 2
+    assert world.everything() == before
+
+
+def test_a_run_whose_corpus_is_gone_stops_the_start(world: World):
+    make_run(world)
+    world.fleet.manifest = None
+    before = world.everything()
+
+    with pytest.raises(StartError, match="put it back") as caught:
+        make_run(world)
+
+    assert str(world.fleet.corpus) in str(caught.value)
+    assert world.everything() == before
+
+
+def test_a_preset_that_nobody_set_is_that_of_the_run(world: World):
+    make_run(world)
+
+    assert not make_run(world, RunSettings(preset=None, seed=3, plan=PLAN))
+
+    assert world.run_row().preset == "tiny"

@@ -1,0 +1,43 @@
+"""What a worker is called, and the number that decided."""
+
+from __future__ import annotations
+
+import pytest
+
+from bitnet_ext.wire.verdicts import Verdict
+from coordinator.domain.verdicts import WorkerFacts, silence_limit_s, verdict
+
+
+def facts(age_s=1.0, heartbeat_s=5.0, done=None, due=None, back=False):
+    return WorkerFacts(
+        heartbeat_age_s=age_s,
+        heartbeat_s=heartbeat_s,
+        tokens_done=done,
+        num_tokens=due,
+        back_in_round=back,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "word", "evidence"),
+    [
+        (facts(), Verdict.IDLE, "Holds no task."),
+        (facts(done=0, due=80), Verdict.COMPUTING, "0 % of its task done."),
+        (facts(done=20, due=80), Verdict.COMPUTING, "25 % of its task done."),
+        (facts(age_s=30.0, done=20, due=80), Verdict.COMPUTING, "25 %"),
+        (facts(age_s=31.0, done=20, due=80), Verdict.LOST, "for 31 s, limit 30 s"),
+        (facts(age_s=31.0, heartbeat_s=6.0), Verdict.IDLE, "Holds no task."),
+        (facts(age_s=37.0, heartbeat_s=6.0), Verdict.LOST, "for 37 s, limit 36 s"),
+        (facts(back=True), Verdict.WAITING, "is back"),
+        (facts(done=1, due=2, back=True), Verdict.COMPUTING, "50 %"),
+    ],
+)
+def test_the_verdict_comes_with_its_evidence(given, word, evidence):
+    found, why = verdict(given)
+
+    assert found is word
+    assert evidence in why
+
+
+def test_silence_is_six_heartbeats_and_at_least_half_a_minute():
+    assert [silence_limit_s(s) for s in (1.0, 5.0, 10.0)] == [30.0, 30.0, 60.0]
