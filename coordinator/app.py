@@ -168,6 +168,11 @@ async def serve(
                 asyncio.create_task(work)
                 for work in _background(fleet, new_run, feed, lag)
             ]
+            if not settings.is_loopback:
+                log.warning(
+                    "plain HTTP beyond this machine: keys and passwords can be read",
+                    extra={"event": "http.insecure", "address": settings.host},
+                )
             ready(listening)
             await stop.wait()
             log.info("stopping", extra={"event": "coordinator.stopping"})
