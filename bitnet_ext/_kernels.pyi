@@ -40,3 +40,63 @@ def to_bf16(x: Floats, out: NDArray[np.uint16]) -> None: ...
 def from_bf16(x: NDArray[np.uint16], out: Floats) -> None: ...
 def pack(values: NDArray[np.int8], out: NDArray[np.uint8]) -> int: ...
 def unpack(codes: NDArray[np.uint8], out: NDArray[np.int8]) -> int: ...
+def norm_quantise(
+    x: Floats,
+    up: Floats | None,
+    gain: Floats,
+    eps: float,
+    gate: int,
+    inverse: Floats,
+    q: NDArray[np.int8],
+    scale: Floats,
+    threads: int,
+) -> int: ...
+def norm_forward(
+    x: Floats, gain: Floats, eps: float, inverse: Floats, y: Floats, threads: int
+) -> int: ...
+def norm_backward(
+    dy: Floats,
+    x: Floats,
+    up: Floats | None,
+    gain: Floats,
+    inverse: Floats,
+    gate: int,
+    dx: Floats,
+    dup: Floats | None,
+    add: bool,
+    dgain: Floats,
+    threads: int,
+) -> int: ...
+def rotate_rows(
+    x: Floats, cosines: Floats, sines: Floats, sign: float, threads: int
+) -> None: ...
+def softmax_backward_fp32(
+    logits: Floats,
+    targets: NDArray[np.int64],
+    scale: float,
+    nats: Floats,
+    threads: int,
+) -> int: ...
+def softmax_backward_bf16(
+    logits: NDArray[np.uint16],
+    targets: NDArray[np.int64],
+    scale: float,
+    nats: Floats,
+    threads: int,
+) -> int: ...
+def square_sum(x: Floats, threads: int) -> tuple[int, float]: ...
+def adamw_step(
+    value: Floats,
+    grad: Floats,
+    mean: Floats,
+    square: Floats,
+    clip: float,
+    keep: float,
+    rate: float,
+    root: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    threads: int,
+) -> None: ...
+def add_rows(x: Floats, ids: NDArray[np.int64], into: Floats) -> None: ...

@@ -13,18 +13,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitnet_ext import fused
+from bitnet_ext.fused import AdamW
 from bitnet_ext.layout import ModelShape, SegmentKind, num_params, segments
 from bitnet_ext.wire.messages import HyperParameters, Task
 from bitnet_ext.wire.verdicts import FailCode
 from worker.errors import TaskError
-from worker.model.flatten import segment_of
 from worker.model.transformer import NO_TARGET, BitNetModel
+
+#: Keeps the factor of a gradient of zeros finite.
+_TINY: Final = 1e-30
 
 
 class NonFiniteLossError(TaskError):
@@ -55,7 +60,7 @@ class Moments:
     #: Running mean of the gradient, and of its square.
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    #: Steps so far, one number for each segment, as the fused optimiser wants it.
+    #: Steps so far, one number for each segment.
     step: Tensor
 
     @classmethod
@@ -151,8 +156,8 @@ class LocalSteps:
     ) -> None:
         self.moments = moments
         self._model = model
-        self._clip_norm = hyper.clip_norm
-        self._optimizer = _adamw(model, moments, hyper)
+        self._hyper = hyper
+        self._stretches = _stretches(model)
 
     def step(self, batch: Batch, rate: float) -> float:
         """Make one step and return the loss before it, in nats a token.
@@ -163,52 +168,62 @@ class LocalSteps:
         flat.grads.zero_()
         loss = self._model.loss(batch.inputs, batch.targets)
         torch.autograd.backward(loss)
-        self._clip(loss.item())
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        nats = loss.item()
+        self._update(self._clip(nats), rate)
         flat.mark_changed()
-        return loss.item()
+        return nats
 
-    def _clip(self, loss: float) -> None:
-        """Scale the gradient to the largest norm allowed; refuse what is not finite."""
-        grads = self._model.flat.grads
+    def _clip(self, loss: float) -> float:
+        """Return the factor to the largest norm allowed; refuse what is not finite."""
         # One number that is finite only when all of them are.
-        norm = torch.linalg.vector_norm(grads).item()
+        norm = fused.norm_of(
+            self._model.flat.grads.numpy(), threads=self._model.threads
+        )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLossError(
                 f"training diverged: loss {loss}, gradient norm {norm}"
             )
-        if norm > self._clip_norm:
-            grads.mul_(self._clip_norm / norm)
+        return min(1.0, self._hyper.clip_norm / max(norm, _TINY))
+
+    def _update(self, clip: float, rate: float) -> None:
+        """Make the step of AdamW with the gradient times `clip`."""
+        self.moments.step.add_(1.0)
+        flat, moments = self._model.flat, self.moments
+        for index, stretch, decays in self._stretches:
+            how = AdamW(
+                rate=rate,
+                decay=self._hyper.weight_decay if decays else 0.0,
+                beta1=self._hyper.beta1,
+                beta2=self._hyper.beta2,
+                eps=self._hyper.eps,
+                step=int(moments.step[index]),
+                clip=clip,
+            )
+            fused.adamw(
+                flat.values[stretch].numpy(),
+                flat.grads[stretch].numpy(),
+                moments.exp_avg[stretch].numpy(),
+                moments.exp_avg_sq[stretch].numpy(),
+                how,
+                threads=self._model.threads,
+            )
 
 
-def _adamw(
-    model: BitNetModel, moments: Moments, hyper: HyperParameters
-) -> torch.optim.AdamW:
-    """Return the fused optimiser, its state being views of the moments."""
-    flat = model.flat
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for segment, parameter in zip(flat.segments, flat.parameters, strict=True):
-        is_norm = segment.kind is SegmentKind.NORM
-        (plain if is_norm else decayed).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": hyper.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        betas=(hyper.beta1, hyper.beta2),
-        eps=hyper.eps,
-        fused=True,
-    )
-    for index, parameter in enumerate(flat.parameters):
-        optimizer.state[parameter] = {
-            "step": moments.step[index],
-            "exp_avg": segment_of(moments.exp_avg, flat.segments[index]),
-            "exp_avg_sq": segment_of(moments.exp_avg_sq, flat.segments[index]),
-        }
-    return optimizer
+def _stretches(model: BitNetModel) -> list[tuple[int, slice, bool]]:
+    """Return the longest stretches of the vector that share their decay.
+
+    Each with the index of its first segment and whether it decays: norms do not.
+    """
+    found: list[tuple[int, slice, bool]] = []
+    for index, segment in enumerate(model.flat.segments):
+        decays = segment.kind is not SegmentKind.NORM
+        part = slice(segment.offset, segment.offset + segment.size)
+        if found and found[-1][2] == decays:
+            first, before, _ = found[-1]
+            found[-1] = first, slice(before.start, part.stop), decays
+        else:
+            found.append((index, part, decays))
+    return found
 
 
 def learning_rate(hyper: HyperParameters, index: int, num_steps: int) -> float:

@@ -60,6 +60,40 @@ class BitLinear:
         return self._ternary
 
 
+def products(
+    rows: QuantisedRows, quantised: tuple[TernaryWeight, ...], threads: int
+) -> tuple[Any, ...]:
+    """Return `rows @ W^T`, float32 (M, N), for each weight."""
+    return tuple(
+        ternary.matmul(rows, weight.forward, threads=threads) for weight in quantised
+    )
+
+
+def input_gradient(
+    quantised: tuple[TernaryWeight, ...], dys: tuple[Tensor, ...], threads: int
+) -> Tensor:
+    """Return dx, float32 (M, K): the sum over the weights that read this input."""
+    total: Tensor | None = None
+    for weight, dy in zip(quantised, dys, strict=True):
+        rows_MN = ternary.quantise_rows(_rows(dy), GRADIENT_GROUP)
+        part = torch.from_numpy(
+            ternary.matmul(rows_MN, weight.backward, threads=threads)
+        )
+        total = part if total is None else total.add_(part)
+    if total is None:
+        raise ValueError("weights must not be empty")
+    return total
+
+
+def add_weight_gradients(
+    grads: tuple[Tensor, ...], dys: tuple[Tensor, ...], rows: QuantisedRows
+) -> None:
+    """Add `dy^T @ q(x)` to each gradient, (N, K), from its dy, (M, N)."""
+    x_MK = _dequantise(rows)
+    for grad, dy in zip(grads, dys, strict=True):
+        grad.addmm_(dy.t(), x_MK)
+
+
 class _TernaryProducts(torch.autograd.Function):
     """The three products above, for weights that share their input."""
 
@@ -75,34 +109,20 @@ class _TernaryProducts(torch.autograd.Function):
         ctx.rows_MK, ctx.quantised, ctx.threads = rows_MK, quantised, threads
         ctx.lead = x.shape[:-1]
         return tuple(
-            torch.from_numpy(
-                ternary.matmul(rows_MK, weight.forward, threads=threads)
-            ).view(*ctx.lead, -1)
-            for weight in quantised
+            torch.from_numpy(y_MN).view(*ctx.lead, -1)
+            for y_MN in products(rows_MK, quantised, threads)
         )
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        dx = _input_gradient(ctx.quantised, dys, ctx.threads)
-        x_MK = _dequantise(ctx.rows_MK)
-        dws = [dy.reshape(-1, dy.shape[-1]).t() @ x_MK for dy in dys]
-        return dx.view(*ctx.lead, -1), None, None, *dws
-
-
-def _input_gradient(
-    quantised: tuple[TernaryWeight, ...], dys: tuple[Tensor, ...], threads: int
-) -> Tensor:
-    """Return dx, float32 (M, K): the sum over the weights that read this input."""
-    total: Tensor | None = None
-    for weight, dy in zip(quantised, dys, strict=True):
-        rows_MN = ternary.quantise_rows(_rows(dy), GRADIENT_GROUP)
-        part = torch.from_numpy(
-            ternary.matmul(rows_MN, weight.backward, threads=threads)
+        dx = input_gradient(ctx.quantised, dys, ctx.threads)
+        dws = tuple(
+            torch.zeros(weight.forward.num_rows, weight.forward.num_columns)
+            for weight in ctx.quantised
         )
-        total = part if total is None else total.add_(part)
-    if total is None:
-        raise ValueError("weights must not be empty")
-    return total
+        flat_dys = tuple(dy.reshape(-1, dy.shape[-1]) for dy in dys)
+        add_weight_gradients(dws, flat_dys, ctx.rows_MK)
+        return dx.view(*ctx.lead, -1), None, None, *dws
 
 
 def _rows(x: Tensor) -> Any:

@@ -11,30 +11,34 @@ D width of a head, M = B * T.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitnet_ext.fused import Gate
 from bitnet_ext.layout import ModelShape
 from worker.model.bitlinear import BitLinear
 from worker.model.flatten import FlatParameters
+from worker.model.halves import Floats, attention_half, feed_forward_half, final_norm
+from worker.model.head import NO_TARGET, head_dtype, head_loss, lookup
 
-#: A target that is not predicted: padding, or a token whose successor is unknown.
-NO_TARGET: Final = -1
+__all__ = ["NO_TARGET", "BitNetModel", "Block", "Rotary"]
+
+_GATES: Final = {"silu": Gate.SILU, "relu2": Gate.SQUARED_RELU}
 
 
 class BitNetModel(nn.Module):
     """The whole model over `flat`, the vector that holds all of its parameters.
 
-    `threads` is for the ternary kernels; torch has its own setting.
+    `threads` is for our own kernels; torch has its own setting.
     """
 
     def __init__(self, shape: ModelShape, *, threads: int = 1) -> None:
         super().__init__()
         self.shape = shape
+        self.threads = threads
         with torch.device("meta"):  # only names and shapes: `flat` has the memory
             self.embeddings = _parameter(shape.vocab_size, shape.hidden_size)
             self.layers = nn.ModuleList(
@@ -50,10 +54,10 @@ class BitNetModel(nn.Module):
         `ids_BT` is int64 with T up to `shape.seq_len`. State t depends on the
         tokens up to and including t alone.
         """
-        x_BTH = functional.embedding(ids_BT, self.embeddings)
+        x_BTH = lookup(ids_BT, self.embeddings)
         for layer in self.layers:
             x_BTH = layer(x_BTH, self.rotary)
-        return _rms_norm(x_BTH, self.final_norm, self.shape)
+        return final_norm(x_BTH, self.final_norm, self.shape, self.threads)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 (..., V) for hidden states (..., H)."""
@@ -62,10 +66,13 @@ class BitNetModel(nn.Module):
     def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the mean cross-entropy (nats) over all targets but NO_TARGET."""
         hidden_MH = self(ids_BT).view(-1, self.shape.hidden_size)
-        loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-            hidden_MH, self.embeddings, targets_BT.reshape(-1), head_dtype()
+        return head_loss(
+            hidden_MH,
+            self.embeddings,
+            targets_BT.reshape(-1),
+            head_dtype(),
+            self.threads,
         )
-        return loss
 
 
 class Block(nn.Module):
@@ -86,7 +93,8 @@ class Block(nn.Module):
         self.up = _parameter(wide, hidden)
         self.ffn_sub_norm = _parameter(wide)
         self.down = _parameter(hidden, wide)
-        self.activation = _ACTIVATIONS[shape.hidden_act]
+        self.threads = threads
+        self.gate_kind = _GATES[shape.hidden_act]
         self.to_qkv = BitLinear(threads=threads)
         self.to_output = BitLinear(threads=threads)
         self.to_gate_up = BitLinear(threads=threads)
@@ -94,37 +102,13 @@ class Block(nn.Module):
 
     def forward(self, x_BTH: Tensor, rotary: Rotary) -> Tensor:
         """Return the residual stream after this layer, (B, T, H)."""
-        x_BTH = x_BTH + self.attend(
-            _rms_norm(x_BTH, self.attn_norm, self.shape), rotary
-        )
-        return x_BTH + self.feed_forward(_rms_norm(x_BTH, self.ffn_norm, self.shape))
-
-    def attend(self, x_BTH: Tensor, rotary: Rotary) -> Tensor:
-        """Return causal attention over the normed input, (B, T, H)."""
-        q, k, v = (
-            y.view(*y.shape[:-1], -1, self.shape.head_dim)
-            for y in self.to_qkv(x_BTH, self.q, self.k, self.v)
-        )
-        mixed_BNTD = functional.scaled_dot_product_attention(
-            rotary(q).transpose(1, 2),
-            rotary(k).transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.shape.num_kv_heads != self.shape.num_heads,
-        )
-        mixed_BTH = mixed_BNTD.transpose(1, 2).flatten(2)
-        normed = _rms_norm(mixed_BTH, self.attn_sub_norm, self.shape)
-        return self.to_output(normed, self.o)[0]
-
-    def feed_forward(self, x_BTH: Tensor) -> Tensor:
-        """Return the gated feed-forward of the normed input, (B, T, H)."""
-        gate, up = self.to_gate_up(x_BTH, self.gate, self.up)
-        wide = _rms_norm(self.activation(gate) * up, self.ffn_sub_norm, self.shape)
-        return self.to_down(wide, self.down)[0]
+        cosines, sines = rotary.angles(x_BTH.shape[1])
+        x_BTH = attention_half(x_BTH, self, cosines, sines)
+        return feed_forward_half(x_BTH, self)
 
 
 class Rotary:
-    """Turns pairs of numbers of a head by an angle that grows with the position.
+    """The angles by which pairs of numbers of a head are turned at each position.
 
     Number i of the first half pairs with number i of the second; the angle at
     position t is t * theta ** (-2 i / D). Su et al., RoFormer, arXiv 2104.09864.
@@ -134,103 +118,13 @@ class Rotary:
         half = shape.head_dim // 2
         rates = shape.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.outer(torch.arange(shape.seq_len, dtype=torch.float64), rates)
-        # One row for each position, the same for every head.
-        self.cos = angles.cos().float().unsqueeze(1)
-        self.sin = angles.sin().float().unsqueeze(1)
+        self._cosines = angles.cos().float().numpy()
+        self._sines = angles.sin().float().numpy()
 
-    def __call__(self, x_BTND: Tensor) -> Tensor:
-        """Return the turned heads, (B, T, N, D)."""
-        num_tokens = x_BTND.shape[1]
-        turned: Tensor = _Rotation.apply(  # type: ignore[no-untyped-call]
-            x_BTND, self.cos[:num_tokens], self.sin[:num_tokens]
-        )
-        return turned
-
-
-class _Rotation(torch.autograd.Function):
-    """A rotation, whose gradient is the rotation by the opposite angle."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.cos, ctx.sin = cos, sin
-        return _rotate(x_BTND, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, dy_BTND: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate(dy_BTND, ctx.cos, -ctx.sin), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Write both halves into one new tensor: no concatenation, no negated copy."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.empty(x.shape, dtype=x.dtype)
-    out_first, out_second = turned.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1.0)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return turned
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of `softmax(hidden @ E^T)`, with E the embeddings.
-
-    The logits are the largest tensor of a step (M x V), so they are turned in
-    place into their own gradient, and the three products with them run in
-    `dtype`. Softmax and the loss itself are fp32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_MH: Tensor,
-        embeddings_VH: Tensor,
-        targets_M: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        hidden, table = hidden_MH.to(dtype), embeddings_VH.to(dtype)
-        known_M = targets_M != NO_TARGET
-        rows_M = torch.arange(len(targets_M))[known_M]
-        logits_MV = (hidden @ table.t()).float()
-        torch.log_softmax(logits_MV, -1, out=logits_MV)
-        nats = -logits_MV[rows_M, targets_M[known_M]].sum(dtype=torch.float64)
-        logits_MV.exp_()[rows_M, targets_M[known_M]] -= 1.0
-        logits_MV[~known_M] = 0.0
-        num_targets = max(1, len(rows_M))
-        ctx.save_for_backward(logits_MV.to(dtype), hidden, table)
-        ctx.num_targets = num_targets
-        return (nats / num_targets).float()
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dlogits_MV, hidden, table = ctx.saved_tensors
-        scale = dloss / ctx.num_targets
-        dhidden = (dlogits_MV @ table).float().mul_(scale)
-        # (E^T)' = h^T @ dlogits has the same numbers; this order is the faster.
-        dtable = (dlogits_MV.t() @ hidden).float().mul_(scale)
-        return dhidden, dtable, None, None
-
-
-def head_dtype() -> torch.dtype:
-    """Return the type of the head's products in training: bf16 where it is fast.
-
-    Without such instructions torch emulates bf16, and fp32 wins.
-    """
-    fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    def angles(self, num_tokens: int) -> tuple[Floats, Floats]:
+        """Return cosines and sines of the first positions, float32 (T, D / 2)."""
+        return self._cosines[:num_tokens], self._sines[:num_tokens]
 
 
 def _parameter(*size: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*size))
-
-
-def _rms_norm(x: Tensor, gain: Tensor, shape: ModelShape) -> Tensor:
-    return functional.rms_norm(x, gain.shape, gain, shape.rms_norm_eps)
-
-
-def _squared_relu(x: Tensor) -> Tensor:
-    return functional.relu(x).square()
-
-
-_ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "silu": functional.silu,
-    "relu2": _squared_relu,
-}
