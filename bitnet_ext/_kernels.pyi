@@ -84,6 +84,15 @@ def softmax_backward_bf16(
     nats: Floats,
     threads: int,
 ) -> int: ...
+def softmax_backward_int32(
+    products: NDArray[np.int32],
+    row_scale: Floats,
+    column_scale: Floats,
+    targets: NDArray[np.int64],
+    scale: float,
+    nats: Floats,
+    threads: int,
+) -> int: ...
 def square_sum(x: Floats, threads: int) -> tuple[int, float]: ...
 def adamw_step(
     value: Floats,

@@ -319,9 +319,22 @@ cdef extern from "kernels_fused.h" nogil:
         const float *cosines, const float *sines, Py_ssize_t num_t, float sign,
         int threads
     )
+    cdef enum:
+        LOGITS_FP32
+        LOGITS_BF16
+        LOGITS_INT32
+
+    cdef struct c_logits "logits":
+        void *values
+        const float *row_scale
+        const float *column_scale
+        Py_ssize_t num_m
+        Py_ssize_t num_v
+        int kind
+
     int c_softmax_backward "softmax_backward"(
-        void *logits, int half, Py_ssize_t num_m, Py_ssize_t num_v,
-        const int64_t *targets, float scale, float *nats, int threads
+        const c_logits *logits, const int64_t *targets, float scale, float *nats,
+        int threads
     )
     int c_square_sum "square_sum"(
         const float *x, Py_ssize_t count, double *sum, int threads
@@ -465,15 +478,12 @@ def softmax_backward_fp32(
     int threads,
 ):
     """Turn logits (M, V) into their gradient and write nats (M); return the status."""
-    cdef int status
-    if not _softmax_fits(logits.shape[0], logits.shape[1], targets, nats):
+    cdef c_logits which
+    which.num_m, which.num_v, which.kind = logits.shape[0], logits.shape[1], LOGITS_FP32
+    if which.num_m == 0 or which.num_v == 0:
         return 0
-    with nogil:
-        status = c_softmax_backward(
-            &logits[0, 0], 0, logits.shape[0], logits.shape[1], &targets[0], scale,
-            &nats[0], threads
-        )
-    return status
+    which.values = &logits[0, 0]
+    return _softmax(&which, targets, scale, nats, threads)
 
 
 def softmax_backward_bf16(
@@ -484,31 +494,54 @@ def softmax_backward_bf16(
     int threads,
 ):
     """The same for the bits of bf16."""
-    cdef int status
-    if not _softmax_fits(logits.shape[0], logits.shape[1], targets, nats):
+    cdef c_logits which
+    which.num_m, which.num_v, which.kind = logits.shape[0], logits.shape[1], LOGITS_BF16
+    if which.num_m == 0 or which.num_v == 0:
         return 0
-    with nogil:
-        status = c_softmax_backward(
-            &logits[0, 0], 1, logits.shape[0], logits.shape[1], &targets[0], scale,
-            &nats[0], threads
-        )
-    return status
+    which.values = &logits[0, 0]
+    return _softmax(&which, targets, scale, nats, threads)
 
 
-cdef bint _softmax_fits(
-    Py_ssize_t num_m,
-    Py_ssize_t num_v,
+def softmax_backward_int32(
+    int32_t[:, ::1] products not None,
+    const float[::1] row_scale not None,
+    const float[::1] column_scale not None,
+    const int64_t[::1] targets not None,
+    float scale,
+    float[::1] nats not None,
+    int threads,
+):
+    """The same for products of int8, whose memory holds float32 afterwards."""
+    cdef c_logits which
+    which.num_m, which.num_v = products.shape[0], products.shape[1]
+    which.kind = LOGITS_INT32
+    _must(row_scale.shape[0] == which.num_m, "row_scale")
+    _must(column_scale.shape[0] == which.num_v, "column_scale")
+    if which.num_m == 0 or which.num_v == 0:
+        return 0
+    which.values = &products[0, 0]
+    which.row_scale, which.column_scale = &row_scale[0], &column_scale[0]
+    return _softmax(&which, targets, scale, nats, threads)
+
+
+cdef _softmax(
+    const c_logits *logits,
     const int64_t[::1] targets,
-    const float[::1] nats,
-) except -1:
-    """Check lengths and targets; return whether there is anything to do."""
+    float scale,
+    float[::1] nats,
+    int threads,
+):
+    """Check lengths and targets, then run."""
     cdef Py_ssize_t m
-    _must(targets.shape[0] == num_m, "targets")
-    _must(nats.shape[0] == num_m, "nats")
-    for m in range(num_m):
-        if targets[m] >= num_v:
-            raise ValueError(f"targets must be below {num_v}, got {targets[m]}")
-    return num_m > 0 and num_v > 0
+    cdef int status
+    _must(targets.shape[0] == logits.num_m, "targets")
+    _must(nats.shape[0] == logits.num_m, "nats")
+    for m in range(logits.num_m):
+        if targets[m] >= logits.num_v:
+            raise ValueError(f"targets must be below {logits.num_v}, got {targets[m]}")
+    with nogil:
+        status = c_softmax_backward(logits, &targets[0], scale, &nats[0], threads)
+    return status
 
 
 def square_sum(const float[::1] x not None, int threads):

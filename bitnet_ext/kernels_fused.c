@@ -184,38 +184,45 @@ void rotate_rows(float *x, ptrdiff_t num_m, ptrdiff_t num_heads, ptrdiff_t half,
 }
 
 struct softmax_job {
-    void *logits;
+    struct logits logits;
     const int64_t *targets;
     float *nats;
     const struct fused_loops *loops;
-    ptrdiff_t num_m, num_v;
     float scale;
-    int half, failed;
+    int failed;
 };
 
-static float softmax_row(const struct softmax_job *job, ptrdiff_t m, float *scratch)
+/* Makes one row of floats in `row`, turns it, and writes it back. */
+static float softmax_row(const struct softmax_job *job, ptrdiff_t m, float *row)
 {
-    uint16_t *bits = (uint16_t *)job->logits + m * job->num_v;
-    float *row = job->half ? scratch : (float *)job->logits + m * job->num_v;
-    ptrdiff_t target = (ptrdiff_t)job->targets[m];
+    const struct logits *logits = &job->logits;
+    ptrdiff_t num_v = logits->num_v, target = (ptrdiff_t)job->targets[m];
+    size_t width = (size_t)num_v * (logits->kind == LOGITS_BF16 ? 2 : 4);
+    char *values = (char *)logits->values + (size_t)m * width;
     if (target < 0) {
-        memset(job->half ? (void *)bits : (void *)row, 0,
-               (size_t)job->num_v * (job->half ? 2 : 4));
+        memset(values, 0, width);
         return 0.0f;
     }
-    if (job->half)
-        active_loops()->from_bf16(bits, job->num_v, row);
-    float nats = job->loops->softmax(row, job->num_v, target, job->scale);
-    if (job->half)
-        active_loops()->to_bf16(row, job->num_v, bits);
+    if (logits->kind == LOGITS_FP32)
+        return job->loops->softmax((float *)(void *)values, num_v, target, job->scale);
+    if (logits->kind == LOGITS_BF16)
+        active_loops()->from_bf16((const uint16_t *)(void *)values, num_v, row);
+    else
+        job->loops->dequantise((const int32_t *)(void *)values, logits->row_scale[m],
+                               logits->column_scale, num_v, row);
+    float nats = job->loops->softmax(row, num_v, target, job->scale);
+    if (logits->kind == LOGITS_BF16)
+        active_loops()->to_bf16(row, num_v, (uint16_t *)(void *)values);
+    else
+        memcpy(values, row, width);
     return nats;
 }
 
 static void softmax_item(void *context, ptrdiff_t item)
 {
     struct softmax_job *job = context;
-    ptrdiff_t m = item * ITEM_ROWS, end = least(m + ITEM_ROWS, job->num_m);
-    float *scratch = malloc((size_t)job->num_v * sizeof *scratch);
+    ptrdiff_t m = item * ITEM_ROWS, end = least(m + ITEM_ROWS, job->logits.num_m);
+    float *scratch = malloc((size_t)job->logits.num_v * sizeof *scratch);
     if (!scratch) {
         __atomic_store_n(&job->failed, NO_MEMORY, __ATOMIC_RELAXED);
         return;
@@ -225,14 +232,13 @@ static void softmax_item(void *context, ptrdiff_t item)
     free(scratch);
 }
 
-int softmax_backward(void *logits, int half, ptrdiff_t num_m, ptrdiff_t num_v,
-                     const int64_t *targets, float scale, float *nats, int threads)
+int softmax_backward(const struct logits *logits, const int64_t *targets, float scale,
+                     float *nats, int threads)
 {
-    struct softmax_job job = {.logits = logits, .targets = targets, .nats = nats,
-                              .num_m = num_m,   .num_v = num_v,     .scale = scale,
-                              .half = half,     .loops = active_fused()};
-    double numbers = (double)num_m * (double)num_v;
-    run_parallel(softmax_item, &job, up(num_m, ITEM_ROWS), enough(numbers, threads));
+    struct softmax_job job = {*logits, targets, nats, active_fused(), scale, OK};
+    double numbers = (double)logits->num_m * (double)logits->num_v;
+    run_parallel(softmax_item, &job, up(logits->num_m, ITEM_ROWS),
+                 enough(numbers, threads));
     return job.failed;
 }
 

@@ -29,6 +29,17 @@ struct adamw {
     float beta1, beta2, eps;
 };
 
+/* What logits are made of: floats, bits of bf16, or int32 products that are to be
+   multiplied by the scales of their row and column. */
+enum logits_kind { LOGITS_FP32 = 0, LOGITS_BF16 = 1, LOGITS_INT32 = 2 };
+
+struct logits {
+    void *values; /* (M, V) */
+    const float *row_scale, *column_scale; /* (M), (V); for int32 alone */
+    ptrdiff_t num_m, num_v;
+    int kind;
+};
+
 struct fused_loops {
     /* y = gain * x * inverse for rows m..m + count, (count, K); writes `inverse`. */
     void (*norm_rows)(const struct norm *n, ptrdiff_t m, ptrdiff_t count, float *y);
@@ -41,6 +52,9 @@ struct fused_loops {
                    float sign);
     /* One row of logits becomes its gradient times `scale`; returns nats. */
     float (*softmax)(float *logits, ptrdiff_t count, ptrdiff_t target, float scale);
+    /* x = product * row_scale * column_scale */
+    void (*dequantise)(const int32_t *products, float row_scale,
+                       const float *column_scale, ptrdiff_t count, float *x);
     double (*sum_of_squares)(const float *x, ptrdiff_t count);
     void (*adamw)(const struct adamw *a, ptrdiff_t start, ptrdiff_t count);
 };
@@ -62,10 +76,10 @@ int norm_backward(const struct norm *n, const float *dy, float *dx, float *dup, 
 void rotate_rows(float *x, ptrdiff_t num_m, ptrdiff_t num_heads, ptrdiff_t half,
                  const float *cosines, const float *sines, ptrdiff_t num_t, float sign,
                  int threads);
-/* Logits (M, V) become scale * (softmax - onehot), in place; a negative target gives
-   zeros. `half` means bf16 bits, else float32. Writes the nats of each row. */
-int softmax_backward(void *logits, int half, ptrdiff_t num_m, ptrdiff_t num_v,
-                     const int64_t *targets, float scale, float *nats, int threads);
+/* Logits become scale * (softmax - onehot), in place: as bf16 where they were, else as
+   float32. A negative target gives zeros. Writes the nats of each row. */
+int softmax_backward(const struct logits *logits, const int64_t *targets, float scale,
+                     float *nats, int threads);
 /* The sum of squares, in blocks of fixed size and order. */
 int square_sum(const float *x, ptrdiff_t count, double *sum, int threads);
 void adamw_step(const struct adamw *a, ptrdiff_t count, int threads);

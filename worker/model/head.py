@@ -14,14 +14,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from bitnet_ext import fused
+from bitnet_ext import fused, ternary
+from bitnet_ext.ternary import QuantisedRows
 
 #: A target that is not predicted: padding, or a token whose successor is unknown.
 NO_TARGET: Final = -1
 #: Tokens whose logits exist at once: M x V would be the largest tensor of a step.
 CHUNK_TOKENS: Final = 512
-#: How much faster than fp32 bf16 must be to be chosen.
-BF16_MIN_GAIN: Final = 1.2
+#: How much faster than fp32 another type must make the head to be chosen.
+MIN_GAIN: Final = 1.15
 
 
 def lookup(ids_BT: Tensor, embeddings_VH: nn.Parameter) -> Tensor:
@@ -50,25 +51,33 @@ def head_loss(
 
 @functools.cache
 def head_dtype() -> torch.dtype:
-    """Return the type of the head's products in training: bf16 where it is fast.
+    """Return the type of the head's products in training, by what is fast here.
 
-    Having the instructions says little: a Sapphire Rapids without its AMX tiles ran
-    bf16 at 0.6 of the speed of fp32, a Zen 4 at twice. So both are timed, once in a
-    process; bf16 must win clearly to be worth its rounding.
+    int8 rounds the logits about as much as bf16 does, and the loss alone: gradients
+    of the two factors are then products in fp32. Having instructions says little: a
+    Sapphire Rapids without its AMX tiles ran bf16 at 0.6 of the speed of fp32, a
+    Zen 4 at twice. So all are timed, once in a process; what rounds more must win
+    clearly to be worth it.
     """
-    if not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    faster = _product_s(torch.bfloat16) * BF16_MIN_GAIN < _product_s(torch.float32)
-    return torch.bfloat16 if faster else torch.float32
+    best, best_s = torch.float32, _product_s(torch.float32)
+    for dtype, products in ((torch.bfloat16, 3), (torch.int8, 1)):
+        # int8 replaces one of the three products, so its time is that of all three.
+        seconds = (
+            products * _product_s(dtype) + (3 - products) * _product_s(torch.float32)
+        ) / 3
+        if seconds * MIN_GAIN < best_s:
+            best, best_s = dtype, seconds
+    return best
 
 
 def _product_s(dtype: torch.dtype) -> float:
     """Return the least seconds of a few products of the head's kind."""
-    left, right = torch.ones(256, 256, dtype=dtype), torch.ones(256, 2048, dtype=dtype)
+    left, right = torch.ones(256, 256, dtype=dtype), torch.ones(2048, 256, dtype=dtype)
+    multiply = torch._int_mm if dtype is torch.int8 else torch.mm
     seconds = []
     for _ in range(5):
         started_s = time.perf_counter()
-        torch.mm(left, right)
+        multiply(left, right.t())
         seconds.append(time.perf_counter() - started_s)
     return min(seconds)
 
@@ -99,7 +108,8 @@ class _HeadLoss(torch.autograd.Function):
         dtype: torch.dtype,
         threads: int,
     ) -> Tensor:
-        hidden, table = hidden_MH.detach().to(dtype), embeddings_VH.detach().to(dtype)
+        table = _Table(embeddings_VH.detach(), dtype, threads)
+        hidden = hidden_MH.detach().to(table.values.dtype)
         num_targets = max(1, int((targets_M != NO_TARGET).sum()))
         ctx.embeddings = embeddings_VH
         ctx.dhidden = torch.empty(hidden.shape) if hidden_MH.requires_grad else None
@@ -107,15 +117,12 @@ class _HeadLoss(torch.autograd.Function):
         nats = 0.0
         for start in range(0, len(hidden), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
-            dlogits = hidden[chunk] @ table.t()
-            nats += fused.softmax_backward(
-                _bits(dlogits),
-                targets_M[chunk].numpy(),
-                1.0 / num_targets,
-                threads=threads,
+            some_nats, dlogits = table.loss(
+                hidden[chunk], targets_M[chunk], 1.0 / num_targets
             )
+            nats += some_nats
             if ctx.dhidden is not None:
-                ctx.dhidden[chunk] = dlogits @ table
+                ctx.dhidden[chunk] = dlogits @ table.values
                 # (E^T)' = h^T @ dlogits has the same numbers; this is the faster.
                 part = dlogits.t() @ hidden[chunk]
                 ctx.dtable = part if ctx.dtable is None else ctx.dtable.add_(part)
@@ -128,8 +135,40 @@ class _HeadLoss(torch.autograd.Function):
         return ctx.dhidden.mul_(dloss), None, None, None, None
 
 
-def _bits(logits_MV: Tensor) -> Any:
-    """Return the logits as an array over the same memory; bf16 as its bits."""
-    if logits_MV.dtype is torch.bfloat16:
-        return logits_MV.view(torch.uint16).numpy()
-    return logits_MV.numpy()
+class _Table:
+    """The embeddings as the factor of the logits, in the type of the products."""
+
+    def __init__(self, embeddings_VH: Tensor, dtype: torch.dtype, threads: int) -> None:
+        self._threads = threads
+        self._rows: QuantisedRows | None = None
+        if dtype is torch.int8:
+            self._rows = ternary.quantise_rows(embeddings_VH.numpy())
+            dtype = torch.float32
+        #: (V, H): the factor of the gradients too.
+        self.values = embeddings_VH.to(dtype)
+
+    def loss(
+        self, hidden_MH: Tensor, targets_M: Tensor, scale: float
+    ) -> tuple[float, Tensor]:
+        """Return the summed nats and `scale` times the gradient of the logits."""
+        targets = targets_M.numpy()
+        if self._rows is not None:
+            rows = ternary.quantise_rows(hidden_MH.numpy())
+            products_MV = torch._int_mm(
+                torch.from_numpy(rows.q), torch.from_numpy(self._rows.q).t()
+            )
+            nats, dlogits = fused.softmax_backward_of_products(
+                products_MV.numpy(),
+                (rows.scale, self._rows.scale),
+                targets,
+                scale,
+                threads=self._threads,
+            )
+            return nats, torch.from_numpy(dlogits)
+        logits_MV = hidden_MH @ self.values.t()
+        is_half = logits_MV.dtype is torch.bfloat16
+        bits = logits_MV.view(torch.uint16) if is_half else logits_MV
+        nats = fused.softmax_backward(
+            bits.numpy(), targets, scale, threads=self._threads
+        )
+        return nats, logits_MV

@@ -36,7 +36,7 @@ def test_logits_are_those_of_the_plain_twin(shape) -> None:
 
 
 @pytest.mark.parametrize("shape", [SMALL, GROUPED])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_every_gradient_is_close_to_that_of_the_plain_twin(
     shape, dtype, monkeypatch
 ) -> None:
