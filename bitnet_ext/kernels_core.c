@@ -9,15 +9,16 @@ struct variant {
     const char *name;
     const struct loops *loops;
     panel_kernel *panels;
+    panel_kernel *any_byte; /* for tiles of any byte, and no -128 in the left operand */
 };
 
 /* Best last. */
 static const struct variant variants[] = {
-    {"portable", &loops_portable, panels_portable},
+    {"portable", &loops_portable, panels_portable, panels_portable},
 #if defined(__x86_64__)
-    {"avx2", &loops_avx2, panels_avx2},
-    {"avxvnni", &loops_avx2, panels_avxvnni},
-    {"avx512vnni", &loops_avx512, panels_avx512vnni},
+    {"avx2", &loops_avx2, panels_avx2, panels_avx2_any},
+    {"avxvnni", &loops_avx2, panels_avxvnni, panels_avxvnni},
+    {"avx512vnni", &loops_avx512, panels_avx512vnni, panels_avx512vnni},
 #endif
 };
 
@@ -73,22 +74,28 @@ static void multiply_item(void *context, ptrdiff_t item)
                 end < job->num_panels ? end : job->num_panels);
 }
 
-int multiply(struct product *p, int threads)
+void run_product(const struct product *p, int threads)
 {
     const struct variant *variant = &variants[isa_active()];
-    int32_t *sums = malloc((size_t)(p->num_m * p->num_groups) * sizeof *sums + 1);
-    if (!sums)
-        return NO_MEMORY;
-    variant->loops->row_sums(p->q, p->num_m, TILE_K * p->num_k4, TILE_K * p->group_k4,
-                             sums);
-    p->row_sum = sums;
     ptrdiff_t num_panels = (p->num_n + TILE_N - 1) / TILE_N;
-    struct job job = {p, variant->panels, num_panels,
+    struct job job = {p, p->any_byte ? variant->any_byte : variant->panels, num_panels,
                       (num_panels + ITEM_PANELS - 1) / ITEM_PANELS};
     ptrdiff_t count = (p->num_m + ITEM_ROWS - 1) / ITEM_ROWS * job.num_chunks;
     double work = 4.0 * (double)p->num_m * (double)p->num_n * (double)p->num_k4;
     run_parallel(multiply_item, &job, count, work < MIN_PARALLEL ? 1 : threads);
-    free(sums);
+}
+
+int multiply(struct product *p, int threads)
+{
+    int32_t *sums = take_scratch((size_t)(p->num_m * p->num_groups) * sizeof *sums);
+    if (!sums)
+        return NO_MEMORY;
+    active_loops()->row_sums(p->q, p->num_m, TILE_K * p->num_k4, TILE_K * p->group_k4,
+                             sums);
+    p->row_sum = sums;
+    p->in_blocks = p->any_byte = 0;
+    run_product(p, threads);
+    give_scratch(sums);
     return OK;
 }
 

@@ -73,6 +73,104 @@ TARGET static void NAME(row_sums)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t nu
         }
 }
 
+/* Scales and inverses of a strip of columns; a column that is not plain becomes zeros. */
+TARGET static inline void NAME(column_scales)(float values[][STRIP], ptrdiff_t count,
+                                              const int32_t *largest, float *inverse,
+                                              float *scale)
+{
+    for (int i = 0; i < STRIP; i++) {
+        scale[i] = float_of(largest[i]) / 127.0f;
+        inverse[i] = 127.0f / float_of(largest[i]);
+        if (largest[i] < INFINITE && scale[i] >= FLT_MIN)
+            continue;
+        scale[i] = largest[i] >= INFINITE ? NAN : 0.0f;
+        inverse[i] = 0.0f;
+        for (ptrdiff_t m = 0; m < count; m++)
+            values[m][i] = 0.0f;
+    }
+}
+
+/* Four tokens of a strip as int8, side by side; returns how far off the furthest is. */
+TARGET static inline int32_t NAME(round_four)(float values[][STRIP],
+                                              const float *factor, int divide,
+                                              uint32_t *word, int32_t *sum)
+{
+    int32_t furthest = 0;
+    for (int i = 0; i < STRIP; i++)
+        word[i] = 0;
+    for (int m = 0; m < 4; m++)
+        for (int i = 0; i < STRIP; i++) {
+            float ratio = divide ? values[m][i] / factor[i] : values[m][i] * factor[i];
+            float shifted = ratio + ROUNDER;
+            int32_t off = bits_of(ratio - (shifted - ROUNDER)) & SIZE_MASK;
+            int32_t q = bits_of(shifted) - bits_of(ROUNDER);
+            furthest = off > furthest ? off : furthest;
+            sum[i] += q;
+            word[i] |= ((uint32_t)q & 255) << (8 * m);
+        }
+    return furthest;
+}
+
+/* A strip of columns of dy (tokens, N), each token times its scale, as int8 with a
+   scale a column, in blocks of 16 columns by 4 tokens; sums are times 128. */
+TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
+                                          ptrdiff_t size, const float *token_scale,
+                                          ptrdiff_t num_tokens, int8_t *blocks,
+                                          ptrdiff_t block_step, float *scale,
+                                          int32_t *sum, ptrdiff_t scale_step)
+{
+    float values[TOKENS][STRIP] = {{0}}, inverse[STRIP], scales[STRIP];
+    int32_t largest[STRIP] = {0}, sums[STRIP] = {0}, furthest = 0;
+    uint32_t word[STRIP];
+    for (ptrdiff_t m = 0; m < num_tokens; m++, dy += num_n)
+        for (int i = 0; i < (size == STRIP ? STRIP : (int)size); i++) {
+            values[m][i] = dy[i] * token_scale[m];
+            int32_t bits = bits_of(values[m][i]) & SIZE_MASK;
+            largest[i] = bits > largest[i] ? bits : largest[i];
+        }
+    NAME(column_scales)(values, num_tokens, largest, inverse, scales);
+    for (int divide = 0; divide < 2; divide++) {
+        memset(sums, 0, sizeof sums);
+        for (int i = 0; divide && i < STRIP; i++)
+            inverse[i] = scales[i] >= FLT_MIN ? scales[i] : 1.0f;
+        for (ptrdiff_t m = 0; m < num_tokens; m += 4) {
+            int32_t off = NAME(round_four)(values + m, inverse, divide, word, sums);
+            furthest = off > furthest ? off : furthest;
+            for (int half = 0; half < STRIP / LEFT_ROWS; half++)
+                if (half * LEFT_ROWS < size)
+                    memcpy(blocks + half * block_step + m / 4 * LEFT_BYTES,
+                           word + half * LEFT_ROWS, LEFT_BYTES);
+        }
+        /* See `round_values`. */
+        if (float_of(furthest) < 0.4999f)
+            break;
+    }
+    for (ptrdiff_t i = 0; i < size; i++) {
+        scale[i * scale_step] = scales[i];
+        sum[i * scale_step] = 128 * sums[i];
+    }
+}
+
+/* Four rows of up to 32 bytes, plus an offset, as a tile. */
+TARGET static void NAME(interleave)(const uint8_t *rows, ptrdiff_t row_step,
+                                    ptrdiff_t size, uint8_t offset, uint8_t *tile)
+{
+    const uint8_t *a = rows, *b = a + row_step, *c = b + row_step, *d = c + row_step;
+    uint32_t words[TILE_N];
+    uint32_t offsets = offset * 0x01010101u;
+    if (size == TILE_N)
+        for (int i = 0; i < TILE_N; i++)
+            words[i] = ((uint32_t)a[i] | (uint32_t)b[i] << 8 | (uint32_t)c[i] << 16 |
+                        (uint32_t)d[i] << 24) ^ offsets;
+    else
+        for (int i = 0; i < TILE_N; i++)
+            words[i] = i < size ? ((uint32_t)a[i] | (uint32_t)b[i] << 8 |
+                                   (uint32_t)c[i] << 16 | (uint32_t)d[i] << 24) ^
+                                      offsets
+                                : 0;
+    memcpy(tile, words, sizeof words);
+}
+
 /* Sum of |w| in 16 lanes of doubles; lane i takes elements i, i + 16, ... */
 TARGET static double NAME(sum_of_sizes)(const float *w, ptrdiff_t count)
 {
@@ -243,7 +341,7 @@ TARGET static int NAME(unpack)(const uint8_t *codes, ptrdiff_t num_n, ptrdiff_t 
 }
 
 const struct loops NAME(loops) = {
-    NAME(quantise_rows), NAME(row_sums),   NAME(sum_of_sizes), NAME(ternary_strip),
+    NAME(quantise_rows), NAME(row_sums),   NAME(quantise_columns), NAME(interleave), NAME(sum_of_sizes), NAME(ternary_strip),
     NAME(encode_int8),   NAME(check_int8), NAME(add_int8),     NAME(check_fp32),
     NAME(add_fp32),      NAME(to_bf16),    NAME(from_bf16),    NAME(pack),
     NAME(unpack),
