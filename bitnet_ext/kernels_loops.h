@@ -31,8 +31,8 @@ TARGET static inline void NAME(round_values)(const float *x, ptrdiff_t count,
         furthest = off > furthest ? off : furthest;
         q[i] = (int8_t)bits_of(shifted);
     }
-    /* The product is within 4e-5 of the quotient: only near a half can they differ. */
-    if (float_of(furthest) < 0.4999f)
+    /* The product is within 127 * 2^-22 of the quotient: they differ only near a half. */
+    if (float_of(furthest) < 0.49996f)
         return;
     for (ptrdiff_t i = 0; i < count; i++)
         q[i] = (int8_t)bits_of(x[i] / scale + ROUNDER);
@@ -90,25 +90,39 @@ TARGET static inline void NAME(column_scales)(float values[][STRIP], ptrdiff_t c
     }
 }
 
-/* Four tokens of a strip as int8, side by side; returns how far off the furthest is. */
-TARGET static inline int32_t NAME(round_four)(float values[][STRIP],
-                                              const float *factor, int divide,
-                                              uint32_t *word, int32_t *sum)
+/* Four tokens of a strip as int8, side by side. */
+TARGET static inline __attribute__((always_inline)) void
+NAME(round_four)(float values[][STRIP], const float *inverse, uint32_t *word,
+                 int32_t *sum)
 {
-    int32_t furthest = 0;
-    for (int i = 0; i < STRIP; i++)
-        word[i] = 0;
-    for (int m = 0; m < 4; m++)
-        for (int i = 0; i < STRIP; i++) {
-            float ratio = divide ? values[m][i] / factor[i] : values[m][i] * factor[i];
-            float shifted = ratio + ROUNDER;
-            int32_t off = bits_of(ratio - (shifted - ROUNDER)) & SIZE_MASK;
-            int32_t q = bits_of(shifted) - bits_of(ROUNDER);
-            furthest = off > furthest ? off : furthest;
-            sum[i] += q;
-            word[i] |= ((uint32_t)q & 255) << (8 * m);
+    for (int i = 0; i < STRIP; i++) {
+        int32_t a = bits_of(values[0][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
+        int32_t b = bits_of(values[1][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
+        int32_t c = bits_of(values[2][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
+        int32_t d = bits_of(values[3][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
+        sum[i] += a + b + c + d;
+        word[i] = ((uint32_t)a & 255) | ((uint32_t)b & 255) << 8 |
+                  ((uint32_t)c & 255) << 16 | (uint32_t)d << 24;
+    }
+}
+
+/* Each token times its scale; `largest` gets the bits of the largest of a column. */
+TARGET static inline __attribute__((always_inline)) void
+NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
+                   const float *token_scale, ptrdiff_t num_tokens,
+                   float values[][STRIP], int32_t *largest)
+{
+    for (ptrdiff_t m = 0; m < num_tokens; m++, dy += num_n) {
+        /* The next strip: rows lie too far apart for the processor to see it come. */
+        __builtin_prefetch(dy + STRIP);
+        __builtin_prefetch(dy + STRIP + 16);
+        for (ptrdiff_t i = 0; i < size; i++) {
+            float value = dy[i] * token_scale[m];
+            int32_t bits = bits_of(value) & SIZE_MASK;
+            largest[i] = bits > largest[i] ? bits : largest[i];
+            values[m][i] = value;
         }
-    return furthest;
+    }
 }
 
 /* A strip of columns of dy (tokens, N), each token times its scale, as int8 with a
@@ -119,31 +133,21 @@ TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
                                           ptrdiff_t block_step, float *scale,
                                           int32_t *sum, ptrdiff_t scale_step)
 {
-    float values[TOKENS][STRIP] = {{0}}, inverse[STRIP], scales[STRIP];
-    int32_t largest[STRIP] = {0}, sums[STRIP] = {0}, furthest = 0;
+    float values[TOKENS][STRIP], inverse[STRIP], scales[STRIP];
+    int32_t largest[STRIP] = {0}, sums[STRIP] = {0};
     uint32_t word[STRIP];
-    for (ptrdiff_t m = 0; m < num_tokens; m++, dy += num_n)
-        for (int i = 0; i < (size == STRIP ? STRIP : (int)size); i++) {
-            values[m][i] = dy[i] * token_scale[m];
-            int32_t bits = bits_of(values[m][i]) & SIZE_MASK;
-            largest[i] = bits > largest[i] ? bits : largest[i];
-        }
+    if (size < STRIP || num_tokens % 4)
+        memset(values, 0, sizeof values);
+    if (size == STRIP)
+        NAME(scale_tokens)(dy, num_n, STRIP, token_scale, num_tokens, values, largest);
+    else
+        NAME(scale_tokens)(dy, num_n, size, token_scale, num_tokens, values, largest);
     NAME(column_scales)(values, num_tokens, largest, inverse, scales);
-    for (int divide = 0; divide < 2; divide++) {
-        memset(sums, 0, sizeof sums);
-        for (int i = 0; divide && i < STRIP; i++)
-            inverse[i] = scales[i] >= FLT_MIN ? scales[i] : 1.0f;
-        for (ptrdiff_t m = 0; m < num_tokens; m += 4) {
-            int32_t off = NAME(round_four)(values + m, inverse, divide, word, sums);
-            furthest = off > furthest ? off : furthest;
-            for (int half = 0; half < STRIP / LEFT_ROWS; half++)
-                if (half * LEFT_ROWS < size)
-                    memcpy(blocks + half * block_step + m / 4 * LEFT_BYTES,
-                           word + half * LEFT_ROWS, LEFT_BYTES);
-        }
-        /* See `round_values`. */
-        if (float_of(furthest) < 0.4999f)
-            break;
+    for (ptrdiff_t m = 0; m < num_tokens; m += 4, blocks += LEFT_BYTES) {
+        NAME(round_four)(values + m, inverse, word, sums);
+        memcpy(blocks, word, LEFT_BYTES);
+        if (size > LEFT_ROWS)
+            memcpy(blocks + block_step, word + LEFT_ROWS, LEFT_BYTES);
     }
     for (ptrdiff_t i = 0; i < size; i++) {
         scale[i * scale_step] = scales[i];
