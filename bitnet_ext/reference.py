@@ -95,7 +95,9 @@ def quantise_columns(dy_MN: NDArray[np.float32]) -> QuantisedRows:
         largest = np.abs(part_NM).max(axis=1, initial=np.float32(0))
         plain = left.scale[:, g] > 0
         inverse = np.float32(127) / largest[plain]
-        left.q[plain, start : start + TOKENS] = np.rint(part_NM[plain] * inverse[:, None])
+        left.q[plain, start : start + TOKENS] = np.rint(
+            part_NM[plain] * inverse[:, None]
+        )
     return left
 
 
