@@ -107,41 +107,38 @@ static float absmean_scale(const float *w, ptrdiff_t count)
     return (float)mean < 1e-5f ? 1e-5f : (float)mean;
 }
 
-/* Spreads 4 rows of codes (4, 4 * num_k4), rows n..n+3, over both orientations. */
+/* Spreads 4 rows of codes (4, width), rows n..n+3, over both orientations. */
 static void place_strip(const uint8_t *strip, ptrdiff_t n, ptrdiff_t num_k,
-                        uint8_t *forward, uint8_t *backward, ptrdiff_t num_n4)
+                        ptrdiff_t width, uint8_t *forward, uint8_t *backward,
+                        ptrdiff_t num_n4)
 {
-    ptrdiff_t num_k4 = (num_k + 3) / 4, width = 4 * num_k4;
+    ptrdiff_t num_k4 = (num_k + 3) / 4;
     uint8_t *to = forward + n / TILE_N * num_k4 * TILE_BYTES + n % TILE_N * TILE_K;
     for (ptrdiff_t k4 = 0; k4 < num_k4; k4++)
         for (int row = 0; row < 4; row++)
             memcpy(to + k4 * TILE_BYTES + 4 * row, strip + row * width + 4 * k4, 4);
-    for (ptrdiff_t panel = 0; panel * TILE_N < num_k; panel++) {
-        const uint8_t *from = strip + panel * TILE_N;
-        ptrdiff_t left = num_k - panel * TILE_N, size = left < TILE_N ? left : TILE_N;
-        to = backward + (panel * num_n4 + n / 4) * TILE_BYTES;
-        for (ptrdiff_t k = 0; k < size; k++)
-            for (int row = 0; row < 4; row++)
-                to[4 * k + row] = from[row * width + k];
-    }
+    if (n / 4 >= num_n4)
+        return;
+    for (ptrdiff_t panel = 0; panel * TILE_N < num_k; panel++)
+        active_loops()->interleave(strip + panel * TILE_N, width, TILE_N, 0,
+                                   backward + (panel * num_n4 + n / 4) * TILE_BYTES);
 }
 
 int quantise_weight(const float *w, ptrdiff_t num_n, ptrdiff_t num_k, float *scale,
                     uint8_t *forward, uint8_t *backward)
 {
-    ptrdiff_t width = (num_k + 3) / 4 * 4;
-    /* What lies past the last row is never read as a result, and past the last
-       column it meets zeros of `q`. */
+    ptrdiff_t width = (num_k + TILE_N - 1) / TILE_N * TILE_N;
     uint8_t *strip = calloc((size_t)width + 1, 4);
     if (!strip)
         return NO_MEMORY;
     *scale = absmean_scale(w, num_n * num_k);
-    for (ptrdiff_t n = 0; n < num_n; n += 4) {
-        ptrdiff_t rows = num_n - n < 4 ? num_n - n : 4;
-        for (ptrdiff_t row = 0; row < rows; row++)
-            active_loops()->ternary_strip(w + (n + row) * num_k, num_k, *scale / 2,
-                                          strip + row * width);
-        place_strip(strip, n, num_k, forward, backward, (num_n + 3) / 4);
+    /* Past the last row stand codes of no meaning: there the products are dropped, or
+       meet zeros of `q`. */
+    for (ptrdiff_t n = 0; n < (num_n + TILE_N - 1) / TILE_N * TILE_N; n += 4) {
+        for (ptrdiff_t row = n; row < num_n && row < n + 4; row++)
+            active_loops()->ternary_strip(w + row * num_k, num_k, *scale / 2,
+                                          strip + (row - n) * width);
+        place_strip(strip, n, num_k, width, forward, backward, (num_n + 3) / 4);
     }
     free(strip);
     return OK;
