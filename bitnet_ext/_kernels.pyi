@@ -18,6 +18,18 @@ def multiply(
     tiles: NDArray[np.uint8],
     scale: float,
     out: Floats,
+    accumulate: bool,
+    threads: int,
+) -> int: ...
+def pack_tokens(
+    q: NDArray[np.int8], tiles: NDArray[np.uint8], threads: int
+) -> None: ...
+def weight_gradient(
+    dy: Floats,
+    token_scale: Floats,
+    tiles: NDArray[np.uint8],
+    into: Floats,
+    accumulate: bool,
     threads: int,
 ) -> int: ...
 def quantise_rows(

@@ -24,6 +24,7 @@ cdef extern from "kernels_core.h" nogil:
         Py_ssize_t group_k4
         Py_ssize_t num_groups
         float scale
+        int accumulate
 
     cdef struct loops:
         void (*quantise_rows)(
@@ -52,6 +53,14 @@ cdef extern from "kernels_core.h" nogil:
     void isa_select(int index)
     const loops *active_loops()
     int c_multiply "multiply"(product *p, int threads)
+    void c_pack_tokens "pack_tokens"(
+        const int8_t *q, Py_ssize_t num_m, Py_ssize_t num_k, uint8_t *tiles, int threads
+    )
+    int c_weight_gradient "weight_gradient"(
+        const float *dy, const float *token_scale, const uint8_t *tiles,
+        Py_ssize_t num_m, Py_ssize_t num_n, Py_ssize_t num_k, float *out,
+        int accumulate, int threads
+    )
     int c_quantise_weight "quantise_weight"(
         const float *w, Py_ssize_t num_n, Py_ssize_t num_k, float *scale,
         uint8_t *forward, uint8_t *backward
@@ -99,9 +108,10 @@ def multiply(
     const uint8_t[::1] tiles not None,
     float scale,
     float[:, ::1] out not None,
+    bint accumulate,
     int threads,
 ):
-    """Write the product to `out` (M, N); q is (M, 4 * K4), scales are (M, G)."""
+    """Write or add the product to `out` (M, N); q is (M, 4 * K4), scales (M, G)."""
     cdef product p
     cdef int status
     p.num_m, p.num_n = out.shape[0], out.shape[1]
@@ -116,9 +126,45 @@ def multiply(
     if p.num_m == 0 or p.num_n == 0 or p.num_k4 == 0:
         return 0
     p.q, p.row_scale, p.tiles = &q[0, 0], &row_scale[0, 0], &tiles[0]
-    p.out, p.scale = &out[0, 0], scale
+    p.out, p.scale, p.accumulate = &out[0, 0], scale, accumulate
     with nogil:
         status = c_multiply(&p, threads)
+    return status
+
+
+def pack_tokens(const int8_t[:, ::1] q not None, uint8_t[::1] tiles not None, int threads):
+    """Write tokens (M, K) as tiles (ceil(K / 32), ceil(M / 4), 32, 4)."""
+    cdef Py_ssize_t num_m = q.shape[0]
+    cdef Py_ssize_t num_k = q.shape[1]
+    _must(tiles.shape[0] == _up(num_k, TILE_N) * _up(num_m, 4) * TILE_BYTES, "tiles")
+    if num_m == 0 or num_k == 0:
+        return
+    with nogil:
+        c_pack_tokens(&q[0, 0], num_m, num_k, &tiles[0], threads)
+
+
+def weight_gradient(
+    const float[:, ::1] dy not None,
+    const float[::1] token_scale not None,
+    const uint8_t[::1] tiles not None,
+    float[:, ::1] into not None,
+    bint accumulate,
+    int threads,
+):
+    """Write or add the gradient to `into` (N, K), for dy (M, N); return the status."""
+    cdef Py_ssize_t num_m = dy.shape[0]
+    cdef Py_ssize_t num_n = into.shape[0]
+    cdef Py_ssize_t num_k = into.shape[1]
+    cdef int status
+    _must(dy.shape[1] == num_n and token_scale.shape[0] == num_m, "dy")
+    _must(tiles.shape[0] == _up(num_k, TILE_N) * _up(num_m, 4) * TILE_BYTES, "tiles")
+    if num_m == 0 or num_n == 0 or num_k == 0:
+        return 0
+    with nogil:
+        status = c_weight_gradient(
+            &dy[0, 0], &token_scale[0], &tiles[0], num_m, num_n, num_k, &into[0, 0],
+            accumulate, threads,
+        )
     return status
 
 

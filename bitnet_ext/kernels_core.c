@@ -9,15 +9,16 @@ struct variant {
     const char *name;
     const struct loops *loops;
     panel_kernel *panels;
+    panel_kernel *any_byte; /* for tiles of any byte, and no -128 in the left operand */
 };
 
 /* Best last. */
 static const struct variant variants[] = {
-    {"portable", &loops_portable, panels_portable},
+    {"portable", &loops_portable, panels_portable, panels_portable},
 #if defined(__x86_64__)
-    {"avx2", &loops_avx2, panels_avx2},
-    {"avxvnni", &loops_avx2, panels_avxvnni},
-    {"avx512vnni", &loops_avx512, panels_avx512vnni},
+    {"avx2", &loops_avx2, panels_avx2, panels_avx2_any},
+    {"avxvnni", &loops_avx2, panels_avxvnni, panels_avxvnni},
+    {"avx512vnni", &loops_avx512, panels_avx512vnni, panels_avx512vnni},
 #endif
 };
 
@@ -73,22 +74,28 @@ static void multiply_item(void *context, ptrdiff_t item)
                 end < job->num_panels ? end : job->num_panels);
 }
 
-int multiply(struct product *p, int threads)
+void run_product(const struct product *p, int threads)
 {
     const struct variant *variant = &variants[isa_active()];
-    int32_t *sums = malloc((size_t)(p->num_m * p->num_groups) * sizeof *sums + 1);
-    if (!sums)
-        return NO_MEMORY;
-    variant->loops->row_sums(p->q, p->num_m, TILE_K * p->num_k4, TILE_K * p->group_k4,
-                             sums);
-    p->row_sum = sums;
     ptrdiff_t num_panels = (p->num_n + TILE_N - 1) / TILE_N;
-    struct job job = {p, variant->panels, num_panels,
+    struct job job = {p, p->any_byte ? variant->any_byte : variant->panels, num_panels,
                       (num_panels + ITEM_PANELS - 1) / ITEM_PANELS};
     ptrdiff_t count = (p->num_m + ITEM_ROWS - 1) / ITEM_ROWS * job.num_chunks;
     double work = 4.0 * (double)p->num_m * (double)p->num_n * (double)p->num_k4;
     run_parallel(multiply_item, &job, count, work < MIN_PARALLEL ? 1 : threads);
-    free(sums);
+}
+
+int multiply(struct product *p, int threads)
+{
+    int32_t *sums = take_scratch((size_t)(p->num_m * p->num_groups) * sizeof *sums);
+    if (!sums)
+        return NO_MEMORY;
+    active_loops()->row_sums(p->q, p->num_m, TILE_K * p->num_k4, TILE_K * p->group_k4,
+                             sums);
+    p->row_sum = sums;
+    p->in_blocks = p->any_byte = 0;
+    run_product(p, threads);
+    give_scratch(sums);
     return OK;
 }
 
@@ -100,41 +107,38 @@ static float absmean_scale(const float *w, ptrdiff_t count)
     return (float)mean < 1e-5f ? 1e-5f : (float)mean;
 }
 
-/* Spreads 4 rows of codes (4, 4 * num_k4), rows n..n+3, over both orientations. */
+/* Spreads 4 rows of codes (4, width), rows n..n+3, over both orientations. */
 static void place_strip(const uint8_t *strip, ptrdiff_t n, ptrdiff_t num_k,
-                        uint8_t *forward, uint8_t *backward, ptrdiff_t num_n4)
+                        ptrdiff_t width, uint8_t *forward, uint8_t *backward,
+                        ptrdiff_t num_n4)
 {
-    ptrdiff_t num_k4 = (num_k + 3) / 4, width = 4 * num_k4;
+    ptrdiff_t num_k4 = (num_k + 3) / 4;
     uint8_t *to = forward + n / TILE_N * num_k4 * TILE_BYTES + n % TILE_N * TILE_K;
     for (ptrdiff_t k4 = 0; k4 < num_k4; k4++)
         for (int row = 0; row < 4; row++)
             memcpy(to + k4 * TILE_BYTES + 4 * row, strip + row * width + 4 * k4, 4);
-    for (ptrdiff_t panel = 0; panel * TILE_N < num_k; panel++) {
-        const uint8_t *from = strip + panel * TILE_N;
-        ptrdiff_t left = num_k - panel * TILE_N, size = left < TILE_N ? left : TILE_N;
-        to = backward + (panel * num_n4 + n / 4) * TILE_BYTES;
-        for (ptrdiff_t k = 0; k < size; k++)
-            for (int row = 0; row < 4; row++)
-                to[4 * k + row] = from[row * width + k];
-    }
+    if (n / 4 >= num_n4)
+        return;
+    for (ptrdiff_t panel = 0; panel * TILE_N < num_k; panel++)
+        active_loops()->interleave(strip + panel * TILE_N, width, TILE_N, 0,
+                                   backward + (panel * num_n4 + n / 4) * TILE_BYTES);
 }
 
 int quantise_weight(const float *w, ptrdiff_t num_n, ptrdiff_t num_k, float *scale,
                     uint8_t *forward, uint8_t *backward)
 {
-    ptrdiff_t width = (num_k + 3) / 4 * 4;
-    /* What lies past the last row is never read as a result, and past the last
-       column it meets zeros of `q`. */
+    ptrdiff_t width = (num_k + TILE_N - 1) / TILE_N * TILE_N;
     uint8_t *strip = calloc((size_t)width + 1, 4);
     if (!strip)
         return NO_MEMORY;
     *scale = absmean_scale(w, num_n * num_k);
-    for (ptrdiff_t n = 0; n < num_n; n += 4) {
-        ptrdiff_t rows = num_n - n < 4 ? num_n - n : 4;
-        for (ptrdiff_t row = 0; row < rows; row++)
-            active_loops()->ternary_strip(w + (n + row) * num_k, num_k, *scale / 2,
-                                          strip + row * width);
-        place_strip(strip, n, num_k, forward, backward, (num_n + 3) / 4);
+    /* Past the last row stand codes of no meaning: there the products are dropped, or
+       meet zeros of `q`. */
+    for (ptrdiff_t n = 0; n < (num_n + TILE_N - 1) / TILE_N * TILE_N; n += 4) {
+        for (ptrdiff_t row = n; row < num_n && row < n + 4; row++)
+            active_loops()->ternary_strip(w + row * num_k, num_k, *scale / 2,
+                                          strip + (row - n) * width);
+        place_strip(strip, n, num_k, width, forward, backward, (num_n + 3) / 4);
     }
     free(strip);
     return OK;

@@ -20,15 +20,24 @@ enum { BLOCK = 256 };
 
 enum status { OK = 0, NO_MEMORY = 1, NOT_FINITE = 2, TOO_LARGE = 3, BAD_VALUE = 4 };
 
-/* One product: out[m, n] = scale * sum over k of q[m, k] * row_scale * w[n, k]. */
+/* Rows of the left operand that lie together where it is packed in blocks. */
+enum { LEFT_ROWS = 16, LEFT_BYTES = LEFT_ROWS * TILE_K };
+/* Tokens of a weight gradient that share a scale, for each of its rows. */
+enum { TOKENS = 128 };
+
+/* One product: out[m, n] (+)= sum over k of q[m, k] * row_scale * scale * w[n, k],
+   where w is the byte of a tile minus `zero`. */
 struct product {
-    const int8_t *q;        /* (M, K4 * 4), rows without gaps, zeros past K */
+    const int8_t *q;        /* (M, K4 * 4), or blocks (ceil(M / 16), K4, 16, 4) */
     const float *row_scale; /* (M, G) */
-    const int32_t *row_sum; /* (M, G): sums of q; filled in by `multiply` */
+    const int32_t *row_sum; /* (M, G): zero times the sums of q */
     const uint8_t *tiles;   /* (ceil(N / 32), K4, 32, 4) */
     float *out;             /* (M, N) */
     ptrdiff_t num_m, num_n, num_k4, group_k4, num_groups;
     float scale;
+    int accumulate; /* add to `out` instead of overwriting it */
+    int in_blocks;  /* how `q` lies */
+    int any_byte;   /* tiles hold more than 0, 1, 2 */
 };
 
 /* The loops that exist once for each level of vector instructions. */
@@ -37,6 +46,12 @@ struct loops {
                           ptrdiff_t group, int8_t *q, float *scale);
     void (*row_sums)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k,
                      ptrdiff_t group, int32_t *sums);
+    void (*quantise_columns)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
+                             const float *token_scale, ptrdiff_t num_tokens,
+                             int8_t *blocks, ptrdiff_t block_step, float *scale,
+                             int32_t *sum, ptrdiff_t scale_step);
+    void (*interleave)(const uint8_t *rows, ptrdiff_t row_step, ptrdiff_t size,
+                       uint8_t offset, uint8_t *tile);
     double (*sum_of_sizes)(const float *w, ptrdiff_t count);
     void (*ternary_strip)(const float *w, ptrdiff_t num_k, float half, uint8_t *codes);
     int (*encode_int8)(const float *x, const float *residual, ptrdiff_t count,
@@ -59,7 +74,7 @@ extern const struct loops loops_portable;
 panel_kernel panels_portable;
 #if defined(__x86_64__)
 extern const struct loops loops_avx2, loops_avx512;
-panel_kernel panels_avx2, panels_avxvnni, panels_avx512vnni;
+panel_kernel panels_avx2, panels_avx2_any, panels_avxvnni, panels_avx512vnni;
 #endif
 
 /* Instruction sets: how many are known, their names, whether this machine has them
@@ -73,6 +88,19 @@ const struct loops *active_loops(void);
 
 /* out = rows times weight; `threads` is at most what is used. */
 int multiply(struct product *p, int threads);
+/* The same for a product whose sums are known. */
+void run_product(const struct product *p, int threads);
+/* Writes tokens (M, K) as the right operand of a weight gradient; `tiles` are
+   (ceil(K / 32), ceil(M / 4), 32, 4). */
+void pack_tokens(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k, uint8_t *tiles,
+                 int threads);
+/* out (N, K) (+)= transpose of dy (M, N) times tokens: packed int8 and a scale each. */
+int weight_gradient(const float *dy, const float *token_scale, const uint8_t *tiles,
+                    ptrdiff_t num_m, ptrdiff_t num_n, ptrdiff_t num_k, float *out,
+                    int accumulate, int threads);
+/* Memory for one call, at a cache line; kept for the next call. NULL: none left. */
+void *take_scratch(size_t size);
+void give_scratch(void *scratch);
 /* Writes both orientations of a weight (N, K); `scale` is NaN where w is not finite. */
 int quantise_weight(const float *w, ptrdiff_t num_n, ptrdiff_t num_k, float *scale,
                     uint8_t *forward, uint8_t *backward);

@@ -1,8 +1,9 @@
-/* int8 rows times ternary tiles: int32 inside a group, then float32 over groups.
+/* int8 rows times tiles of bytes: int32 inside a group, then float32 over groups.
 
-   Weights are the bytes 0, 1, 2, so each sum starts at minus the row's own sum.
-   A group's sum is exact; groups are added in order, and nothing is fused: every
-   variant gives the same bits.
+   Weights are the bytes 0, 1, 2, so each sum starts at minus the row's own sum. A
+   weight gradient has int8 plus 128 there, and starts at minus 128 sums. A group's sum
+   is exact; groups are added in order, and nothing is fused: every variant gives the
+   same bits.
 
    A tile kernel computes a few rows by one panel of 32 columns. Its accumulators are
    named variables and its dot product is one line of assembly, because compilers
@@ -22,49 +23,62 @@ enum { MOST_ROWS = 12 };
 
 /* The part of a product that one pass over a tile works on: one group. */
 struct pass {
-    const int8_t *q;    /* first row, first column of the group */
+    const int8_t *q; /* first row, first column of the group */
     const uint8_t *tile;
-    ptrdiff_t row_bytes, num_k4;
+    ptrdiff_t row_bytes, k4_bytes, num_k4;
     const float *row_scale; /* of the first row; rows are num_groups apart */
     const int32_t *row_sum;
-    int is_first;
-    float last_scale; /* 1 but for the last group */
+    int add;
 };
 
 static inline __attribute__((always_inline)) struct pass
 pass_of(const struct product *p, ptrdiff_t m, ptrdiff_t panel, ptrdiff_t g)
 {
     ptrdiff_t k4 = g * p->group_k4, left = p->num_k4 - k4;
+    ptrdiff_t block = m / LEFT_ROWS * p->num_k4 + k4;
     struct pass pass = {
-        .q = p->q + (m * p->num_k4 + k4) * TILE_K,
+        .q = p->in_blocks ? p->q + block * LEFT_BYTES + m % LEFT_ROWS * TILE_K
+                          : p->q + (m * p->num_k4 + k4) * TILE_K,
         .tile = p->tiles + (panel * p->num_k4 + k4) * TILE_BYTES,
-        .row_bytes = p->num_k4 * TILE_K,
+        .row_bytes = p->in_blocks ? TILE_K : p->num_k4 * TILE_K,
+        .k4_bytes = p->in_blocks ? LEFT_BYTES : TILE_K,
         .num_k4 = left < p->group_k4 ? left : p->group_k4,
         .row_scale = p->row_scale + m * p->num_groups + g,
         .row_sum = p->row_sum + m * p->num_groups + g,
-        .is_first = g == 0,
-        .last_scale = g + 1 == p->num_groups ? p->scale : 1.0f,
+        .add = g > 0 || p->accumulate,
     };
     return pass;
+}
+
+/* Runs a kernel on a panel that is narrower than its tile. */
+static void run_edge(const struct product *p, ptrdiff_t m, ptrdiff_t panel, float *out,
+                     const struct tile_kernel *kernel)
+{
+    float edge[MOST_ROWS * TILE_N] = {0};
+    size_t size = (size_t)(p->num_n - panel * TILE_N) * sizeof *edge;
+    for (ptrdiff_t row = 0; p->accumulate && row < kernel->rows; row++)
+        memcpy(edge + row * TILE_N, out + row * p->num_n, size);
+    kernel->run(p, m, panel, edge, TILE_N);
+    for (ptrdiff_t row = 0; row < kernel->rows; row++)
+        memcpy(out + row * p->num_n, edge + row * TILE_N, size);
 }
 
 /* Runs tile kernels over a block of rows; `kernels` go from most rows to one. */
 static void sweep(const struct product *p, ptrdiff_t m, ptrdiff_t num_m, ptrdiff_t panel,
                   const struct tile_kernel *kernels)
 {
-    ptrdiff_t left = p->num_n - panel * TILE_N, end = m + num_m;
-    float *out = p->out + panel * TILE_N, edge[MOST_ROWS * TILE_N];
+    ptrdiff_t end = m + num_m;
+    int is_edge = p->num_n - panel * TILE_N < TILE_N;
     while (m < end) {
-        while (kernels->rows > end - m)
+        /* No kernel may reach over the end of a block of rows. */
+        while (kernels->rows > end - m ||
+               (p->in_blocks && LEFT_ROWS % kernels->rows != 0))
             kernels++;
-        if (left >= TILE_N) {
-            kernels->run(p, m, panel, out + m * p->num_n, p->num_n);
-        } else {
-            kernels->run(p, m, panel, edge, TILE_N);
-            for (ptrdiff_t row = 0; row < kernels->rows; row++)
-                memcpy(out + (m + row) * p->num_n, edge + row * TILE_N,
-                       (size_t)left * sizeof *edge);
-        }
+        float *out = p->out + m * p->num_n + panel * TILE_N;
+        if (is_edge)
+            run_edge(p, m, panel, out, kernels);
+        else
+            kernels->run(p, m, panel, out, p->num_n);
         m += kernels->rows;
     }
 }
@@ -88,14 +102,14 @@ static void tile_portable(const struct product *p, ptrdiff_t m, ptrdiff_t panel,
         for (int n = 0; n < TILE_N; n++)
             sums[n] = -*pass.row_sum;
         for (ptrdiff_t k4 = 0; k4 < pass.num_k4; k4++) {
-            const int8_t *q = pass.q + k4 * TILE_K;
+            const int8_t *q = pass.q + k4 * pass.k4_bytes;
             const uint8_t *w = pass.tile + k4 * TILE_BYTES;
             for (int n = 0; n < TILE_N; n++, w += TILE_K)
                 sums[n] += q[0] * w[0] + q[1] * w[1] + q[2] * w[2] + q[3] * w[3];
         }
         for (int n = 0; n < TILE_N; n++) {
-            float part = (float)sums[n] * *pass.row_scale;
-            out[n] = (pass.is_first ? part : out[n] + part) * pass.last_scale;
+            float part = (float)sums[n] * (*pass.row_scale * p->scale);
+            out[n] = pass.add ? out[n] + part : part;
         }
     }
 }
@@ -126,7 +140,7 @@ PANELS(portable, {1, tile_portable})
 #define Q_10 (q8 + 2 * step)
 #define Q_11 (q8 + step3)
 #define POINT_AT_ROWS(pass)                                                            \
-    ptrdiff_t step = (pass).row_bytes, step3 = 3 * step;                               \
+    ptrdiff_t step = (pass).row_bytes, step3 = 3 * step, next = (pass).k4_bytes;       \
     const int8_t *q0 = (pass).q, *q4 = q0 + 4 * step, *q8 = q4 + 4 * step;             \
     (void)step3, (void)q4, (void)q8
 
@@ -137,25 +151,21 @@ static inline __attribute__((always_inline)) int32_t load_int(const int8_t *at)
     return four;
 }
 
-#define TARGET_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#define TARGET_256 __attribute__((target("avx2")))
+#define TARGET_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prfchw")))
+#define TARGET_256 __attribute__((target("avx2,prfchw")))
 
 TARGET_512 static inline __attribute__((always_inline)) void
-finish_512(const struct pass *pass, float scale, __m512i sums, float *out)
+finish_512(int add, float scale, __m512i sums, float *out)
 {
     __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(scale));
-    if (!pass->is_first)
-        part = _mm512_add_ps(_mm512_loadu_ps(out), part);
-    _mm512_storeu_ps(out, _mm512_mul_ps(part, _mm512_set1_ps(pass->last_scale)));
+    _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), part) : part);
 }
 
 TARGET_256 static inline __attribute__((always_inline)) void
-finish_256(const struct pass *pass, float scale, __m256i sums, float *out)
+finish_256(int add, float scale, __m256i sums, float *out)
 {
     __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(scale));
-    if (!pass->is_first)
-        part = _mm256_add_ps(_mm256_loadu_ps(out), part);
-    _mm256_storeu_ps(out, _mm256_mul_ps(part, _mm256_set1_ps(pass->last_scale)));
+    _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), part) : part);
 }
 
 /* AVX-512 VNNI: rows by 32 columns, two accumulators a row. */
@@ -167,24 +177,38 @@ finish_256(const struct pass *pass, float scale, __m256i sums, float *out)
         __asm__("vpdpbusd %2, %1, %0" : "+v"(a##i) : "v"(w0), "v"(four));              \
         __asm__("vpdpbusd %2, %1, %0" : "+v"(b##i) : "v"(w1), "v"(four));              \
     }
-#define FINISH_512(i)                                                                  \
-    finish_512(&pass, pass.row_scale[i * p->num_groups], a##i, out + i * out_step);    \
-    finish_512(&pass, pass.row_scale[i * p->num_groups], b##i, out + i * out_step + 16);
+#define FINISH_512(add, i)                                                             \
+    {                                                                                  \
+        float scale = pass.row_scale[i * p->num_groups] * p->scale;                    \
+        finish_512(add, scale, a##i, out + i * out_step);                              \
+        finish_512(add, scale, b##i, out + i * out_step + 16);                         \
+    }
+#define STORE_512(i) FINISH_512(0, i)
+#define ADD_512(i) FINISH_512(1, i)
+/* Else the stores wait for the lines that they overwrite. */
+#define FETCH(i)                                                                       \
+    __builtin_prefetch(out + i * out_step, 1);                                         \
+    __builtin_prefetch(out + i * out_step + 16, 1);
 #define TILE_512(rows)                                                                 \
     TARGET_512 static void tile_512_##rows(const struct product *p, ptrdiff_t m,       \
                                            ptrdiff_t panel, float *out,                \
                                            ptrdiff_t out_step)                         \
     {                                                                                  \
+        ROWS_##rows(FETCH)                                                             \
         for (ptrdiff_t g = 0; g < p->num_groups; g++) {                                \
             struct pass pass = pass_of(p, m, panel, g);                                \
             POINT_AT_ROWS(pass);                                                       \
             const uint8_t *w = pass.tile, *w_end = w + pass.num_k4 * TILE_BYTES;       \
             ROWS_##rows(START_512)                                                     \
-            for (; w < w_end; w += TILE_BYTES, q0 += 4, q4 += 4, q8 += 4) {            \
+            for (; w < w_end; w += TILE_BYTES, q0 += next, q4 += next, q8 += next) {            \
                 __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);   \
                 ROWS_##rows(STEP_512)                                                  \
             }                                                                          \
-            ROWS_##rows(FINISH_512)                                                    \
+            if (pass.add) {                                                            \
+                ROWS_##rows(ADD_512)                                                   \
+            } else {                                                                   \
+                ROWS_##rows(STORE_512)                                                 \
+            }                                                                          \
         }                                                                              \
     }
 TILE_512(12)
@@ -199,8 +223,11 @@ PANELS(avx512vnni, {12, tile_512_12}, {8, tile_512_8}, {4, tile_512_4}, {2, tile
 #define START_256(i)                                                                   \
     __m256i a##i = _mm256_set1_epi32(-pass.row_sum[i * p->num_groups]), b##i = a##i;
 #define FINISH_256(i)                                                                  \
-    finish_256(&pass, pass.row_scale[i * p->num_groups], a##i, to + i * out_step);     \
-    finish_256(&pass, pass.row_scale[i * p->num_groups], b##i, to + i * out_step + 8);
+    {                                                                                  \
+        float scale = pass.row_scale[i * p->num_groups] * p->scale;                    \
+        finish_256(pass.add, scale, a##i, to + i * out_step);                          \
+        finish_256(pass.add, scale, b##i, to + i * out_step + 8);                      \
+    }
 #define TILE_256(level, target, rows, SUM)                                             \
     target static void tile_##level##_##rows(const struct product *p, ptrdiff_t m,     \
                                              ptrdiff_t panel, float *out,              \
@@ -219,7 +246,7 @@ PANELS(avx512vnni, {12, tile_512_12}, {8, tile_512_8}, {4, tile_512_4}, {2, tile
             }                                                                          \
     }
 #define WALK(rows, end, STEP)                                                          \
-    for (; w < end; w += TILE_BYTES, q0 += 4, q4 += 4, q8 += 4) {                      \
+    for (; w < end; w += TILE_BYTES, q0 += next, q4 += next, q8 += next) {                      \
         __m256i w0 = _mm256_loadu_si256((const __m256i *)w);                           \
         __m256i w1 = _mm256_loadu_si256((const __m256i *)(w + 32));                    \
         ROWS_##rows(STEP)                                                              \
@@ -248,6 +275,32 @@ TILE_256(avx2, TARGET_256, 4, SUM_AVX2)
 TILE_256(avx2, TARGET_256, 2, SUM_AVX2)
 TILE_256(avx2, TARGET_256, 1, SUM_AVX2)
 PANELS(avx2, {4, tile_avx2_4}, {2, tile_avx2_2}, {1, tile_avx2_1})
+
+/* AVX2 and any byte: as signed values, size times sign keeps pairs within int16:
+   2 * 128 * 127 = 32512, because no left operand holds -128 here. */
+#define STEP_SIGNED(i)                                                                 \
+    {                                                                                  \
+        __m256i four = _mm256_set1_epi32(load_int(Q_##i));                             \
+        __m256i pair = _mm256_maddubs_epi16(size0, _mm256_sign_epi8(four, s0));        \
+        a##i = _mm256_add_epi32(a##i, _mm256_madd_epi16(pair, ones));                  \
+        pair = _mm256_maddubs_epi16(size1, _mm256_sign_epi8(four, s1));                \
+        b##i = _mm256_add_epi32(b##i, _mm256_madd_epi16(pair, ones));                  \
+    }
+#define ZERO_SUM(i) a##i = b##i = _mm256_setzero_si256();
+#define SUM_AVX2_ANY(rows)                                                             \
+    const __m256i ones = _mm256_set1_epi16(1), top = _mm256_set1_epi8(-128);           \
+    ROWS_##rows(ZERO_SUM)                                                              \
+    for (; w < w_end; w += TILE_BYTES, q0 += next, q4 += next, q8 += next) {           \
+        __m256i s0 = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)w), top);    \
+        __m256i s1 = _mm256_loadu_si256((const __m256i *)(w + 32));                    \
+        s1 = _mm256_xor_si256(s1, top);                                                \
+        __m256i size0 = _mm256_abs_epi8(s0), size1 = _mm256_abs_epi8(s1);              \
+        ROWS_##rows(STEP_SIGNED)                                                       \
+    }
+TILE_256(avx2_any, TARGET_256, 2, SUM_AVX2_ANY)
+TILE_256(avx2_any, TARGET_256, 1, SUM_AVX2_ANY)
+TILE_256(avx2_any, TARGET_256, 4, SUM_AVX2_ANY)
+PANELS(avx2_any, {4, tile_avx2_any_4}, {2, tile_avx2_any_2}, {1, tile_avx2_any_1})
 
 #define STEP_VNNI(i)                                                                   \
     {                                                                                  \

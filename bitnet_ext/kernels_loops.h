@@ -31,8 +31,8 @@ TARGET static inline void NAME(round_values)(const float *x, ptrdiff_t count,
         furthest = off > furthest ? off : furthest;
         q[i] = (int8_t)bits_of(shifted);
     }
-    /* The product is within 4e-5 of the quotient: only near a half can they differ. */
-    if (float_of(furthest) < 0.4999f)
+    /* The product is within 127 * 2^-22 of the quotient: they differ only near a half. */
+    if (float_of(furthest) < 0.49996f)
         return;
     for (ptrdiff_t i = 0; i < count; i++)
         q[i] = (int8_t)bits_of(x[i] / scale + ROUNDER);
@@ -71,6 +71,108 @@ TARGET static void NAME(row_sums)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t nu
                 sum += q[m * num_k + i];
             *sums++ = sum;
         }
+}
+
+/* Scales and inverses of a strip of columns; a column that is not plain becomes zeros. */
+TARGET static inline void NAME(column_scales)(float values[][STRIP], ptrdiff_t count,
+                                              const int32_t *largest, float *inverse,
+                                              float *scale)
+{
+    for (int i = 0; i < STRIP; i++) {
+        scale[i] = float_of(largest[i]) / 127.0f;
+        inverse[i] = 127.0f / float_of(largest[i]);
+        if (largest[i] < INFINITE && scale[i] >= FLT_MIN)
+            continue;
+        scale[i] = largest[i] >= INFINITE ? NAN : 0.0f;
+        inverse[i] = 0.0f;
+        for (ptrdiff_t m = 0; m < count; m++)
+            values[m][i] = 0.0f;
+    }
+}
+
+/* Four tokens of a strip as int8, side by side. */
+TARGET static inline __attribute__((always_inline)) void
+NAME(round_four)(float values[][STRIP], const float *inverse, uint32_t *word,
+                 int32_t *sum)
+{
+    for (int i = 0; i < STRIP; i++) {
+        int32_t a = bits_of(values[0][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
+        int32_t b = bits_of(values[1][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
+        int32_t c = bits_of(values[2][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
+        int32_t d = bits_of(values[3][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
+        sum[i] += a + b + c + d;
+        word[i] = ((uint32_t)a & 255) | ((uint32_t)b & 255) << 8 |
+                  ((uint32_t)c & 255) << 16 | (uint32_t)d << 24;
+    }
+}
+
+/* Each token times its scale; `largest` gets the bits of the largest of a column. */
+TARGET static inline __attribute__((always_inline)) void
+NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
+                   const float *token_scale, ptrdiff_t num_tokens,
+                   float values[][STRIP], int32_t *largest)
+{
+    for (ptrdiff_t m = 0; m < num_tokens; m++, dy += num_n) {
+        /* The next strip: rows lie too far apart for the processor to see it come. */
+        __builtin_prefetch(dy + STRIP);
+        __builtin_prefetch(dy + STRIP + 16);
+        for (ptrdiff_t i = 0; i < size; i++) {
+            float value = dy[i] * token_scale[m];
+            int32_t bits = bits_of(value) & SIZE_MASK;
+            largest[i] = bits > largest[i] ? bits : largest[i];
+            values[m][i] = value;
+        }
+    }
+}
+
+/* A strip of columns of dy (tokens, N), each token times its scale, as int8 with a
+   scale a column, in blocks of 16 columns by 4 tokens; sums are times 128. */
+TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
+                                          ptrdiff_t size, const float *token_scale,
+                                          ptrdiff_t num_tokens, int8_t *blocks,
+                                          ptrdiff_t block_step, float *scale,
+                                          int32_t *sum, ptrdiff_t scale_step)
+{
+    float values[TOKENS][STRIP], inverse[STRIP], scales[STRIP];
+    int32_t largest[STRIP] = {0}, sums[STRIP] = {0};
+    uint32_t word[STRIP];
+    if (size < STRIP || num_tokens % 4)
+        memset(values, 0, sizeof values);
+    if (size == STRIP)
+        NAME(scale_tokens)(dy, num_n, STRIP, token_scale, num_tokens, values, largest);
+    else
+        NAME(scale_tokens)(dy, num_n, size, token_scale, num_tokens, values, largest);
+    NAME(column_scales)(values, num_tokens, largest, inverse, scales);
+    for (ptrdiff_t m = 0; m < num_tokens; m += 4, blocks += LEFT_BYTES) {
+        NAME(round_four)(values + m, inverse, word, sums);
+        memcpy(blocks, word, LEFT_BYTES);
+        if (size > LEFT_ROWS)
+            memcpy(blocks + block_step, word + LEFT_ROWS, LEFT_BYTES);
+    }
+    for (ptrdiff_t i = 0; i < size; i++) {
+        scale[i * scale_step] = scales[i];
+        sum[i * scale_step] = 128 * sums[i];
+    }
+}
+
+/* Four rows of up to 32 bytes, plus an offset, as a tile. */
+TARGET static void NAME(interleave)(const uint8_t *rows, ptrdiff_t row_step,
+                                    ptrdiff_t size, uint8_t offset, uint8_t *tile)
+{
+    const uint8_t *a = rows, *b = a + row_step, *c = b + row_step, *d = c + row_step;
+    uint32_t words[TILE_N];
+    uint32_t offsets = offset * 0x01010101u;
+    if (size == TILE_N)
+        for (int i = 0; i < TILE_N; i++)
+            words[i] = ((uint32_t)a[i] | (uint32_t)b[i] << 8 | (uint32_t)c[i] << 16 |
+                        (uint32_t)d[i] << 24) ^ offsets;
+    else
+        for (int i = 0; i < TILE_N; i++)
+            words[i] = i < size ? ((uint32_t)a[i] | (uint32_t)b[i] << 8 |
+                                   (uint32_t)c[i] << 16 | (uint32_t)d[i] << 24) ^
+                                      offsets
+                                : 0;
+    memcpy(tile, words, sizeof words);
 }
 
 /* Sum of |w| in 16 lanes of doubles; lane i takes elements i, i + 16, ... */
@@ -243,7 +345,7 @@ TARGET static int NAME(unpack)(const uint8_t *codes, ptrdiff_t num_n, ptrdiff_t 
 }
 
 const struct loops NAME(loops) = {
-    NAME(quantise_rows), NAME(row_sums),   NAME(sum_of_sizes), NAME(ternary_strip),
+    NAME(quantise_rows), NAME(row_sums),   NAME(quantise_columns), NAME(interleave), NAME(sum_of_sizes), NAME(ternary_strip),
     NAME(encode_int8),   NAME(check_int8), NAME(add_int8),     NAME(check_fp32),
     NAME(add_fp32),      NAME(to_bf16),    NAME(from_bf16),    NAME(pack),
     NAME(unpack),

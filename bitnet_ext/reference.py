@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_ext.codecs import BLOCK, Vector
-from bitnet_ext.ternary import QuantisedRows
+from bitnet_ext.ternary import TOKENS, QuantisedRows
 
 _LANES = 16
 _SMALLEST = np.finfo(np.float32).smallest_normal
@@ -65,16 +65,49 @@ def quantise_rows(x_MK: NDArray[np.float32], group: int) -> QuantisedRows:
 
 
 def matmul(
-    rows: QuantisedRows, values_NK: NDArray[np.int8], scale: float
+    rows: QuantisedRows,
+    values_NK: NDArray[np.int8],
+    scale: float,
+    into: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Return the product as float32 (M, N): exact in a group, then group by group."""
     total = np.zeros((rows.q.shape[0], values_NK.shape[0]), dtype=np.float32)
+    if into is not None:
+        total = into
     for g in range(rows.scale.shape[1]):
         part = slice(g * rows.group, (g + 1) * rows.group)
         exact = rows.q[:, part].astype(np.int64) @ values_NK[:, part].T.astype(np.int64)
-        scaled = exact.astype(np.float32) * rows.scale[:, g : g + 1]
-        total = total + scaled if g else scaled
-    return total * np.float32(scale)
+        scaled = exact.astype(np.float32) * (
+            rows.scale[:, g : g + 1] * np.float32(scale)
+        )
+        total = scaled if g == 0 and into is None else total + scaled
+    return total
+
+
+def quantise_columns(dy_MN: NDArray[np.float32]) -> QuantisedRows:
+    """Return the transpose as int8 rows, in groups of `TOKENS` rows of dy.
+
+    Unlike `quantise_rows` it multiplies by the inverse of the scale.
+    """
+    left = quantise_rows(dy_MN.T.copy(), TOKENS)
+    for g, start in enumerate(range(0, len(dy_MN), TOKENS)):
+        part_NM = dy_MN[start : start + TOKENS].T
+        largest = np.abs(part_NM).max(axis=1, initial=np.float32(0))
+        plain = left.scale[:, g] > 0
+        inverse = np.float32(127) / largest[plain]
+        left.q[plain, start : start + TOKENS] = np.rint(
+            part_NM[plain] * inverse[:, None]
+        )
+    return left
+
+
+def weight_gradient(
+    dy_MN: NDArray[np.float32],
+    rows: QuantisedRows,
+    into_NK: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Return dy^T @ rows as float32 (N, K), added to `into` where it is given."""
+    return matmul(quantise_columns(dy_MN * rows.scale), rows.q.T, 1.0, into_NK)
 
 
 def pack(values_NK: NDArray[np.int8]) -> NDArray[np.uint8]:

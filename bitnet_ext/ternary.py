@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,15 @@ from bitnet_ext import _kernels
 ISA_VARIABLE: Final = "BITNET_EXT_ISA"
 #: Longest row: with more, a sum of int8 times ternary could leave int32.
 MAX_COLUMNS: Final = 1 << 22
+#: Rows of dy that share a scale in `weight_gradient`.
+TOKENS: Final = 128
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 _TILE_ROWS: Final = 32
 _TILE_COLUMNS: Final = 4
+#: Bytes of a cache line.
+_LINE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,19 @@ class TernaryWeight:
         return self.forward.scale
 
 
+@dataclass(frozen=True, slots=True)
+class PackedTokens:
+    """Quantised rows (M, K) in the order in which weight gradients read them.
+
+    The tiles of `PackedTernary`, of the transpose; a byte is the value plus 128.
+    """
+
+    tiles: NDArray[np.uint8]
+    #: float32 (M,): one scale for each row.
+    scale: NDArray[np.float32]
+    num_columns: int
+
+
 def quantise_weight(w_NK: NDArray[np.float32]) -> TernaryWeight:
     """Return the ternary form of a float32 matrix (N, K).
 
@@ -92,8 +111,8 @@ def quantise_weight(w_NK: NDArray[np.float32]) -> TernaryWeight:
     """
     w_NK = _matrix(w_NK, "weight")
     num_rows, num_columns = w_NK.shape
-    forward = _empty_tiles(num_rows, num_columns)
-    backward = _empty_tiles(num_columns, num_rows)
+    forward = _tiles(num_rows, num_columns)
+    backward = _tiles(num_columns, num_rows)
     status, scale = _kernels.quantise_weight(w_NK, forward, backward)
     _check(status)
     return TernaryWeight(
@@ -123,12 +142,18 @@ def quantise_rows(x_MK: NDArray[np.float32], group: int | None = None) -> Quanti
 
 
 def matmul(
-    rows: QuantisedRows, weight: PackedTernary, *, threads: int = 1
+    rows: QuantisedRows,
+    weight: PackedTernary,
+    *,
+    out: NDArray[np.float32] | None = None,
+    accumulate: bool = False,
+    threads: int = 1,
 ) -> NDArray[np.float32]:
     """Return `rows @ weight.T` as float32 (M, N), for rows (M, K) and a weight (N, K).
 
-    `threads` is the most that are used; the result does not depend on it. Raises
-    ValueError when the shapes do not fit.
+    The product goes into `out` where it is given, or is added to it. `threads` is
+    the most that are used; the result does not depend on it. Raises ValueError when
+    the shapes do not fit.
     """
     q_MK = np.ascontiguousarray(rows.q)
     num_rows, num_columns = q_MK.shape
@@ -137,14 +162,17 @@ def matmul(
             f"rows must have {weight.num_columns} columns, got {num_columns}"
         )
     _check_group(rows.group, num_columns)
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    _check_threads(threads)
+    if accumulate and out is None:
+        raise ValueError("out must be given where accumulate is")
+    out = _destination(out, (num_rows, weight.num_rows))
     if not num_columns:
-        return np.zeros((num_rows, weight.num_rows), dtype=np.float32)
+        if not accumulate:
+            out.fill(0)
+        return out
     missing = -num_columns % _TILE_COLUMNS
     if missing:
         q_MK = np.pad(q_MK, ((0, 0), (0, missing)))
-    out = np.empty((num_rows, weight.num_rows), dtype=np.float32)
     status = _kernels.multiply(
         q_MK,
         np.ascontiguousarray(rows.scale),
@@ -152,10 +180,64 @@ def matmul(
         weight.tiles,
         weight.scale,
         out,
+        accumulate,
         threads,
     )
     _check(status)
     return out
+
+
+def pack_tokens(rows: QuantisedRows, *, threads: int = 1) -> PackedTokens:
+    """Return rows (M, K) as `weight_gradient` reads them; once for all its weights.
+
+    Raises ValueError for rows with more than one scale each.
+    """
+    _check_threads(threads)
+    q_MK = np.ascontiguousarray(rows.q)
+    num_rows, num_columns = q_MK.shape
+    scale = (
+        np.ascontiguousarray(rows.scale)
+        if num_columns
+        else np.zeros((num_rows, 1), dtype=np.float32)
+    )
+    if scale.shape != (num_rows, 1):
+        raise ValueError(
+            f"rows must have one scale each, got {scale.shape} for {q_MK.shape}"
+        )
+    tiles = _tiles(num_columns, num_rows)
+    _kernels.pack_tokens(q_MK, tiles, threads)
+    return PackedTokens(tiles, scale.reshape(-1), num_columns)
+
+
+def weight_gradient(
+    dy_MN: NDArray[np.float32],
+    rows: QuantisedRows | PackedTokens,
+    into_NK: NDArray[np.float32],
+    *,
+    accumulate: bool = False,
+    threads: int = 1,
+) -> None:
+    """Write `dy.T @ rows` to `into` (N, K), or add it; for dy (M, N) and rows (M, K).
+
+    dy times the scale of its row is rounded to int8, with a scale for each column
+    and `TOKENS` rows; everything else is exact until groups are added in float32.
+    Raises ValueError when the shapes do not fit.
+    """
+    dy_MN = _matrix(dy_MN, "dy")
+    if isinstance(rows, QuantisedRows):
+        rows = pack_tokens(rows, threads=threads)
+    _check_threads(threads)
+    shape = dy_MN.shape[1], rows.num_columns
+    if dy_MN.shape[0] != rows.scale.size:
+        raise ValueError(f"dy must have {rows.scale.size} rows, got {dy_MN.shape[0]}")
+    into_NK = _destination(into_NK, shape)
+    if not accumulate and not len(dy_MN):
+        into_NK.fill(0)
+    _check(
+        _kernels.weight_gradient(
+            dy_MN, rows.scale, rows.tiles, into_NK, accumulate, threads
+        )
+    )
 
 
 def active_isa() -> str:
@@ -196,10 +278,37 @@ def _check_group(group: int, num_columns: int) -> None:
         raise ValueError(f"group must be a positive multiple of 4, got {group}")
 
 
-def _empty_tiles(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
-    """Return tiles of zeros: not all that lies past the edges is written."""
+def _check_threads(threads: int) -> None:
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+
+
+def _destination(
+    out: NDArray[np.float32] | None, shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Return where a product of that shape goes; never a copy of what was given."""
+    if out is None:
+        return _aligned(shape[0] * shape[1], np.float32).reshape(shape)
+    if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ValueError(
+            f"the product must go into contiguous float32 {shape}, "
+            f"got {out.dtype} {out.shape}"
+        )
+    return out
+
+
+def _aligned(count: int, dtype: type[_Number]) -> NDArray[_Number]:
+    """Return memory that starts on a cache line: no load of a kernel takes two."""
+    size = count * np.dtype(dtype).itemsize
+    raw = np.empty(size + _LINE, dtype=np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return raw[start : start + size].view(dtype)
+
+
+def _tiles(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
+    """Return memory for the tiles of a matrix; a kernel fills it to the last byte."""
     num_panels, num_k4 = -(-num_rows // _TILE_ROWS), -(-num_columns // _TILE_COLUMNS)
-    return np.zeros(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, dtype=np.uint8)
+    return _aligned(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, np.uint8)
 
 
 def _check(status: int) -> None:

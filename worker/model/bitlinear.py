@@ -6,7 +6,9 @@ straight through both roundings to the fp32 latent weights and to the input:
 
     y  = q(x) @ q(W)^T           int8 x ternary kernel
     dx = q256(dy) @ q(W)         same kernel, dy to int8 per row and group of 256
-    dW = dy^T @ q(x)             fp32
+    dW = q128(dy)^T @ q(x)       same kernel, dy to int8 per column and 128 tokens
+
+In the precise mode dW is an fp32 product of torch.
 
 Letters in shapes: M tokens, K inputs, N outputs of one weight.
 """
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bitnet_ext import ternary
@@ -33,9 +37,16 @@ class BitLinear:
     is kept until one of them changes, so once per local step and not once a call.
     """
 
-    def __init__(self, *, threads: int = 1) -> None:
+    def __init__(
+        self, *, threads: int = 1, precise: bool = False, adds_to_grad: bool = False
+    ) -> None:
         #: Threads of one matrix product; the result does not depend on them.
         self.threads = threads
+        #: Whether gradients of weights are products in fp32 instead of int8.
+        self.precise = precise
+        #: Whether they are added to `weight.grad` where there is one, and autograd
+        #: gets none: right for `backward()`, wrong for `torch.autograd.grad`.
+        self.adds_to_grad = adds_to_grad
         self._key: tuple[tuple[int, int], ...] = ()
         self._ternary: tuple[TernaryWeight, ...] = ()
 
@@ -45,7 +56,7 @@ class BitLinear:
         `x` is float32 (..., K), each weight float32 (N, K), each result (..., N).
         """
         outputs: tuple[Tensor, ...] = _TernaryProducts.apply(  # type: ignore[no-untyped-call]
-            x, self.quantised(weights), self.threads, *weights
+            x, self, self.quantised(weights), *weights
         )
         return outputs
 
@@ -60,6 +71,32 @@ class BitLinear:
         return self._ternary
 
 
+class _TernaryProducts(torch.autograd.Function):
+    """The three products above, for weights that share their input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layer: BitLinear,
+        quantised: tuple[TernaryWeight, ...],
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        rows_MK = ternary.quantise_rows(_rows(x))
+        ctx.rows_MK, ctx.quantised, ctx.layer = rows_MK, quantised, layer
+        ctx.lead, ctx.weights = x.shape[:-1], weights
+        return tuple(
+            torch.from_numpy(y_MN).view(*ctx.lead, -1)
+            for y_MN in products(rows_MK, quantised, layer.threads)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        dx = input_gradient(ctx.quantised, dys, ctx.layer.threads)
+        dws = weight_gradients(ctx.layer, ctx.rows_MK, dys, ctx.weights)
+        return dx.view(*ctx.lead, -1), None, None, *dws
+
+
 def products(
     rows: QuantisedRows, quantised: tuple[TernaryWeight, ...], threads: int
 ) -> tuple[Any, ...]:
@@ -69,60 +106,48 @@ def products(
     )
 
 
+def weight_gradients(
+    layer: BitLinear,
+    rows_MK: QuantisedRows,
+    dys: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+) -> list[Tensor | None]:
+    """Return dW, float32 (N, K), of each weight; None where it was added in place."""
+    if layer.precise:
+        x_MK = _dequantise(rows_MK)
+        return [dy.reshape(-1, dy.shape[-1]).t() @ x_MK for dy in dys]
+    tokens = ternary.pack_tokens(rows_MK, threads=layer.threads)
+    grads: list[Tensor | None] = []
+    for dy, weight in zip(dys, weights, strict=True):
+        grad = weight.grad if layer.adds_to_grad else None
+        into = torch.empty(weight.shape) if grad is None else grad
+        ternary.weight_gradient(
+            _rows(dy),
+            tokens,
+            into.numpy(),
+            accumulate=grad is not None,
+            threads=layer.threads,
+        )
+        grads.append(into if grad is None else None)
+    return grads
+
+
 def input_gradient(
     quantised: tuple[TernaryWeight, ...], dys: tuple[Tensor, ...], threads: int
 ) -> Tensor:
     """Return dx, float32 (M, K): the sum over the weights that read this input."""
-    total: Tensor | None = None
-    for weight, dy in zip(quantised, dys, strict=True):
-        rows_MN = ternary.quantise_rows(_rows(dy), GRADIENT_GROUP)
-        part = torch.from_numpy(
-            ternary.matmul(rows_MN, weight.backward, threads=threads)
-        )
-        total = part if total is None else total.add_(part)
-    if total is None:
+    if not quantised:
         raise ValueError("weights must not be empty")
-    return total
-
-
-def add_weight_gradients(
-    grads: tuple[Tensor, ...], dys: tuple[Tensor, ...], rows: QuantisedRows
-) -> None:
-    """Add `dy^T @ q(x)` to each gradient, (N, K), from its dy, (M, N)."""
-    x_MK = _dequantise(rows)
-    for grad, dy in zip(grads, dys, strict=True):
-        grad.addmm_(dy.t(), x_MK)
-
-
-class _TernaryProducts(torch.autograd.Function):
-    """The three products above, for weights that share their input."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        quantised: tuple[TernaryWeight, ...],
-        threads: int,
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        rows_MK = ternary.quantise_rows(_rows(x))
-        ctx.rows_MK, ctx.quantised, ctx.threads = rows_MK, quantised, threads
-        ctx.lead = x.shape[:-1]
-        return tuple(
-            torch.from_numpy(y_MN).view(*ctx.lead, -1)
-            for y_MN in products(rows_MK, quantised, threads)
+    total: NDArray[np.float32] | None = None
+    for weight, dy in zip(quantised, dys, strict=True):
+        total = ternary.matmul(
+            ternary.quantise_rows(_rows(dy), GRADIENT_GROUP),
+            weight.backward,
+            out=total,
+            accumulate=total is not None,
+            threads=threads,
         )
-
-    @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        dx = input_gradient(ctx.quantised, dys, ctx.threads)
-        dws = tuple(
-            torch.zeros(weight.forward.num_rows, weight.forward.num_columns)
-            for weight in ctx.quantised
-        )
-        flat_dys = tuple(dy.reshape(-1, dy.shape[-1]) for dy in dys)
-        add_weight_gradients(dws, flat_dys, ctx.rows_MK)
-        return dx.view(*ctx.lead, -1), None, None, *dws
+    return torch.from_numpy(total)
 
 
 def _rows(x: Tensor) -> Any:

@@ -27,9 +27,9 @@ from bitnet_ext.fused import Gate, NormInput
 from bitnet_ext.layout import ModelShape
 from worker.model.bitlinear import (
     BitLinear,
-    add_weight_gradients,
     input_gradient,
     products,
+    weight_gradients,
 )
 
 Floats = NDArray[np.float32]
@@ -196,10 +196,10 @@ class _NormedProducts:
         readers: tuple[BitLinear, *tuple[nn.Parameter, ...]],
         layer: Layer,
     ) -> None:
-        linear, *weights = readers
-        self._gain, self._weights = gain, weights
+        self._linear, *weights = readers
+        self._gain, self._weights = gain, tuple(weights)
         self._threads = layer.threads
-        self._ternary = linear.quantised(tuple(weights))
+        self._ternary = self._linear.quantised(self._weights)
         self._q, self._normed = fused.norm_quantise(
             rows, gain.detach().numpy(), layer.shape.rms_norm_eps, threads=self._threads
         )
@@ -233,8 +233,10 @@ class _NormedProducts:
         return torch.from_numpy(dgate), torch.from_numpy(dup)
 
     def _backward_to_norm(self, dys: tuple[Tensor, ...]) -> Tensor:
-        grads = tuple(_grad(weight) for weight in self._weights)
-        add_weight_gradients(grads, dys, self._q)
+        grads = weight_gradients(self._linear, self._q, dys, self._weights)
+        for weight, grad in zip(self._weights, grads, strict=True):
+            if grad is not None:
+                _grad(weight).add_(grad)
         return input_gradient(self._ternary, dys, self._threads)
 
 

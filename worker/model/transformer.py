@@ -32,17 +32,20 @@ _GATES: Final = {"silu": Gate.SILU, "relu2": Gate.SQUARED_RELU}
 class BitNetModel(nn.Module):
     """The whole model over `flat`, the vector that holds all of its parameters.
 
-    `threads` is for our own kernels; torch has its own setting.
+    `threads` is for our own kernels; torch has its own setting. `precise` takes the
+    gradients of weights in fp32 instead of int8.
     """
 
-    def __init__(self, shape: ModelShape, *, threads: int = 1) -> None:
+    def __init__(
+        self, shape: ModelShape, *, threads: int = 1, precise: bool = False
+    ) -> None:
         super().__init__()
         self.shape = shape
         self.threads = threads
         with torch.device("meta"):  # only names and shapes: `flat` has the memory
             self.embeddings = _parameter(shape.vocab_size, shape.hidden_size)
             self.layers = nn.ModuleList(
-                Block(shape, threads) for _ in range(shape.num_layers)
+                Block(shape, threads, precise) for _ in range(shape.num_layers)
             )
             self.final_norm = _parameter(shape.hidden_size)
         self.rotary = Rotary(shape)
@@ -78,7 +81,7 @@ class BitNetModel(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, shape: ModelShape, threads: int) -> None:
+    def __init__(self, shape: ModelShape, threads: int, precise: bool) -> None:
         super().__init__()
         hidden, wide, kv = shape.hidden_size, shape.intermediate_size, shape.kv_size
         self.shape = shape
@@ -95,10 +98,14 @@ class Block(nn.Module):
         self.down = _parameter(hidden, wide)
         self.threads = threads
         self.gate_kind = _GATES[shape.hidden_act]
-        self.to_qkv = BitLinear(threads=threads)
-        self.to_output = BitLinear(threads=threads)
-        self.to_gate_up = BitLinear(threads=threads)
-        self.to_down = BitLinear(threads=threads)
+
+        def linear() -> BitLinear:
+            return BitLinear(threads=threads, precise=precise, adds_to_grad=True)
+
+        self.to_qkv = linear()
+        self.to_output = linear()
+        self.to_gate_up = linear()
+        self.to_down = linear()
 
     def forward(self, x_BTH: Tensor, rotary: Rotary) -> Tensor:
         """Return the residual stream after this layer, (B, T, H)."""

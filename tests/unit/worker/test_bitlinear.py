@@ -42,7 +42,41 @@ def test_gradients_are_close_to_those_of_fake_quantisation() -> None:
 
     expected = torch.autograd.grad(plain_linear(x, weight), (x, weight), dy.detach())
     assert relative_error(dx, expected[0]) < 0.01
-    torch.testing.assert_close(dw, expected[1], rtol=1e-4, atol=1e-3)
+    assert relative_error(dw, expected[1]) < 0.012
+
+
+def test_the_precise_mode_takes_the_gradient_of_weights_in_fp32() -> None:
+    x, weight, dy = leaves((512, 256), (320, 256), (512, 320))
+
+    (y,) = BitLinear(precise=True)(x, weight)
+    (dw,) = torch.autograd.grad(y, weight, dy.detach())
+
+    (expected,) = torch.autograd.grad(plain_linear(x, weight), weight, dy.detach())
+    torch.testing.assert_close(dw, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_are_added_where_the_parameter_keeps_them() -> None:
+    x, weight = leaves((40, 64), (48, 64))
+    (y,) = BitLinear()(x, weight)
+    (expected,) = torch.autograd.grad(y.square().sum(), weight)
+    kept = torch.ones_like(weight)
+    weight.grad = kept
+
+    (y,) = BitLinear(adds_to_grad=True)(x, weight)
+    y.square().sum().backward()
+
+    assert weight.grad is kept
+    torch.testing.assert_close(kept, expected + 1)
+
+
+def test_without_a_place_for_it_autograd_keeps_the_gradient() -> None:
+    x, weight = leaves((40, 64), (48, 64))
+
+    (y,) = BitLinear(adds_to_grad=True)(x, weight)
+    y.square().sum().backward()
+
+    assert weight.grad is not None
+    assert weight.grad.any()
 
 
 def test_a_large_gradient_rounds_only_its_own_group_of_columns() -> None:

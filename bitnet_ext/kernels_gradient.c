@@ -1,0 +1,136 @@
+/* The gradient of a weight: the transpose of dy times the tokens, both in int8.
+
+   The scales of the tokens go into dy, which then gets one scale for each of its
+   columns and 128 tokens; so only dy is rounded. The tokens, int8 already, are the
+   bytes of the tiles. The kernels are those of every other product. */
+#include "kernels_core.h"
+
+#include <stdlib.h>
+
+/* Columns that one item of work quantises. */
+enum { ITEM_COLUMNS = 32 };
+/* Groups of four tokens that one item of work packs. */
+enum { ITEM_K4 = 16 };
+/* Below this many elements a second thread doesn't pay. */
+enum { MIN_SHARED = 1 << 16 };
+
+static ptrdiff_t up(ptrdiff_t count, ptrdiff_t step) { return (count + step - 1) / step; }
+
+/* One buffer waits between calls; others that are in use at once are freed. */
+static void *kept;
+
+struct header {
+    size_t size;
+    char gap[56];
+};
+
+void *take_scratch(size_t size)
+{
+    struct header *header = __atomic_exchange_n(&kept, NULL, __ATOMIC_ACQ_REL);
+    if (header && header->size >= size)
+        return header + 1;
+    free(header);
+    size = (size_t)up((ptrdiff_t)size, 4096) * 4096;
+    header = aligned_alloc(64, sizeof *header + size);
+    if (!header)
+        return NULL;
+    header->size = size;
+    return header + 1;
+}
+
+void give_scratch(void *scratch)
+{
+    free(__atomic_exchange_n(&kept, (struct header *)scratch - 1, __ATOMIC_ACQ_REL));
+}
+
+struct packing {
+    const int8_t *q;
+    ptrdiff_t num_m, num_k;
+    uint8_t *tiles;
+};
+
+/* The last tokens, fewer than four: the missing ones meet zeros of dy. */
+static void pack_rest(const struct packing *job, ptrdiff_t k4, ptrdiff_t k,
+                      ptrdiff_t size, uint8_t *tile)
+{
+    uint8_t rows[TILE_K][TILE_N] = {{0}};
+    for (ptrdiff_t row = 0; 4 * k4 + row < job->num_m; row++)
+        for (ptrdiff_t i = 0; i < size; i++)
+            rows[row][i] = (uint8_t)job->q[(4 * k4 + row) * job->num_k + k + i];
+    active_loops()->interleave(rows[0], TILE_N, TILE_N, 128, tile);
+}
+
+static void pack_item(void *context, ptrdiff_t item)
+{
+    const struct packing *job = context;
+    ptrdiff_t num_k4 = up(job->num_m, 4), end = (item + 1) * ITEM_K4;
+    for (ptrdiff_t k = 0; k < job->num_k; k += TILE_N) {
+        ptrdiff_t left = job->num_k - k, size = left < TILE_N ? left : TILE_N;
+        uint8_t *panel = job->tiles + k / TILE_N * num_k4 * TILE_BYTES;
+        for (ptrdiff_t k4 = item * ITEM_K4; k4 < end && k4 < num_k4; k4++)
+            if (4 * k4 + 4 <= job->num_m)
+                active_loops()->interleave(
+                    (const uint8_t *)job->q + 4 * k4 * job->num_k + k, job->num_k, size,
+                    128, panel + k4 * TILE_BYTES);
+            else
+                pack_rest(job, k4, k, size, panel + k4 * TILE_BYTES);
+    }
+}
+
+static int useful(ptrdiff_t count, int threads) { return count < MIN_SHARED ? 1 : threads; }
+
+void pack_tokens(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k, uint8_t *tiles,
+                 int threads)
+{
+    struct packing job = {q, num_m, num_k, tiles};
+    run_parallel(pack_item, &job, up(up(num_m, 4), ITEM_K4),
+                 useful(num_m * num_k, threads));
+}
+
+struct rounding {
+    const float *dy, *token_scale;
+    ptrdiff_t num_m, num_n, num_groups;
+    int8_t *blocks;
+    float *scale;
+    int32_t *sum;
+};
+
+static void round_item(void *context, ptrdiff_t item)
+{
+    const struct rounding *job = context;
+    ptrdiff_t num_strips = up(job->num_n, ITEM_COLUMNS), num_k4 = up(job->num_m, 4);
+    ptrdiff_t g = item / num_strips, n = item % num_strips * ITEM_COLUMNS;
+    ptrdiff_t m = g * TOKENS, left = job->num_n - n, tokens = job->num_m - m;
+    active_loops()->quantise_columns(
+        job->dy + m * job->num_n + n, job->num_n,
+        left < ITEM_COLUMNS ? left : ITEM_COLUMNS, job->token_scale + m,
+        tokens < TOKENS ? tokens : TOKENS,
+        job->blocks + (n / LEFT_ROWS * num_k4 + m / 4) * LEFT_BYTES,
+        num_k4 * LEFT_BYTES, job->scale + n * job->num_groups + g,
+        job->sum + n * job->num_groups + g, job->num_groups);
+}
+
+int weight_gradient(const float *dy, const float *token_scale, const uint8_t *tiles,
+                    ptrdiff_t num_m, ptrdiff_t num_n, ptrdiff_t num_k, float *out,
+                    int accumulate, int threads)
+{
+    ptrdiff_t num_groups = up(num_m, TOKENS), num_k4 = up(num_m, 4);
+    ptrdiff_t size = up(num_n, LEFT_ROWS) * num_k4 * LEFT_BYTES;
+    int8_t *blocks = take_scratch((size_t)(size + 8 * num_n * num_groups));
+    if (!blocks)
+        return NO_MEMORY;
+    float *scale = (float *)(blocks + size);
+    int32_t *sum = (int32_t *)(scale + num_n * num_groups);
+    struct rounding job = {dy, token_scale, num_m, num_n, num_groups, blocks, scale, sum};
+    run_parallel(round_item, &job, num_groups * up(num_n, ITEM_COLUMNS),
+                 useful(num_m * num_n, threads));
+    struct product p = {
+        .q = blocks, .row_scale = scale, .row_sum = sum, .tiles = tiles, .out = out,
+        .num_m = num_n, .num_n = num_k, .num_k4 = num_k4,
+        .group_k4 = TOKENS / TILE_K, .num_groups = num_groups, .scale = 1.0f,
+        .accumulate = accumulate, .in_blocks = 1, .any_byte = 1,
+    };
+    run_product(&p, threads);
+    give_scratch(blocks);
+    return OK;
+}
