@@ -13,8 +13,10 @@ KILL ?= 0
 CORPUS ?=
 STATE ?= demo-state
 PORT ?= 0
+QUICK ?= 0
 
 .PHONY: help setup check test demo wheel lock vendor clean format
+.PHONY: bench-kernels bench-train bench-codecs
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -49,6 +51,17 @@ demo: setup ## Train on this machine: MINUTES=5 KILL=1 CORPUS=folder STATE=folde
 	@$(BIN)/bitnet-coordinator demo --minutes $(MINUTES) --state $(STATE) \
 	    --port $(PORT) $(if $(filter 1,$(KILL)),--kill) \
 	    $(if $(CORPUS),--corpus $(CORPUS))
+
+BENCH_OPTIONS := $(if $(filter 1,$(QUICK)),--quick)
+
+bench-kernels: setup ## Time the kernels next to torch: QUICK=1 for a minute's worth
+	@$(BIN)/python -m tests.bench.bench_kernels $(BENCH_OPTIONS)
+
+bench-train: setup ## Time whole training steps next to torch: QUICK=1
+	@$(BIN)/python -m tests.bench.bench_train $(BENCH_OPTIONS)
+
+bench-codecs: setup ## Time packing and codecs next to memcpy: QUICK=1
+	@$(BIN)/python -m tests.bench.bench_codecs $(BENCH_OPTIONS)
 
 wheel: setup ## Build the wheel into dist/
 	bash ci/wheel.sh

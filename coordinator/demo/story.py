@@ -47,6 +47,8 @@ SETTINGS: Final = {
     "EVALUATE_EVERY": "5",
     "BATCH_SIZE": "4",
     "LEARNING_RATE": "7e-4",
+    # Two workers and a few dozen rounds: more momentum only adds noise (lab log).
+    "OUTER_MOMENTUM": "0.3",
     "WARMUP_TOKENS": "100000",
     "TOKEN_BUDGET": "0",
 }
