@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 
 from bitnet_ext import ternary
 from bitnet_ext.layout import ModelShape
+from bitnet_ext.ternary import QuantisedRows
 from bitnet_ext.wire.messages import HyperParameters
 from worker.model.bitlinear import BitLinear
 from worker.model.transformer import BitNetModel
@@ -121,7 +122,8 @@ def gradients_and_inputs(
             inner = getattr(block, attribute)
             names = [f"layers.{index}.{weight}" for weight in weights.split()]
             originals.append((block, attribute, inner))
-            setattr(block, attribute, _Recorder(inner, names, inputs))
+            recorder = _Recorder(inner, names, inputs, ids_BT.shape)
+            setattr(block, attribute, recorder)
     try:
         model.flat.grads.zero_()
         model.loss(ids_BT, targets_BT).backward()
@@ -135,12 +137,21 @@ class _Recorder:
     """Passes calls on to a BitLinear and notes their quantised input."""
 
     def __init__(
-        self, inner: BitLinear, names: list[str], inputs: dict[str, Tensor]
+        self,
+        inner: BitLinear,
+        names: list[str],
+        inputs: dict[str, Tensor],
+        lead: torch.Size,
     ) -> None:
         self._inner, self._names, self._inputs = inner, names, inputs
+        self._lead = lead
 
-    def __call__(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        rows = ternary.quantise_rows(x.detach().flatten(0, -2).contiguous().numpy())
-        values = torch.from_numpy(rows.q * rows.scale).view(x.shape)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def products(
+        self, rows: QuantisedRows, weights: tuple[Tensor, ...]
+    ) -> tuple[NDArray[np.float32], ...]:
+        values = torch.from_numpy(rows.q * rows.scale).view(*self._lead, -1)
         self._inputs.update(dict.fromkeys(self._names, values))
-        return self._inner(x, *weights)
+        return self._inner.products(rows, weights)

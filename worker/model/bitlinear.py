@@ -70,6 +70,15 @@ class BitLinear:
             self._key = key
         return self._ternary
 
+    def products(
+        self, rows: QuantisedRows, weights: tuple[Tensor, ...]
+    ) -> tuple[NDArray[np.float32], ...]:
+        """Return `rows @ q(W)^T`, float32 (M, N), for each weight: no graph."""
+        return tuple(
+            ternary.matmul(rows, weight.forward, threads=self.threads)
+            for weight in self.quantised(weights)
+        )
+
 
 class _TernaryProducts(torch.autograd.Function):
     """The three products above, for weights that share their input."""
@@ -87,7 +96,7 @@ class _TernaryProducts(torch.autograd.Function):
         ctx.lead, ctx.weights = x.shape[:-1], weights
         return tuple(
             torch.from_numpy(y_MN).view(*ctx.lead, -1)
-            for y_MN in products(rows_MK, quantised, layer.threads)
+            for y_MN in layer.products(rows_MK, weights)
         )
 
     @staticmethod
@@ -95,15 +104,6 @@ class _TernaryProducts(torch.autograd.Function):
         dx = input_gradient(ctx.quantised, dys, ctx.layer.threads)
         dws = weight_gradients(ctx.layer, ctx.rows_MK, dys, ctx.weights)
         return dx.view(*ctx.lead, -1), None, None, *dws
-
-
-def products(
-    rows: QuantisedRows, quantised: tuple[TernaryWeight, ...], threads: int
-) -> tuple[Any, ...]:
-    """Return `rows @ W^T`, float32 (M, N), for each weight."""
-    return tuple(
-        ternary.matmul(rows, weight.forward, threads=threads) for weight in quantised
-    )
 
 
 def weight_gradients(

@@ -28,7 +28,6 @@ from bitnet_ext.layout import ModelShape
 from worker.model.bitlinear import (
     BitLinear,
     input_gradient,
-    products,
     weight_gradients,
 )
 
@@ -206,7 +205,7 @@ class _NormedProducts:
 
     def products(self) -> tuple[Floats, ...]:
         """Return float32 (M, N) for each weight."""
-        return products(self._q, self._ternary, self._threads)
+        return self._linear.products(self._q, self._weights)
 
     def backward(self, dys: tuple[Tensor, ...], add_to: Tensor | None = None) -> Tensor:
         """Return the gradient of the rows, added to `add_to` where that is given."""
