@@ -4,6 +4,7 @@ Map of the package:
 
 - `layout`: ModelShape -> ordered segments of the flat vector, and its hash
 - `ternary`: int8 activations x packed ternary weights (the door to the C kernels)
+- `fused`: what surrounds those products in a training step: norms, gate, AdamW, ...
 - `packing`: 2-bit packing of ternary values
 - `codecs`: how a flat vector becomes payload bytes (fp32, block int8 with error
   feedback), bf16 conversion, finite checks
