@@ -154,7 +154,9 @@ class _FeedForwardHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor, None]:
-        outer, ctx.outer = ctx.outer, None  # its input is written over
+        outer, ctx.outer = ctx.outer, None
+        if outer is None:
+            raise RuntimeError("gate and up were written over by an earlier backward")
         dgate_up = outer.backward_through_gate((_rows(dy_BTH),))
         dx = dy_BTH.clone(memory_format=torch.contiguous_format)
         ctx.inner.backward(dgate_up, add_to=dx)

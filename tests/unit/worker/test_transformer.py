@@ -15,7 +15,7 @@ from tests.unit.worker.shapes import (
     plain_parameters,
     seeded_weights,
 )
-from worker.model import transformer
+from worker.model import head, transformer
 from worker.model.transformer import NO_TARGET, BitNetModel
 
 
@@ -59,6 +59,45 @@ def test_every_gradient_is_close_to_that_of_the_plain_twin(
         assert error < 0.03, segment.name
     whole = torch.cat([params[s.name].grad.flatten() for s in segments(shape)])
     assert (model.flat.grads - whole).norm() / whole.norm() < 0.015
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_the_number_of_threads_changes_no_bit_of_the_gradient(
+    dtype, monkeypatch
+) -> None:
+    monkeypatch.setattr(transformer, "head_dtype", lambda: dtype)
+    found = []
+    for threads in (1, 3):
+        model = BitNetModel(SMALL, threads=threads)
+        model.flat.load(seeded_weights(SMALL))
+        ids = ids_of(SMALL, 32)
+        model.loss(ids, ids.roll(-1, dims=1)).backward()
+        found.append(model.flat.grads)
+
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_chunks_of_the_head_add_up_to_the_whole(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(transformer, "head_dtype", lambda: dtype)
+    found = []
+    for num_tokens in (512, 20):
+        monkeypatch.setattr(head, "CHUNK_TOKENS", num_tokens)
+        model, ids = loaded_model(), ids_of(SMALL)
+        loss = model.loss(ids, ids.roll(-1, dims=1))
+        loss.backward()
+        found.append((loss.detach(), model.flat.grads))
+
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
+
+
+def test_a_second_backward_through_one_loss_is_refused() -> None:
+    model, ids = loaded_model(), ids_of(SMALL)
+    loss = model.loss(ids, ids.roll(-1, dims=1))
+    loss.backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="written over"):
+        loss.backward()
 
 
 def test_later_tokens_do_not_change_earlier_logits() -> None:
