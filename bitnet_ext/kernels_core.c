@@ -87,15 +87,15 @@ void run_product(const struct product *p, int threads)
 
 int multiply(struct product *p, int threads)
 {
-    int32_t *sums = take_scratch((size_t)(p->num_m * p->num_groups) * sizeof *sums);
-    if (!sums)
+    int32_t *starts = take_scratch((size_t)(p->num_m * p->num_groups) * sizeof *starts);
+    if (!starts)
         return NO_MEMORY;
-    active_loops()->row_sums(p->q, p->num_m, TILE_K * p->num_k4, TILE_K * p->group_k4,
-                             sums);
-    p->row_sum = sums;
+    active_loops()->row_starts(p->q, p->num_m, TILE_K * p->num_k4,
+                               TILE_K * p->group_k4, starts);
+    p->row_start = starts;
     p->in_blocks = p->any_byte = 0;
     run_product(p, threads);
-    give_scratch(sums);
+    give_scratch(starts);
     return OK;
 }
 

@@ -92,7 +92,7 @@ struct rounding {
     ptrdiff_t num_m, num_n, num_groups;
     int8_t *blocks;
     float *scale;
-    int32_t *sum;
+    int32_t *start;
 };
 
 static void round_item(void *context, ptrdiff_t item)
@@ -107,7 +107,7 @@ static void round_item(void *context, ptrdiff_t item)
         tokens < TOKENS ? tokens : TOKENS,
         job->blocks + (n / LEFT_ROWS * num_k4 + m / 4) * LEFT_BYTES,
         num_k4 * LEFT_BYTES, job->scale + n * job->num_groups + g,
-        job->sum + n * job->num_groups + g, job->num_groups);
+        job->start + n * job->num_groups + g, job->num_groups);
 }
 
 int weight_gradient(const float *dy, const float *token_scale, const uint8_t *tiles,
@@ -120,12 +120,12 @@ int weight_gradient(const float *dy, const float *token_scale, const uint8_t *ti
     if (!blocks)
         return NO_MEMORY;
     float *scale = (float *)(blocks + size);
-    int32_t *sum = (int32_t *)(scale + num_n * num_groups);
-    struct rounding job = {dy, token_scale, num_m, num_n, num_groups, blocks, scale, sum};
+    int32_t *start = (int32_t *)(scale + num_n * num_groups);
+    struct rounding job = {dy, token_scale, num_m, num_n, num_groups, blocks, scale, start};
     run_parallel(round_item, &job, num_groups * up(num_n, ITEM_COLUMNS),
                  useful(num_m * num_n, threads));
     struct product p = {
-        .q = blocks, .row_scale = scale, .row_sum = sum, .tiles = tiles, .out = out,
+        .q = blocks, .row_scale = scale, .row_start = start, .tiles = tiles, .out = out,
         .num_m = num_n, .num_n = num_k, .num_k4 = num_k4,
         .group_k4 = TOKENS / TILE_K, .num_groups = num_groups, .scale = 1.0f,
         .accumulate = accumulate, .in_blocks = 1, .any_byte = 1,

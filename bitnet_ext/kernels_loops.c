@@ -37,6 +37,49 @@ static inline __attribute__((always_inline)) float load_float(const uint8_t *at)
     return x;
 }
 
+/* Sums of int8: compilers widen each number to int32 first. */
+static int32_t sum_portable(const int8_t *q, ptrdiff_t count)
+{
+    int32_t sum = 0;
+    for (ptrdiff_t i = 0; i < count; i++)
+        sum += q[i];
+    return sum;
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+__attribute__((target("avx2"))) static int32_t sum_avx2(const int8_t *q, ptrdiff_t count)
+{
+    __m256i ones = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
+    __m256i sums = _mm256_setzero_si256();
+    int32_t lanes[8];
+    ptrdiff_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        __m256i part = _mm256_loadu_si256((const __m256i *)(q + i));
+        part = _mm256_madd_epi16(_mm256_maddubs_epi16(ones, part), pairs);
+        sums = _mm256_add_epi32(sums, part);
+    }
+    _mm256_storeu_si256((__m256i *)lanes, sums);
+    return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] +
+           lanes[7] + sum_portable(q + i, count - i);
+}
+
+__attribute__((target("avx512f,avx512bw"))) static int32_t sum_avx512(const int8_t *q,
+                                                                      ptrdiff_t count)
+{
+    __m512i ones = _mm512_set1_epi8(1), pairs = _mm512_set1_epi16(1);
+    __m512i sums = _mm512_setzero_si512();
+    for (ptrdiff_t i = 0; i < count; i += 64) {
+        __mmask64 mask = count - i >= 64 ? ~0ull : ~0ull >> (64 - (count - i));
+        __m512i part = _mm512_maskz_loadu_epi8(mask, q + i);
+        part = _mm512_madd_epi16(_mm512_maddubs_epi16(ones, part), pairs);
+        sums = _mm512_add_epi32(sums, part);
+    }
+    return _mm512_reduce_add_epi32(sums);
+}
+#endif
+
 #define TARGET
 #define LEVEL portable
 #include "kernels_loops.h"

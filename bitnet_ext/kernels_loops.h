@@ -60,16 +60,14 @@ TARGET static void NAME(quantise_rows)(const float *x, ptrdiff_t num_m, ptrdiff_
         }
 }
 
-TARGET static void NAME(row_sums)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k,
-                                  ptrdiff_t group, int32_t *sums)
+/* Where the sums of a product start: what the bytes of tiles are too large by. */
+TARGET static void NAME(row_starts)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k,
+                                    ptrdiff_t group, int32_t *starts)
 {
     for (ptrdiff_t m = 0; m < num_m; m++)
         for (ptrdiff_t k = 0; k < num_k; k += group) {
             ptrdiff_t end = num_k - k < group ? num_k : k + group;
-            int32_t sum = 0;
-            for (ptrdiff_t i = k; i < end; i++)
-                sum += q[m * num_k + i];
-            *sums++ = sum;
+            *starts++ = -NAME(sum)(q + m * num_k + k, end - k);
         }
 }
 
@@ -126,12 +124,12 @@ NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
 }
 
 /* A strip of columns of dy (tokens, N), each token times its scale, as int8 with a
-   scale a column, in blocks of 16 columns by 4 tokens; sums are times 128. */
+   scale a column, in blocks of 16 columns by 4 tokens. */
 TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
                                           ptrdiff_t size, const float *token_scale,
                                           ptrdiff_t num_tokens, int8_t *blocks,
                                           ptrdiff_t block_step, float *scale,
-                                          int32_t *sum, ptrdiff_t scale_step)
+                                          int32_t *start, ptrdiff_t scale_step)
 {
     float values[TOKENS][STRIP], inverse[STRIP], scales[STRIP];
     int32_t largest[STRIP] = {0}, sums[STRIP] = {0};
@@ -151,7 +149,7 @@ TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
     }
     for (ptrdiff_t i = 0; i < size; i++) {
         scale[i * scale_step] = scales[i];
-        sum[i * scale_step] = 128 * sums[i];
+        start[i * scale_step] = -128 * sums[i];
     }
 }
 
@@ -345,7 +343,7 @@ TARGET static int NAME(unpack)(const uint8_t *codes, ptrdiff_t num_n, ptrdiff_t 
 }
 
 const struct loops NAME(loops) = {
-    NAME(quantise_rows), NAME(row_sums),   NAME(quantise_columns), NAME(interleave), NAME(sum_of_sizes), NAME(ternary_strip),
+    NAME(quantise_rows), NAME(row_starts),   NAME(quantise_columns), NAME(interleave), NAME(sum_of_sizes), NAME(ternary_strip),
     NAME(encode_int8),   NAME(check_int8), NAME(add_int8),     NAME(check_fp32),
     NAME(add_fp32),      NAME(to_bf16),    NAME(from_bf16),    NAME(pack),
     NAME(unpack),
