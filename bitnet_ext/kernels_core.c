@@ -119,9 +119,8 @@ static void place_strip(const uint8_t *strip, ptrdiff_t n, ptrdiff_t num_k,
             memcpy(to + k4 * TILE_BYTES + 4 * row, strip + row * width + 4 * k4, 4);
     if (n / 4 >= num_n4)
         return;
-    for (ptrdiff_t panel = 0; panel * TILE_N < num_k; panel++)
-        active_loops()->interleave(strip + panel * TILE_N, width, TILE_N, 0,
-                                   backward + (panel * num_n4 + n / 4) * TILE_BYTES);
+    active_loops()->interleave(strip, width, width / TILE_N, 0,
+                               backward + n / 4 * TILE_BYTES, num_n4 * TILE_BYTES);
 }
 
 int quantise_weight(const float *w, ptrdiff_t num_n, ptrdiff_t num_k, float *scale,

@@ -50,8 +50,8 @@ struct loops {
                              const float *token_scale, ptrdiff_t num_tokens,
                              int8_t *blocks, ptrdiff_t block_step, float *scale,
                              int32_t *start, ptrdiff_t scale_step);
-    void (*interleave)(const uint8_t *rows, ptrdiff_t row_step, ptrdiff_t size,
-                       uint8_t offset, uint8_t *tile);
+    void (*interleave)(const uint8_t *rows, ptrdiff_t row_step, ptrdiff_t num_panels,
+                       uint8_t offset, uint8_t *tiles, ptrdiff_t panel_step);
     double (*sum_of_sizes)(const float *w, ptrdiff_t count);
     void (*ternary_strip)(const float *w, ptrdiff_t num_k, float half, uint8_t *codes);
     int (*encode_int8)(const float *x, const float *residual, ptrdiff_t count,

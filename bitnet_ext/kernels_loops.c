@@ -46,8 +46,46 @@ static int32_t sum_portable(const int8_t *q, ptrdiff_t count)
     return sum;
 }
 
+/* Four rows of 32 bytes, side by side, with the bits of `offset` turned over. */
+static void weave_portable(const uint8_t *rows, ptrdiff_t row_step, uint8_t offset,
+                           uint8_t *tile)
+{
+    for (int i = 0; i < TILE_N; i++)
+        for (int row = 0; row < 4; row++)
+            tile[4 * i + row] = rows[row * row_step + i] ^ offset;
+}
+
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+__attribute__((target("avx2"))) static inline void
+weave_avx2(const uint8_t *rows, ptrdiff_t row_step, uint8_t offset, uint8_t *tile)
+{
+    const __m256i *a = (const __m256i *)rows, *b = (const __m256i *)(rows + row_step);
+    const __m256i *c = (const __m256i *)(rows + 2 * row_step);
+    const __m256i *d = (const __m256i *)(rows + 3 * row_step);
+    __m256i turn = _mm256_set1_epi8((char)offset), *to = (__m256i *)tile;
+    __m256i r0 = _mm256_xor_si256(_mm256_loadu_si256(a), turn);
+    __m256i r1 = _mm256_xor_si256(_mm256_loadu_si256(b), turn);
+    __m256i r2 = _mm256_xor_si256(_mm256_loadu_si256(c), turn);
+    __m256i r3 = _mm256_xor_si256(_mm256_loadu_si256(d), turn);
+    __m256i low = _mm256_unpacklo_epi8(r0, r1), high = _mm256_unpackhi_epi8(r0, r1);
+    __m256i low2 = _mm256_unpacklo_epi8(r2, r3), high2 = _mm256_unpackhi_epi8(r2, r3);
+    /* Columns 0-3 and 16-19, 4-7 and 20-23, and so on. */
+    __m256i c0 = _mm256_unpacklo_epi16(low, low2), c4 = _mm256_unpackhi_epi16(low, low2);
+    __m256i c8 = _mm256_unpacklo_epi16(high, high2);
+    __m256i c12 = _mm256_unpackhi_epi16(high, high2);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(c0, c4, 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(c8, c12, 0x20));
+    _mm256_storeu_si256(to + 2, _mm256_permute2x128_si256(c0, c4, 0x31));
+    _mm256_storeu_si256(to + 3, _mm256_permute2x128_si256(c8, c12, 0x31));
+}
+
+__attribute__((target("avx2"))) static inline void
+weave_avx512(const uint8_t *rows, ptrdiff_t row_step, uint8_t offset, uint8_t *tile)
+{
+    weave_avx2(rows, row_step, offset, tile);
+}
 
 __attribute__((target("avx2"))) static int32_t sum_avx2(const int8_t *q, ptrdiff_t count)
 {

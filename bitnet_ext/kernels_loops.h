@@ -153,24 +153,13 @@ TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
     }
 }
 
-/* Four rows of up to 32 bytes, plus an offset, as a tile. */
+/* Four rows of whole tiles, plus an offset, as one tile of each of `num_panels`. */
 TARGET static void NAME(interleave)(const uint8_t *rows, ptrdiff_t row_step,
-                                    ptrdiff_t size, uint8_t offset, uint8_t *tile)
+                                    ptrdiff_t num_panels, uint8_t offset,
+                                    uint8_t *tiles, ptrdiff_t panel_step)
 {
-    const uint8_t *a = rows, *b = a + row_step, *c = b + row_step, *d = c + row_step;
-    uint32_t words[TILE_N];
-    uint32_t offsets = offset * 0x01010101u;
-    if (size == TILE_N)
-        for (int i = 0; i < TILE_N; i++)
-            words[i] = ((uint32_t)a[i] | (uint32_t)b[i] << 8 | (uint32_t)c[i] << 16 |
-                        (uint32_t)d[i] << 24) ^ offsets;
-    else
-        for (int i = 0; i < TILE_N; i++)
-            words[i] = i < size ? ((uint32_t)a[i] | (uint32_t)b[i] << 8 |
-                                   (uint32_t)c[i] << 16 | (uint32_t)d[i] << 24) ^
-                                      offsets
-                                : 0;
-    memcpy(tile, words, sizeof words);
+    for (ptrdiff_t panel = 0; panel < num_panels; panel++)
+        NAME(weave)(rows + panel * TILE_N, row_step, offset, tiles + panel * panel_step);
 }
 
 /* Sum of |w| in 16 lanes of doubles; lane i takes elements i, i + 16, ... */
