@@ -21,14 +21,14 @@ enum { BLOCK = 256 };
 enum status { OK = 0, NO_MEMORY = 1, NOT_FINITE = 2, TOO_LARGE = 3, BAD_VALUE = 4 };
 
 /* Rows of the left operand that lie together where it is packed in blocks. */
-enum { LEFT_ROWS = 16, LEFT_BYTES = LEFT_ROWS * TILE_K };
+enum { LEFT_ROWS = 12, LEFT_BYTES = LEFT_ROWS * TILE_K };
 /* Tokens of a weight gradient that share a scale, for each of its rows. */
 enum { TOKENS = 128 };
 
 /* One product: out[m, n] (+)= sum over k of q[m, k] * row_scale * scale * w[n, k],
    where w is the byte of a tile minus `zero`. */
 struct product {
-    const int8_t *q;        /* (M, K4 * 4), or blocks (ceil(M / 16), K4, 16, 4) */
+    const int8_t *q;        /* (M, K4 * 4), or blocks (ceil(M / 12), K4, 12, 4) */
     const float *row_scale; /* (M, G) */
     const int32_t *row_start; /* (M, G): minus `zero` times the sums of q */
     const uint8_t *tiles;   /* (ceil(N / 32), K4, 32, 4) */

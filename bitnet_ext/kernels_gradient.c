@@ -9,7 +9,7 @@
 #include <string.h>
 
 /* Columns that one item of work quantises. */
-enum { ITEM_COLUMNS = 32 };
+enum { ITEM_COLUMNS = 4 * LEFT_ROWS };
 /* Groups of four tokens that one item of work packs. */
 enum { ITEM_K4 = 16 };
 /* Below this many elements a second thread doesn't pay. */

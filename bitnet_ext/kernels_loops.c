@@ -10,7 +10,7 @@
 #define ROUNDER 12582912.0f
 #define SIZE_MASK 0x7fffffff
 /* Columns of dy that one pass quantises: TOKENS of them stay in L1. */
-enum { STRIP = 32 };
+enum { STRIP = 4 * LEFT_ROWS };
 #define INFINITE 0x7f800000
 /* 2^100: 127 of it are far from overflow, and no training makes it. */
 #define MAX_SCALE 0x1p100f

@@ -114,6 +114,7 @@ NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
         /* The next strip: rows lie too far apart for the processor to see it come. */
         __builtin_prefetch(dy + STRIP);
         __builtin_prefetch(dy + STRIP + 16);
+        __builtin_prefetch(dy + STRIP + 32);
         for (ptrdiff_t i = 0; i < size; i++) {
             float value = dy[i] * token_scale[m];
             int32_t bits = bits_of(value) & SIZE_MASK;
@@ -124,7 +125,7 @@ NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
 }
 
 /* A strip of columns of dy (tokens, N), each token times its scale, as int8 with a
-   scale a column, in blocks of 16 columns by 4 tokens. */
+   scale a column, in blocks of 12 columns by 4 tokens. */
 TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
                                           ptrdiff_t size, const float *token_scale,
                                           ptrdiff_t num_tokens, int8_t *blocks,
@@ -143,9 +144,8 @@ TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
     NAME(column_scales)(values, num_tokens, largest, inverse, scales);
     for (ptrdiff_t m = 0; m < num_tokens; m += 4, blocks += LEFT_BYTES) {
         NAME(round_four)(values + m, inverse, word, sums);
-        memcpy(blocks, word, LEFT_BYTES);
-        if (size > LEFT_ROWS)
-            memcpy(blocks + block_step, word + LEFT_ROWS, LEFT_BYTES);
+        for (ptrdiff_t n = 0; n < size; n += LEFT_ROWS)
+            memcpy(blocks + n / LEFT_ROWS * block_step, word + n, LEFT_BYTES);
     }
     for (ptrdiff_t i = 0; i < size; i++) {
         scale[i * scale_step] = scales[i];
