@@ -63,16 +63,15 @@ static void run_edge(const struct product *p, ptrdiff_t m, ptrdiff_t panel, floa
         memcpy(out + row * p->num_n, edge + row * TILE_N, size);
 }
 
-/* Runs tile kernels over a block of rows; `kernels` go from most rows to one. */
+/* Runs tile kernels over a block of rows; `kernels` go from most rows to one. The most
+   divide LEFT_ROWS, so no kernel reaches over the end of a block. */
 static void sweep(const struct product *p, ptrdiff_t m, ptrdiff_t num_m, ptrdiff_t panel,
                   const struct tile_kernel *kernels)
 {
     ptrdiff_t end = m + num_m;
     int is_edge = p->num_n - panel * TILE_N < TILE_N;
     while (m < end) {
-        /* No kernel may reach over the end of a block of rows. */
-        while (kernels->rows > end - m ||
-               (p->in_blocks && LEFT_ROWS % kernels->rows != 0))
+        while (kernels->rows > end - m)
             kernels++;
         float *out = p->out + m * p->num_n + panel * TILE_N;
         if (is_edge)
