@@ -32,7 +32,7 @@ $(VENV)/.installed: ci/requirements.lock
 	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	touch $@
 
-SOURCES := setup.py pyproject.toml $(wildcard bitnet_ext/*.pyx bitnet_ext/kernels_*.[ch])
+SOURCES := setup.py pyproject.toml $(wildcard bitnet_ext/*.pyx bitnet_ext/*.pxi bitnet_ext/kernels_*.[ch])
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --no-build-isolation --no-deps --editable .

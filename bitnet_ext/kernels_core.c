@@ -87,15 +87,15 @@ void run_product(const struct product *p, int threads)
 
 int multiply(struct product *p, int threads)
 {
-    int32_t *sums = take_scratch((size_t)(p->num_m * p->num_groups) * sizeof *sums);
-    if (!sums)
+    int32_t *starts = take_scratch((size_t)(p->num_m * p->num_groups) * sizeof *starts);
+    if (!starts)
         return NO_MEMORY;
-    active_loops()->row_sums(p->q, p->num_m, TILE_K * p->num_k4, TILE_K * p->group_k4,
-                             sums);
-    p->row_sum = sums;
+    active_loops()->row_starts(p->q, p->num_m, TILE_K * p->num_k4,
+                               TILE_K * p->group_k4, starts);
+    p->row_start = starts;
     p->in_blocks = p->any_byte = 0;
     run_product(p, threads);
-    give_scratch(sums);
+    give_scratch(starts);
     return OK;
 }
 
@@ -119,9 +119,8 @@ static void place_strip(const uint8_t *strip, ptrdiff_t n, ptrdiff_t num_k,
             memcpy(to + k4 * TILE_BYTES + 4 * row, strip + row * width + 4 * k4, 4);
     if (n / 4 >= num_n4)
         return;
-    for (ptrdiff_t panel = 0; panel * TILE_N < num_k; panel++)
-        active_loops()->interleave(strip + panel * TILE_N, width, TILE_N, 0,
-                                   backward + (panel * num_n4 + n / 4) * TILE_BYTES);
+    active_loops()->interleave(strip, width, width / TILE_N, 0,
+                               backward + n / 4 * TILE_BYTES, num_n4 * TILE_BYTES);
 }
 
 int quantise_weight(const float *w, ptrdiff_t num_n, ptrdiff_t num_k, float *scale,

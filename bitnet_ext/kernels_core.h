@@ -21,16 +21,16 @@ enum { BLOCK = 256 };
 enum status { OK = 0, NO_MEMORY = 1, NOT_FINITE = 2, TOO_LARGE = 3, BAD_VALUE = 4 };
 
 /* Rows of the left operand that lie together where it is packed in blocks. */
-enum { LEFT_ROWS = 16, LEFT_BYTES = LEFT_ROWS * TILE_K };
+enum { LEFT_ROWS = 12, LEFT_BYTES = LEFT_ROWS * TILE_K };
 /* Tokens of a weight gradient that share a scale, for each of its rows. */
 enum { TOKENS = 128 };
 
 /* One product: out[m, n] (+)= sum over k of q[m, k] * row_scale * scale * w[n, k],
    where w is the byte of a tile minus `zero`. */
 struct product {
-    const int8_t *q;        /* (M, K4 * 4), or blocks (ceil(M / 16), K4, 16, 4) */
+    const int8_t *q;        /* (M, K4 * 4), or blocks (ceil(M / 12), K4, 12, 4) */
     const float *row_scale; /* (M, G) */
-    const int32_t *row_sum; /* (M, G): zero times the sums of q */
+    const int32_t *row_start; /* (M, G): minus `zero` times the sums of q */
     const uint8_t *tiles;   /* (ceil(N / 32), K4, 32, 4) */
     float *out;             /* (M, N) */
     ptrdiff_t num_m, num_n, num_k4, group_k4, num_groups;
@@ -44,14 +44,14 @@ struct product {
 struct loops {
     void (*quantise_rows)(const float *x, ptrdiff_t num_m, ptrdiff_t num_k,
                           ptrdiff_t group, int8_t *q, float *scale);
-    void (*row_sums)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k,
-                     ptrdiff_t group, int32_t *sums);
+    void (*row_starts)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k,
+                       ptrdiff_t group, int32_t *starts);
     void (*quantise_columns)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
                              const float *token_scale, ptrdiff_t num_tokens,
                              int8_t *blocks, ptrdiff_t block_step, float *scale,
-                             int32_t *sum, ptrdiff_t scale_step);
-    void (*interleave)(const uint8_t *rows, ptrdiff_t row_step, ptrdiff_t size,
-                       uint8_t offset, uint8_t *tile);
+                             int32_t *start, ptrdiff_t scale_step);
+    void (*interleave)(const uint8_t *rows, ptrdiff_t row_step, ptrdiff_t num_panels,
+                       uint8_t offset, uint8_t *tiles, ptrdiff_t panel_step);
     double (*sum_of_sizes)(const float *w, ptrdiff_t count);
     void (*ternary_strip)(const float *w, ptrdiff_t num_k, float half, uint8_t *codes);
     int (*encode_int8)(const float *x, const float *residual, ptrdiff_t count,

@@ -27,7 +27,7 @@ struct pass {
     const uint8_t *tile;
     ptrdiff_t row_bytes, k4_bytes, num_k4;
     const float *row_scale; /* of the first row; rows are num_groups apart */
-    const int32_t *row_sum;
+    const int32_t *row_start;
     int add;
 };
 
@@ -44,7 +44,7 @@ pass_of(const struct product *p, ptrdiff_t m, ptrdiff_t panel, ptrdiff_t g)
         .k4_bytes = p->in_blocks ? LEFT_BYTES : TILE_K,
         .num_k4 = left < p->group_k4 ? left : p->group_k4,
         .row_scale = p->row_scale + m * p->num_groups + g,
-        .row_sum = p->row_sum + m * p->num_groups + g,
+        .row_start = p->row_start + m * p->num_groups + g,
         .add = g > 0 || p->accumulate,
     };
     return pass;
@@ -63,16 +63,15 @@ static void run_edge(const struct product *p, ptrdiff_t m, ptrdiff_t panel, floa
         memcpy(out + row * p->num_n, edge + row * TILE_N, size);
 }
 
-/* Runs tile kernels over a block of rows; `kernels` go from most rows to one. */
+/* Runs tile kernels over a block of rows; `kernels` go from most rows to one. The most
+   divide LEFT_ROWS, so no kernel reaches over the end of a block. */
 static void sweep(const struct product *p, ptrdiff_t m, ptrdiff_t num_m, ptrdiff_t panel,
                   const struct tile_kernel *kernels)
 {
     ptrdiff_t end = m + num_m;
     int is_edge = p->num_n - panel * TILE_N < TILE_N;
     while (m < end) {
-        /* No kernel may reach over the end of a block of rows. */
-        while (kernels->rows > end - m ||
-               (p->in_blocks && LEFT_ROWS % kernels->rows != 0))
+        while (kernels->rows > end - m)
             kernels++;
         float *out = p->out + m * p->num_n + panel * TILE_N;
         if (is_edge)
@@ -100,7 +99,7 @@ static void tile_portable(const struct product *p, ptrdiff_t m, ptrdiff_t panel,
         struct pass pass = pass_of(p, m, panel, g);
         int32_t sums[TILE_N];
         for (int n = 0; n < TILE_N; n++)
-            sums[n] = -*pass.row_sum;
+            sums[n] = *pass.row_start;
         for (ptrdiff_t k4 = 0; k4 < pass.num_k4; k4++) {
             const int8_t *q = pass.q + k4 * pass.k4_bytes;
             const uint8_t *w = pass.tile + k4 * TILE_BYTES;
@@ -170,7 +169,7 @@ finish_256(int add, float scale, __m256i sums, float *out)
 
 /* AVX-512 VNNI: rows by 32 columns, two accumulators a row. */
 #define START_512(i)                                                                   \
-    __m512i a##i = _mm512_set1_epi32(-pass.row_sum[i * p->num_groups]), b##i = a##i;
+    __m512i a##i = _mm512_set1_epi32(pass.row_start[i * p->num_groups]), b##i = a##i;
 #define STEP_512(i)                                                                    \
     {                                                                                  \
         __m512i four = _mm512_set1_epi32(load_int(Q_##i));                             \
@@ -221,7 +220,7 @@ PANELS(avx512vnni, {12, tile_512_12}, {8, tile_512_8}, {4, tile_512_4}, {2, tile
 
 /* 256 bits: rows by 16 columns, so two halves of a panel, one after the other. */
 #define START_256(i)                                                                   \
-    __m256i a##i = _mm256_set1_epi32(-pass.row_sum[i * p->num_groups]), b##i = a##i;
+    __m256i a##i = _mm256_set1_epi32(pass.row_start[i * p->num_groups]), b##i = a##i;
 #define FINISH_256(i)                                                                  \
     {                                                                                  \
         float scale = pass.row_scale[i * p->num_groups] * p->scale;                    \

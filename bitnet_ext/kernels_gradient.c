@@ -6,9 +6,10 @@
 #include "kernels_core.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* Columns that one item of work quantises. */
-enum { ITEM_COLUMNS = 32 };
+enum { ITEM_COLUMNS = 4 * LEFT_ROWS };
 /* Groups of four tokens that one item of work packs. */
 enum { ITEM_K4 = 16 };
 /* Below this many elements a second thread doesn't pay. */
@@ -49,31 +50,28 @@ struct packing {
     uint8_t *tiles;
 };
 
-/* The last tokens, fewer than four: the missing ones meet zeros of dy. */
-static void pack_rest(const struct packing *job, ptrdiff_t k4, ptrdiff_t k,
-                      ptrdiff_t size, uint8_t *tile)
+/* What lies at the edges: columns of the last panel, or fewer than four tokens. */
+static void pack_edge(const struct packing *job, ptrdiff_t k4, ptrdiff_t k,
+                      uint8_t *tile)
 {
     uint8_t rows[TILE_K][TILE_N] = {{0}};
-    for (ptrdiff_t row = 0; 4 * k4 + row < job->num_m; row++)
-        for (ptrdiff_t i = 0; i < size; i++)
-            rows[row][i] = (uint8_t)job->q[(4 * k4 + row) * job->num_k + k + i];
-    active_loops()->interleave(rows[0], TILE_N, TILE_N, 128, tile);
+    ptrdiff_t left = job->num_k - k, size = left < TILE_N ? left : TILE_N;
+    for (ptrdiff_t row = 0; row < TILE_K && 4 * k4 + row < job->num_m; row++)
+        memcpy(rows[row], job->q + (4 * k4 + row) * job->num_k + k, (size_t)size);
+    active_loops()->interleave(rows[0], TILE_N, 1, 128, tile, 0);
 }
 
 static void pack_item(void *context, ptrdiff_t item)
 {
     const struct packing *job = context;
     ptrdiff_t num_k4 = up(job->num_m, 4), end = (item + 1) * ITEM_K4;
-    for (ptrdiff_t k = 0; k < job->num_k; k += TILE_N) {
-        ptrdiff_t left = job->num_k - k, size = left < TILE_N ? left : TILE_N;
-        uint8_t *panel = job->tiles + k / TILE_N * num_k4 * TILE_BYTES;
-        for (ptrdiff_t k4 = item * ITEM_K4; k4 < end && k4 < num_k4; k4++)
-            if (4 * k4 + 4 <= job->num_m)
-                active_loops()->interleave(
-                    (const uint8_t *)job->q + 4 * k4 * job->num_k + k, job->num_k, size,
-                    128, panel + k4 * TILE_BYTES);
-            else
-                pack_rest(job, k4, k, size, panel + k4 * TILE_BYTES);
+    for (ptrdiff_t k4 = item * ITEM_K4; k4 < end && k4 < num_k4; k4++) {
+        ptrdiff_t whole = 4 * k4 + 4 <= job->num_m ? job->num_k / TILE_N : 0;
+        uint8_t *tiles = job->tiles + k4 * TILE_BYTES;
+        active_loops()->interleave((const uint8_t *)job->q + 4 * k4 * job->num_k,
+                                   job->num_k, whole, 128, tiles, num_k4 * TILE_BYTES);
+        for (ptrdiff_t panel = whole; panel * TILE_N < job->num_k; panel++)
+            pack_edge(job, k4, panel * TILE_N, tiles + panel * num_k4 * TILE_BYTES);
     }
 }
 
@@ -92,7 +90,7 @@ struct rounding {
     ptrdiff_t num_m, num_n, num_groups;
     int8_t *blocks;
     float *scale;
-    int32_t *sum;
+    int32_t *start;
 };
 
 static void round_item(void *context, ptrdiff_t item)
@@ -107,7 +105,7 @@ static void round_item(void *context, ptrdiff_t item)
         tokens < TOKENS ? tokens : TOKENS,
         job->blocks + (n / LEFT_ROWS * num_k4 + m / 4) * LEFT_BYTES,
         num_k4 * LEFT_BYTES, job->scale + n * job->num_groups + g,
-        job->sum + n * job->num_groups + g, job->num_groups);
+        job->start + n * job->num_groups + g, job->num_groups);
 }
 
 int weight_gradient(const float *dy, const float *token_scale, const uint8_t *tiles,
@@ -120,12 +118,12 @@ int weight_gradient(const float *dy, const float *token_scale, const uint8_t *ti
     if (!blocks)
         return NO_MEMORY;
     float *scale = (float *)(blocks + size);
-    int32_t *sum = (int32_t *)(scale + num_n * num_groups);
-    struct rounding job = {dy, token_scale, num_m, num_n, num_groups, blocks, scale, sum};
+    int32_t *start = (int32_t *)(scale + num_n * num_groups);
+    struct rounding job = {dy, token_scale, num_m, num_n, num_groups, blocks, scale, start};
     run_parallel(round_item, &job, num_groups * up(num_n, ITEM_COLUMNS),
                  useful(num_m * num_n, threads));
     struct product p = {
-        .q = blocks, .row_scale = scale, .row_sum = sum, .tiles = tiles, .out = out,
+        .q = blocks, .row_scale = scale, .row_start = start, .tiles = tiles, .out = out,
         .num_m = num_n, .num_n = num_k, .num_k4 = num_k4,
         .group_k4 = TOKENS / TILE_K, .num_groups = num_groups, .scale = 1.0f,
         .accumulate = accumulate, .in_blocks = 1, .any_byte = 1,

@@ -60,16 +60,14 @@ TARGET static void NAME(quantise_rows)(const float *x, ptrdiff_t num_m, ptrdiff_
         }
 }
 
-TARGET static void NAME(row_sums)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k,
-                                  ptrdiff_t group, int32_t *sums)
+/* Where the sums of a product start: what the bytes of tiles are too large by. */
+TARGET static void NAME(row_starts)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k,
+                                    ptrdiff_t group, int32_t *starts)
 {
     for (ptrdiff_t m = 0; m < num_m; m++)
         for (ptrdiff_t k = 0; k < num_k; k += group) {
             ptrdiff_t end = num_k - k < group ? num_k : k + group;
-            int32_t sum = 0;
-            for (ptrdiff_t i = k; i < end; i++)
-                sum += q[m * num_k + i];
-            *sums++ = sum;
+            *starts++ = -NAME(sum)(q + m * num_k + k, end - k);
         }
 }
 
@@ -116,6 +114,7 @@ NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
         /* The next strip: rows lie too far apart for the processor to see it come. */
         __builtin_prefetch(dy + STRIP);
         __builtin_prefetch(dy + STRIP + 16);
+        __builtin_prefetch(dy + STRIP + 32);
         for (ptrdiff_t i = 0; i < size; i++) {
             float value = dy[i] * token_scale[m];
             int32_t bits = bits_of(value) & SIZE_MASK;
@@ -126,12 +125,12 @@ NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
 }
 
 /* A strip of columns of dy (tokens, N), each token times its scale, as int8 with a
-   scale a column, in blocks of 16 columns by 4 tokens; sums are times 128. */
+   scale a column, in blocks of 12 columns by 4 tokens. */
 TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
                                           ptrdiff_t size, const float *token_scale,
                                           ptrdiff_t num_tokens, int8_t *blocks,
                                           ptrdiff_t block_step, float *scale,
-                                          int32_t *sum, ptrdiff_t scale_step)
+                                          int32_t *start, ptrdiff_t scale_step)
 {
     float values[TOKENS][STRIP], inverse[STRIP], scales[STRIP];
     int32_t largest[STRIP] = {0}, sums[STRIP] = {0};
@@ -145,34 +144,22 @@ TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
     NAME(column_scales)(values, num_tokens, largest, inverse, scales);
     for (ptrdiff_t m = 0; m < num_tokens; m += 4, blocks += LEFT_BYTES) {
         NAME(round_four)(values + m, inverse, word, sums);
-        memcpy(blocks, word, LEFT_BYTES);
-        if (size > LEFT_ROWS)
-            memcpy(blocks + block_step, word + LEFT_ROWS, LEFT_BYTES);
+        for (ptrdiff_t n = 0; n < size; n += LEFT_ROWS)
+            memcpy(blocks + n / LEFT_ROWS * block_step, word + n, LEFT_BYTES);
     }
     for (ptrdiff_t i = 0; i < size; i++) {
         scale[i * scale_step] = scales[i];
-        sum[i * scale_step] = 128 * sums[i];
+        start[i * scale_step] = -128 * sums[i];
     }
 }
 
-/* Four rows of up to 32 bytes, plus an offset, as a tile. */
+/* Four rows of whole tiles, plus an offset, as one tile of each of `num_panels`. */
 TARGET static void NAME(interleave)(const uint8_t *rows, ptrdiff_t row_step,
-                                    ptrdiff_t size, uint8_t offset, uint8_t *tile)
+                                    ptrdiff_t num_panels, uint8_t offset,
+                                    uint8_t *tiles, ptrdiff_t panel_step)
 {
-    const uint8_t *a = rows, *b = a + row_step, *c = b + row_step, *d = c + row_step;
-    uint32_t words[TILE_N];
-    uint32_t offsets = offset * 0x01010101u;
-    if (size == TILE_N)
-        for (int i = 0; i < TILE_N; i++)
-            words[i] = ((uint32_t)a[i] | (uint32_t)b[i] << 8 | (uint32_t)c[i] << 16 |
-                        (uint32_t)d[i] << 24) ^ offsets;
-    else
-        for (int i = 0; i < TILE_N; i++)
-            words[i] = i < size ? ((uint32_t)a[i] | (uint32_t)b[i] << 8 |
-                                   (uint32_t)c[i] << 16 | (uint32_t)d[i] << 24) ^
-                                      offsets
-                                : 0;
-    memcpy(tile, words, sizeof words);
+    for (ptrdiff_t panel = 0; panel < num_panels; panel++)
+        NAME(weave)(rows + panel * TILE_N, row_step, offset, tiles + panel * panel_step);
 }
 
 /* Sum of |w| in 16 lanes of doubles; lane i takes elements i, i + 16, ... */
@@ -345,7 +332,7 @@ TARGET static int NAME(unpack)(const uint8_t *codes, ptrdiff_t num_n, ptrdiff_t 
 }
 
 const struct loops NAME(loops) = {
-    NAME(quantise_rows), NAME(row_sums),   NAME(quantise_columns), NAME(interleave), NAME(sum_of_sizes), NAME(ternary_strip),
+    NAME(quantise_rows), NAME(row_starts),   NAME(quantise_columns), NAME(interleave), NAME(sum_of_sizes), NAME(ternary_strip),
     NAME(encode_int8),   NAME(check_int8), NAME(add_int8),     NAME(check_fp32),
     NAME(add_fp32),      NAME(to_bf16),    NAME(from_bf16),    NAME(pack),
     NAME(unpack),
