@@ -15,8 +15,7 @@ STATE ?= demo-state
 PORT ?= 0
 QUICK ?= 0
 
-.PHONY: help setup check test demo wheel lock vendor clean format
-.PHONY: bench-kernels bench-train bench-codecs
+.PHONY: help setup check test demo bench-kernels bench-train bench-codecs wheel lock vendor clean format
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
