@@ -1,6 +1,7 @@
 """Slows down guessing: ten tries at the password in fifteen minutes per address.
 
-It is a window, not a lock: nobody can shut the operator out for longer.
+It is a window, not a lock. Who shares the operator's address, as through a tunnel, can
+still take each try that becomes free.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def head_dtype() -> torch.dtype:
 
     int8 rounds the logits about as much as bf16 does, and the loss alone: gradients
     of the two factors are then products in fp32. Having instructions says little: a
-    Sapphire Rapids without its AMX tiles ran bf16 at 0.6 of the speed of fp32, a
+    Xeon that hides its AMX tiles ran bf16 at 0.6 of the speed of fp32, a
     Zen 4 at twice. So all are timed, once in a process; what rounds more must win
     clearly to be worth it.
     """
