@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
@@ -34,6 +33,7 @@ from coordinator.login.door import Door
 from coordinator.login.handlers import Site, page_routes, page_settings
 from coordinator.login.hosts import host_allowed
 from coordinator.login.passwords import ensure_admin_password
+from coordinator.server import Server, allow_connections
 from coordinator.service.closing import RoundCloser
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet, OnEvent
@@ -66,9 +66,6 @@ DATABASE_NAME: Final = "fleet.db"
 KEY_NAME: Final = "worker-api-key"
 #: In-flight requests get this long when the coordinator is told to stop.
 DRAIN_S: Final = 20.0
-_MAX_HEADER_BYTES: Final = 16 * 1024
-_MAX_BODY_BYTES: Final = 1 << 20
-_IDLE_S: Final = 60.0
 _NUM_BENCHES: Final = 4
 
 
@@ -153,17 +150,20 @@ def worker_key(settings: CoordinatorSettings) -> str:
 async def serve(
     settings: CoordinatorSettings, ready: Callable[[Listening], None]
 ) -> None:
-    """Run a coordinator until SIGTERM or SIGINT. Raises StartError."""
+    """Run a coordinator until SIGTERM or SIGINT. Raises StartError.
+
+    The port is taken before anything is made: who finds it in use has changed nothing.
+    """
     settings.check_reach()
     hub = Hub()
     stop = _stop_on_signal()
-    with open_fleet(settings, hub.publish) as fleet:
+    with _bound(settings) as sockets, open_fleet(settings, hub.publish) as fleet:
         new_run = run_settings(settings)
         await asyncio.to_thread(reconcile, fleet)
         await asyncio.to_thread(ensure_run, fleet, new_run)
         lag = LoopLag(fleet.clock)
         feed = Feed(fleet, lag, insecure_http=not settings.is_loopback)
-        async with _listen(settings, fleet, hub, feed, lag) as listening:
+        async with _listen(settings, sockets, fleet, hub, feed, lag) as listening:
             background = [
                 asyncio.create_task(work)
                 for work in _background(fleet, new_run, feed, lag)
@@ -176,6 +176,7 @@ async def serve(
             ready(listening)
             await stop.wait()
             log.info("stopping", extra={"event": "coordinator.stopping"})
+            fleet.stop_giving_out()
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
@@ -214,43 +215,47 @@ def _stop_on_signal() -> asyncio.Event:
 
 @contextlib.asynccontextmanager
 async def _listen(
-    settings: CoordinatorSettings, fleet: Fleet, hub: Hub, feed: Feed, lag: LoopLag
+    settings: CoordinatorSettings,
+    sockets: list[socket.socket],
+    fleet: Fleet,
+    hub: Hub,
+    feed: Feed,
+    lag: LoopLag,
 ) -> AsyncIterator[Listening]:
     """Serve HTTP and the control socket as long as the block runs."""
-    password = await ensure_admin_password(fleet.store, fleet.rng)
     door = Door(fleet.store, fleet.clock, fleet.rng, secure=False)
     live = _live_feed(settings, fleet, hub, feed, door)
     door.on_logout(live.clients.recheck)
     application = _application(settings, fleet, feed, lag, door, live)
-    server = HTTPServer(
-        application,
-        max_header_size=_MAX_HEADER_BYTES,
-        max_body_size=_MAX_BODY_BYTES,
-        idle_connection_timeout=_IDLE_S,
-    )
-    sockets = _bind(settings)
-    server.add_sockets(sockets)
+    server = Server(application, limit=allow_connections())
     control = ControlServer(fleet, settings.data)
     await control.start()
+    # Last of all: it is shown once, so nothing may fail between here and there.
+    password = await ensure_admin_password(fleet.store, fleet.rng)
+    server.add_sockets(sockets)
     try:
         yield Listening(sockets[0].getsockname()[1], password)
     finally:
-        server.stop()
         await control.stop()
         live.clients.close_all()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_S):
-                await server.close_all_connections()
+        await server.drain(DRAIN_S)
 
 
-def _bind(settings: CoordinatorSettings) -> list[socket.socket]:
+@contextlib.contextmanager
+def _bound(settings: CoordinatorSettings) -> Iterator[list[socket.socket]]:
+    """Hold the port as long as the block runs."""
     try:
-        return bind_sockets(settings.port, settings.host)
+        sockets = bind_sockets(settings.port, settings.host)
     except OSError as error:
         raise StartError(
             f"cannot listen on host {settings.host!r}, port {settings.port}: "
             f"{error.strerror or error}"
         ) from error
+    try:
+        yield sockets
+    finally:
+        for bound in sockets:
+            bound.close()
 
 
 def _live_feed(

@@ -25,8 +25,9 @@ from coordinator.control import (
 )
 from coordinator.demo.story import DemoOptions, run_demo
 from coordinator.domain.errors import FleetError, StartError
+from coordinator.login.handlers import HOME_PATH
 from coordinator.service.corpus import Recipe
-from coordinator.settings import PREFIX, CoordinatorSettings
+from coordinator.settings import EVERY_ADDRESS, PREFIX, CoordinatorSettings
 
 #: Options that stand for a setting of the same name.
 _SETTINGS: Final = {
@@ -142,8 +143,7 @@ def _serve(options: argparse.Namespace) -> int:
     configure_logging(settings.log_level)
 
     def ready(listening: Listening) -> None:
-        name = f"[{settings.host}]" if ":" in settings.host else settings.host
-        print(f"Dashboard: http://{name}:{listening.port}/admin/dashboard")
+        print(f"Dashboard: http://{_own_name(settings)}:{listening.port}{HOME_PATH}")
         if listening.first_password is not None:
             print(f"Admin password, shown this once: {listening.first_password}")
         if settings.worker_api_key is None:
@@ -154,6 +154,14 @@ def _serve(options: argparse.Namespace) -> int:
 
     asyncio.run(serve(settings, ready))
     return 0
+
+
+def _own_name(settings: CoordinatorSettings) -> str:
+    """Return a name under which the page answers, for use in its address."""
+    host = settings.host
+    if host in EVERY_ADDRESS:
+        host = min(settings.allowed_hosts, default="127.0.0.1")
+    return f"[{host}]" if ":" in host else host
 
 
 def _tokenize(options: argparse.Namespace) -> int:

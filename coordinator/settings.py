@@ -23,7 +23,9 @@ from coordinator.domain.plan import TrainingPlan
 PREFIX: Final = "BITNET_COORD_"
 MIN_KEY_CHARS: Final = 32
 _LEVELS: Final = ("debug", "info", "warning", "error")
-_HOST_NAME: Final = re.compile(r"[A-Za-z0-9.:_-]{1,253}", re.ASCII)
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
+#: Hosts that stand for all addresses of the machine.
+EVERY_ADDRESS: Final = ("0.0.0.0", "::")  # noqa: S104
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class CoordinatorSettings:
     #: Address to listen on; others than loopback need `insecure_http`.
     host: str
     port: int
-    #: Names by which browsers may ask for this server, besides loopback.
+    #: Names by which browsers may ask for this server besides loopback, `host` too.
     allowed_hosts: frozenset[str]
     #: Serve plain HTTP beyond loopback: keys and passwords can be read on the way.
     insecure_http: bool
@@ -76,7 +78,7 @@ class CoordinatorSettings:
             corpus=Path(given.get("CORPUS", "corpus")),
             host=given.get("HOST", "127.0.0.1"),
             port=_whole(given, "PORT", 5000, 0, 65535),
-            allowed_hosts=_hosts(given),
+            allowed_hosts=_hosts(given) | _own_host(given),
             insecure_http=_flag(given, "INSECURE_HTTP"),
             worker_api_key=_key(given, "WORKER_API_KEY"),
             worker_api_key_next=_key(given, "WORKER_API_KEY_NEXT"),
@@ -179,10 +181,26 @@ def _key(env: Mapping[str, str], name: str) -> str | None:
 
 def _hosts(env: Mapping[str, str]) -> frozenset[str]:
     names = [name.strip() for name in env.get("ALLOWED_HOSTS", "").split(",")]
-    for name in names:
-        if name and _HOST_NAME.fullmatch(name) is None:
-            raise _wrong("ALLOWED_HOSTS", "host names separated by commas", name)
+    for name in filter(None, names):
+        if not _is_host(name):
+            rule = "host names separated by commas, without ports"
+            raise _wrong("ALLOWED_HOSTS", rule, name)
     return frozenset(name.lower() for name in names if name)
+
+
+def _own_host(env: Mapping[str, str]) -> frozenset[str]:
+    """Return the address listened on, unless that is every one."""
+    host = env.get("HOST", "").lower()
+    return frozenset() if host in ("", *EVERY_ADDRESS) else frozenset([host])
+
+
+def _is_host(name: str) -> bool:
+    if ":" in name:
+        try:
+            return ipaddress.ip_address(name).version == 6
+        except ValueError:
+            return False
+    return _HOST_NAME.fullmatch(name) is not None
 
 
 def _preset(env: Mapping[str, str]) -> str | None:

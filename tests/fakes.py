@@ -62,8 +62,8 @@ class FakeRng:
 class MadeToFailError(OSError):
     """The failure that a test has ordered."""
 
-    def __init__(self, call: str, path: Path) -> None:
-        super().__init__(errno.EIO, f"made to fail: {call}", str(path))
+    def __init__(self, call: str, path: Path, code: int = errno.EIO) -> None:
+        super().__init__(code, f"made to fail: {call}", str(path))
 
 
 class FakeFs:
@@ -78,13 +78,15 @@ class FakeFs:
         self._real = OsFs()
         self._fails_at: int | None = None
         self._for_good = False
+        self._code = errno.EIO
         #: Every durability call so far, as `name`; a failed one included.
         self.calls: list[str] = []
 
     @contextmanager
-    def failing(self, ordinal: int) -> Iterator[None]:
+    def failing(self, ordinal: int, code: int = errno.EIO) -> Iterator[None]:
         """Fail at the `ordinal`-th call from now (1: the next), within the block."""
         self._fails_at, self._for_good = len(self.calls) + ordinal, False
+        self._code = code
         try:
             yield
         finally:
@@ -134,7 +136,11 @@ class FakeFs:
 
     def _check(self, call: str, path: Path) -> None:
         if self.must_fail(call):
-            raise MadeToFailError(call, path)
+            raise self.error(call, path)
+
+    def error(self, call: str, path: Path) -> MadeToFailError:
+        """Return the failure that was ordered."""
+        return MadeToFailError(call, path, self._code)
 
 
 class _FakeFile:
@@ -148,16 +154,16 @@ class _FakeFile:
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._fs.must_fail("write"):
             self._file.write(memoryview(data)[: len(data) // 2])
-            raise MadeToFailError("write", self._path)
+            raise self._fs.error("write", self._path)
         self._file.write(data)
 
     def sync(self) -> None:
         if self._fs.must_fail("sync"):
-            raise MadeToFailError("sync", self._path)
+            raise self._fs.error("sync", self._path)
         self._file.sync()
 
     def close(self) -> None:
         # Really closed in any case: no test may run out of descriptors.
         self._file.close()
         if self._fs.must_fail("close"):
-            raise MadeToFailError("close", self._path)
+            raise self._fs.error("close", self._path)

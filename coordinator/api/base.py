@@ -7,10 +7,10 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import msgspec
-from tornado.web import HTTPError, RequestHandler
+from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from bitnet_ext.wire.messages import ErrorBody, Message
 from bitnet_ext.wire.verdicts import ErrorCode
@@ -94,13 +94,21 @@ def is_one_of(given: str, hashes: Collection[bytes]) -> bool:
     return any([hmac.compare_digest(asked, known) for known in hashes])
 
 
+@stream_request_body
 class ApiHandler(RequestHandler):
-    """Base of every route. Answers are JSON, and so are refusals."""
+    """Base of every route. Answers are JSON, and so are refusals.
+
+    `prepare` runs before the body is read: strangers can't make us hold theirs.
+    """
+
+    #: The largest body that the route takes.
+    max_body_bytes: ClassVar[int] = MAX_JSON_BYTES
 
     # Tornado makes handlers through initialize(), not through a constructor.
     def initialize(self, api: Api) -> None:
         """Take the collaborators of the route."""
         self.api = api
+        self._pieces: list[bytes] = []
 
     def set_default_headers(self) -> None:
         """Say nothing of the server; keep nothing."""
@@ -111,6 +119,25 @@ class ApiHandler(RequestHandler):
     async def prepare(self) -> None:
         """Let in who has a worker's key. Raises RefusedError `unauthorized`."""
         self.check_key()
+        self.check_size()
+
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        """Keep the next bytes of the body."""
+        self._pieces.append(chunk)
+        return None
+
+    def check_size(self) -> None:
+        """Raise RefusedError `too_large` for a body that says it is; cut off others."""
+        size = self.request.headers.get("Content-Length", "0")
+        connection: Any = self.request.connection
+        connection.set_max_body_size(self.max_body_bytes)
+        # More digits than any size has would take long to turn into a number.
+        if len(size) > 18 or (size.isdecimal() and int(size) > self.max_body_bytes):
+            raise RefusedError(
+                ErrorCode.TOO_LARGE,
+                f"body must have at most {self.max_body_bytes} bytes, got {size[:18]}",
+                field="body",
+            )
 
     def check_key(self) -> None:
         """Raise RefusedError unless exactly one valid `X-Api-Key` came along."""
@@ -122,16 +149,10 @@ class ApiHandler(RequestHandler):
                 field="X-Api-Key",
             )
 
-    def body(self, kind: type[M], limit: int = MAX_JSON_BYTES) -> M:
+    def body(self, kind: type[M]) -> M:
         """Return the JSON body. Raises RefusedError that names the field."""
         check_content_type(self.request.headers.get("Content-Type"), JSON)
-        if len(self.request.body) > limit:
-            raise RefusedError(
-                ErrorCode.TOO_LARGE,
-                f"body must have at most {limit} bytes, got {len(self.request.body)}",
-                field="body",
-            )
-        return parse(self.request.body, kind)
+        return parse(b"".join(self._pieces), kind)
 
     def answer(self, message: object, status: int = 200) -> None:
         """Answer with JSON."""

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, Final
 
-from tornado.httputil import HTTPServerRequest
-from tornado.web import RequestHandler, stream_request_body
+from tornado.web import RequestHandler
 
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.api.base import BYTES, Api, ApiHandler, check_content_type
 from coordinator.domain.errors import RefusedError
 from coordinator.service.submitting import MAX_META_BYTES, Intake
 
+log = logging.getLogger(__name__)
+
 #: Uploads at a time; the next one is told to come again.
 MAX_UPLOADS: Final = 16
 #: The largest frame taken: fp32 of a model of 250 million parameters.
 MAX_BODY_BYTES: Final = 10**9 + MAX_META_BYTES
+#: A body has to bring this much in each stretch: 70 kbit/s, or it has stalled.
+STRETCH_BYTES: Final = 256 * 1024
+STRETCH_S: Final = 30.0
+#: ... and be here after this long.
+UPLOAD_S: Final = 3600.0
 
 
 class Uploads:
-    """How many bodies are on their way in."""
+    """How many bodies are on their way in, and how slowly one may come."""
 
-    def __init__(self, limit: int = MAX_UPLOADS) -> None:
+    def __init__(
+        self,
+        limit: int = MAX_UPLOADS,
+        *,
+        stretch_s: float = STRETCH_S,
+        stretch_bytes: int = STRETCH_BYTES,
+    ) -> None:
         self._limit = limit
         self._count = 0
+        self.stretch_s = stretch_s
+        self.stretch_bytes = stretch_bytes
 
     def enter(self) -> None:
         """Count one more. Raises RefusedError `busy`."""
@@ -41,9 +56,10 @@ class Uploads:
         self._count -= 1
 
 
-@stream_request_body
 class GradientHandler(ApiHandler):
     """One submission."""
+
+    max_body_bytes = MAX_BODY_BYTES
 
     # Tornado makes handlers through initialize(), not through a constructor.
     def initialize(self, api: Api, uploads: Uploads) -> None:  # type: ignore[override]
@@ -52,14 +68,37 @@ class GradientHandler(ApiHandler):
         self._uploads = uploads
         self._intake: Intake | None = None
         self._refused: RefusedError | None = None
+        self._num_bytes = 0
+        self._is_feeding = False
+        self._watch: asyncio.Task[None] | None = None
 
     async def prepare(self) -> None:
         """Check the key, the type and the room before any of the body is read."""
-        self.check_key()
+        await super().prepare()
         check_content_type(self.request.headers.get("Content-Type"), BYTES)
         self._uploads.enter()
         self._intake = Intake(self.api.fleet)
-        _set_limit(self.request)
+        connection: Any = self.request.connection
+        connection.set_body_timeout(UPLOAD_S)
+        self._watch = asyncio.create_task(self._cut_off_when_stalled())
+
+    async def _cut_off_when_stalled(self) -> None:
+        """Close the connection of a body that brings too little: others wait."""
+        before = 0
+        while True:
+            await asyncio.sleep(self._uploads.stretch_s)
+            # While we are the slow ones, nothing is read, whatever arrives.
+            if not self._is_feeding:
+                if self._num_bytes - before < self._uploads.stretch_bytes:
+                    break
+                before = self._num_bytes
+        log.warning(
+            "an upload has stalled after %d bytes and is cut off",
+            self._num_bytes,
+            extra={"event": "upload.stalled"},
+        )
+        connection: Any = self.request.connection
+        connection.stream.close()
 
     async def data_received(self, chunk: bytes) -> None:
         """Take the next bytes; after a refusal the rest is read and dropped.
@@ -67,12 +106,16 @@ class GradientHandler(ApiHandler):
         Answering in the middle of a body would reset the connection, and the
         worker would never see why.
         """
+        self._num_bytes += len(chunk)
         if self._intake is None or self._refused is not None:
             return
+        self._is_feeding = True
         try:
             await self._intake.feed(chunk)
         except RefusedError as error:
             self._refused = error
+        finally:
+            self._is_feeding = False
 
     async def post(self) -> None:
         """Answer once the submission is durable and accepted, or refused.
@@ -80,6 +123,7 @@ class GradientHandler(ApiHandler):
         What has begun here is finished whether or not the worker still listens: it
         will ask again, and then gets the answer that was stored.
         """
+        self._stop_watching()
         intake, self._intake = self._intake, None
         if intake is None:
             raise RefusedError(ErrorCode.BAD_REQUEST, "body is missing", field="body")
@@ -100,17 +144,16 @@ class GradientHandler(ApiHandler):
         """Remove what arrived of a body that broke off."""
         self._leave()
 
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+
     def _leave(self) -> None:
+        self._stop_watching()
         intake, self._intake = self._intake, None
         if intake is not None:
             self._uploads.leave()
             self._closing = asyncio.ensure_future(intake.close())
-
-
-def _set_limit(request: HTTPServerRequest) -> None:
-    """Allow this one route a large body."""
-    connection: Any = request.connection
-    connection.set_max_body_size(MAX_BODY_BYTES)
 
 
 def gradient_routes(

@@ -49,7 +49,7 @@ class WorkHandler(ApiHandler):
         fleet = self.api.fleet
         loop = asyncio.get_running_loop()
         until = loop.time() + LONG_POLL_S
-        while not self._gone:
+        while not (self._gone or fleet.is_stopping):
             bell = asyncio.ensure_future(fleet.work.wait(LONG_POLL_S))
             try:
                 task = await claim(fleet, request)
@@ -112,9 +112,11 @@ class EvaluationHandler(ApiHandler):
 class LogsHandler(ApiHandler):
     """`POST /logs`."""
 
+    max_body_bytes = MAX_LOGS_BYTES
+
     async def post(self) -> None:
         """Keep the records; answer 204."""
-        await take_logs(self.api.fleet, self.body(LogsRequest, MAX_LOGS_BYTES))
+        await take_logs(self.api.fleet, self.body(LogsRequest))
         self.set_status(204)
         self.finish()
 

@@ -40,6 +40,8 @@ async def claim(fleet: Fleet, request: ClaimRequest) -> Task | None:
     RefusedError: no_run, disk_low, unknown_worker.
     """
     fleet.the_manifest()
+    if fleet.is_stopping:
+        return None
     await _check_disk(fleet)
     now = fleet.clock.now()
     task = await fleet.store.write(

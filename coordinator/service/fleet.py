@@ -71,6 +71,8 @@ class Fleet:
     keep_versions: int
     #: The prepared corpus; None until there is one.
     manifest: Manifest | None = None
+    #: Set once the coordinator was told to stop: no more work is given out.
+    is_stopping: bool = False
     #: Rings when there may be something to claim.
     work: Bell = field(default_factory=Bell)
     #: Rings when a round may be ready to close.
@@ -85,6 +87,11 @@ class Fleet:
     async def off_loop(self, act: Callable[[], T]) -> T:
         """Run what takes long on the workbench, and wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self.workbench, act)
+
+    def stop_giving_out(self) -> None:
+        """Give out no more work, and answer those who wait for some."""
+        self.is_stopping = True
+        self.work.ring()
 
     def the_manifest(self) -> Manifest:
         """Return the manifest. Raises RefusedError `no_run` before there is one."""

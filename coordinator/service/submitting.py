@@ -10,9 +10,11 @@ same submission always gets the same answer.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from sqlalchemy import Connection
@@ -38,6 +40,8 @@ from coordinator.service.roster import plan_of
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind, Spool, Written
 from coordinator.store.rows import RunRow
+
+T = TypeVar("T")
 
 MAX_META_BYTES: Final = 8192
 _LENGTH_BYTES: Final = 4
@@ -124,9 +128,7 @@ class Intake:
         self._expected = await self._fleet.store.read(look)
         if self._expected is not None:
             blobs = self._fleet.blobs
-            self._spool = await self._fleet.off_loop(
-                lambda: blobs.spool(BlobKind.PAYLOAD)
-            )
+            self._spool = await self._on_disk(lambda: blobs.spool(BlobKind.PAYLOAD))
 
     async def _take_frame(self, piece: bytes) -> None:
         self._waiting += piece
@@ -146,7 +148,20 @@ class Intake:
                 self._spool.write(piece)
 
         if piece:
-            await self._fleet.off_loop(work)
+            await self._on_disk(work)
+
+    async def _on_disk(self, act: Callable[[], T]) -> T:
+        """Write off the loop. Raises RefusedError `disk_low` on a full disk."""
+        try:
+            return await self._fleet.off_loop(act)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RefusedError(
+                ErrorCode.DISK_LOW,
+                f"the data folder has no room for this submission: {error.strerror}",
+                retry_after_s=30.0,
+            ) from error
 
     async def _keep(
         self, spool: Spool, expected: _Expected, meta: SubmissionMeta
@@ -161,7 +176,7 @@ class Intake:
             expected.check_frame(spool.path.read_bytes(), meta)
             return blobs.keep(spool, BlobKind.PAYLOAD, name)
 
-        self._kept = await self._fleet.off_loop(work)
+        self._kept = await self._on_disk(work)
 
     async def _accept(self, meta: SubmissionMeta) -> tuple[SubmissionAnswer, bool]:
         now, kept, expected = self._fleet.clock.now(), self._kept, self._expected

@@ -367,3 +367,10 @@ def test_the_budget_and_the_size_are_in_whole_sequences(running: World):
     running.set_speed("w1", 1.99)
 
     assert size(running.claimed()) % SHAPE.seq_len == 0
+
+
+def test_a_coordinator_that_is_about_to_stop_gives_nothing_out(running: World):
+    running.fleet.stop_giving_out()
+
+    assert running.claim() is None
+    assert running.live_round().first_claim_at is None
