@@ -52,8 +52,6 @@ def allow_connections() -> int:
     files = wish if hard == resource.RLIM_INFINITY else min(wish, hard)
     if soft != resource.RLIM_INFINITY and soft < files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    else:
-        files = wish
     return max(16, (files - _OTHER_FILES) // _FILES_PER_CONNECTION)
 
 

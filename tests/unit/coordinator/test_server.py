@@ -207,19 +207,25 @@ def test_a_reader_that_takes_nothing_is_cut_off() -> None:
     run(story)
 
 
-def test_the_limit_of_open_files_is_raised_as_far_as_allowed() -> None:
+@pytest.mark.parametrize(
+    ("soft", "hard", "connections", "files"),
+    [(256, 1000, 420, 1000), (1000, 1000, 420, 1000), (64, 64, 16, 64)],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_allowed(
+    soft: int, hard: int, connections: int, files: int
+) -> None:
     program = (
         "import resource; from coordinator.server import allow_connections;"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 1000));"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}));"
         "print(allow_connections(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
     said = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert said.stdout.split() == ["420", "1000"]
+    assert said.stdout.split() == [str(connections), str(files)]
 
 
-def test_no_more_connections_are_taken_than_files_allow() -> None:
+def test_no_more_connections_are_taken_than_are_good() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         assert allow_connections() <= MAX_CONNECTIONS
