@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import secrets
@@ -223,7 +224,8 @@ async def _listen(
     lag: LoopLag,
 ) -> AsyncIterator[Listening]:
     """Serve HTTP and the control socket as long as the block runs."""
-    door = Door(fleet.store, fleet.clock, fleet.rng, secure=False)
+    mark = hashlib.sha256(b"session cookie" + fleet.secret).hexdigest()[:8]
+    door = Door(fleet.store, fleet.clock, fleet.rng, secure=False, mark=mark)
     live = _live_feed(settings, fleet, hub, feed, door)
     door.on_logout(live.clients.recheck)
     application = _application(settings, fleet, feed, lag, door, live)

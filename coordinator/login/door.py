@@ -42,7 +42,9 @@ class LoginRefused:
 class Door:
     """Lets operators in and out, and tells who is in."""
 
-    def __init__(self, db: Database, clock: Clock, rng: Rng, *, secure: bool) -> None:
+    def __init__(
+        self, db: Database, clock: Clock, rng: Rng, *, secure: bool, mark: str
+    ) -> None:
         self._db = db
         self._clock = clock
         self._rng = rng
@@ -52,7 +54,9 @@ class Door:
         self.secure = secure
         # A browser takes a __Host- cookie only over https and only from this very
         # host, so nobody next door can plant one.
-        self.cookie_name = "__Host-bitnet_session" if secure else "bitnet_session"
+        prefix = "__Host-" if secure else ""
+        # Cookies are kept by host, not by port: `mark` tells coordinators apart.
+        self.cookie_name = f"{prefix}bitnet_session_{mark}"
 
     def on_logout(self, act: Callable[[], None]) -> None:
         """Call `act` whenever a session has just ended."""

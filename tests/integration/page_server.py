@@ -41,6 +41,7 @@ from coordinator.store.tables import metadata, secrets, sessions
 
 T = TypeVar("T")
 
+SESSION = "bitnet_session_one"
 PASSWORD = "a right password"
 ALLOWED_HOSTS = frozenset({"trainer.lan"})
 TIMEOUT_S = 20.0
@@ -76,7 +77,10 @@ class MovableClock:
 class PageServer:
     """One server on a loopback port; `call` runs a function on its loop."""
 
-    def __init__(self, folder: Path, limits: SocketLimits, secure: bool) -> None:
+    def __init__(
+        self, folder: Path, limits: SocketLimits, secure: bool, mark: str
+    ) -> None:
+        self._mark = mark
         self.store = Store(folder / "fleet.db")
         self.store.write_now(lambda c: metadata.create_all(c, [sessions, secrets]))
         self.store.write_now(lambda c: keep_password_hash(c, _password_hash()))
@@ -95,7 +99,9 @@ class PageServer:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        door = Door(self.store, self.clock, SystemRng(), secure=self._secure)
+        door = Door(
+            self.store, self.clock, SystemRng(), secure=self._secure, mark=self._mark
+        )
         site = Site(door=door, allowed_hosts=ALLOWED_HOSTS, webui_folder=self._webui)
         self.feed = LiveFeed(
             hub=self.hub,
@@ -150,10 +156,15 @@ class PageServer:
 
 @contextlib.contextmanager
 def page_server(
-    folder: Path, limits: SocketLimits | None = None, *, secure: bool = False
+    folder: Path,
+    limits: SocketLimits | None = None,
+    *,
+    secure: bool = False,
+    mark: str = "one",
 ) -> Iterator[PageServer]:
     """Run a server as long as the block runs."""
-    server = PageServer(folder, limits or SocketLimits(), secure)
+    folder.mkdir(exist_ok=True)
+    server = PageServer(folder, limits or SocketLimits(), secure, mark)
     server.start()
     try:
         yield server

@@ -22,6 +22,7 @@ from coordinator.live.socket import (
 )
 from coordinator.login.sessions import IDLE_S
 from tests.integration.page_server import (
+    SESSION,
     TIMEOUT_S,
     Browser,
     PageServer,
@@ -255,7 +256,7 @@ def test_without_a_session_nobody_may_watch(server: PageServer) -> None:
     with Watcher(stranger) as watcher:
         assert watcher.status == 401
 
-    stranger.cookies["bitnet_session"] = "A" * 43
+    stranger.cookies[SESSION] = "A" * 43
     with Watcher(stranger) as watcher:
         assert watcher.status == 401
 

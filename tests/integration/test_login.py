@@ -12,13 +12,12 @@ from coordinator.login.sessions import ABSOLUTE_S, IDLE_S
 from coordinator.login.throttle import MAX_TRIES, WINDOW_S
 from tests.integration.page_server import (
     PASSWORD,
+    SESSION,
     Browser,
     PageServer,
     Watcher,
     page_server,
 )
-
-SESSION = "bitnet_session"
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def test_behind_https_both_cookies_belong_to_this_host_alone(tmp_path: Path) -> 
 
     for cookie in (
         form.cookies["__Host-bitnet_xsrf"],
-        answer.cookies["__Host-bitnet_session"],
+        answer.cookies[f"__Host-{SESSION}"],
     ):
         assert cookie["secure"]
         assert cookie["path"] == "/"
@@ -137,6 +136,19 @@ def test_a_login_gives_a_new_session_and_ends_the_one_brought_along(
     assert victim.get("/admin/dashboard").status == 200
     assert thief.get("/admin/dashboard").status == 302
     assert server.num_sessions() == 1
+
+
+def test_two_coordinators_of_one_machine_do_not_log_each_other_out(
+    server: PageServer, tmp_path: Path
+) -> None:
+    browser = Browser(server)
+    browser.log_in()
+    with page_server(tmp_path / "other", mark="two") as other:
+        browser.server = other
+        browser.log_in()
+        assert browser.get("/admin/dashboard").status == 200
+        browser.server = server
+        assert browser.get("/admin/dashboard").status == 200
 
 
 def test_a_planted_session_id_is_not_taken_over(server: PageServer) -> None:
