@@ -16,6 +16,7 @@ from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Manifest
 from coordinator.domain.seams import Clock, Fs, Rng
+from coordinator.service.shard_check import Stamp
 from coordinator.store.blobs import Blobs
 from coordinator.store.engine import Store
 
@@ -71,6 +72,8 @@ class Fleet:
     keep_versions: int
     #: The prepared corpus; None until there is one.
     manifest: Manifest | None = None
+    #: What the shards of the manifest were like when they were hashed, by id.
+    shard_stamps: dict[str, Stamp] = field(default_factory=dict)
     #: Rings when there may be something to claim.
     work: Bell = field(default_factory=Bell)
     #: Rings when a round may be ready to close.
