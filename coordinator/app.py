@@ -81,16 +81,15 @@ class Listening:
 def open_fleet(settings: CoordinatorSettings, on_event: OnEvent) -> Iterator[Fleet]:
     """Open the data folder under its lock. Blocking; raises StartError."""
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = DataLock(settings.data)
-    store = Store(settings.data / DATABASE_NAME)
-    workbench = ThreadPoolExecutor(_NUM_BENCHES, thread_name_prefix="workbench")
-    try:
+    with contextlib.ExitStack() as opened:
+        opened.callback(DataLock(settings.data).close)
+        store = Store(settings.data / DATABASE_NAME)
+        opened.callback(store.close)
+        workbench = ThreadPoolExecutor(_NUM_BENCHES, thread_name_prefix="workbench")
+        opened.callback(workbench.shutdown)
         store.write_now(migrate)
-        yield _make_fleet(settings, store, workbench, on_event)
-    finally:
-        workbench.shutdown()
-        store.close()
-        lock.close()
+        fleet = _make_fleet(settings, store, workbench, on_event)
+        yield opened.enter_context(contextlib.closing(fleet))
 
 
 def _make_fleet(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
@@ -74,12 +75,18 @@ class Fleet:
     manifest: Manifest | None = None
     #: What the shards of the manifest were like when they were hashed, by id.
     shard_stamps: dict[str, Stamp] = field(default_factory=dict)
+    #: Keeps the prepared corpus from being replaced, until it is closed.
+    corpus_held: ExitStack = field(default_factory=ExitStack)
     #: Rings when there may be something to claim.
     work: Bell = field(default_factory=Bell)
     #: Rings when a round may be ready to close.
     round_ready: Bell = field(default_factory=Bell)
     #: Rings when the page should look again.
     changed: Bell = field(default_factory=Bell)
+
+    def close(self) -> None:
+        """Let go of the corpus."""
+        self.corpus_held.close()
 
     def publish(self, kind: str, body: object) -> None:
         """Tell the live feed; to be called on the loop, after the commit."""
