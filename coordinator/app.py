@@ -35,16 +35,12 @@ from coordinator.login.handlers import Site, page_routes, page_settings
 from coordinator.login.hosts import host_allowed
 from coordinator.login.passwords import ensure_admin_password
 from coordinator.server import Server, allow_connections
+from coordinator.service.adopting import adopt_corpus
 from coordinator.service.closing import RoundCloser
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet, OnEvent
 from coordinator.service.lag import LoopLag
-from coordinator.service.starting import (
-    RunSettings,
-    ensure_run,
-    load_corpus,
-    reconcile,
-)
+from coordinator.service.starting import RunSettings, reconcile
 from coordinator.service.sweeping import (
     CLOCK_FACT,
     CLOCK_S,
@@ -83,16 +79,15 @@ class Listening:
 def open_fleet(settings: CoordinatorSettings, on_event: OnEvent) -> Iterator[Fleet]:
     """Open the data folder under its lock. Blocking; raises StartError."""
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = DataLock(settings.data)
-    store = Store(settings.data / DATABASE_NAME)
-    workbench = ThreadPoolExecutor(_NUM_BENCHES, thread_name_prefix="workbench")
-    try:
+    with contextlib.ExitStack() as opened:
+        opened.callback(DataLock(settings.data).close)
+        store = Store(settings.data / DATABASE_NAME)
+        opened.callback(store.close)
+        workbench = ThreadPoolExecutor(_NUM_BENCHES, thread_name_prefix="workbench")
+        opened.callback(workbench.shutdown)
         store.write_now(migrate)
-        yield _make_fleet(settings, store, workbench, on_event)
-    finally:
-        workbench.shutdown()
-        store.close()
-        lock.close()
+        fleet = _make_fleet(settings, store, workbench, on_event)
+        yield opened.enter_context(contextlib.closing(fleet))
 
 
 def _make_fleet(
@@ -105,7 +100,7 @@ def _make_fleet(
     stored = store.read_now(lambda connection: workers.fact(connection, CLOCK_FACT))
     fresh = rng.token(32)
     secret = store.write_now(lambda c: workers.server_secret(c, fresh))
-    fleet = Fleet(
+    return Fleet(
         store=store,
         blobs=Blobs(settings.data, fs, rng),
         fs=fs,
@@ -118,8 +113,6 @@ def _make_fleet(
         heartbeat_s=settings.heartbeat_s,
         keep_versions=settings.keep_versions,
     )
-    load_corpus(fleet)
-    return fleet
 
 
 def run_settings(settings: CoordinatorSettings) -> RunSettings:
@@ -161,7 +154,7 @@ async def serve(
     with _bound(settings) as sockets, open_fleet(settings, hub.publish) as fleet:
         new_run = run_settings(settings)
         await asyncio.to_thread(reconcile, fleet)
-        await asyncio.to_thread(ensure_run, fleet, new_run)
+        await asyncio.to_thread(adopt_corpus, fleet, new_run)
         lag = LoopLag(fleet.clock)
         feed = Feed(fleet, lag, insecure_http=not settings.is_loopback)
         async with _listen(settings, sockets, fleet, hub, feed, lag) as listening:

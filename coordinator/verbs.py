@@ -13,10 +13,15 @@ import time
 from sqlalchemy import Connection
 
 from coordinator.app import DATABASE_NAME, open_fleet, run_settings
-from coordinator.control import Command, ask, obey
+from coordinator.control import Command, Seed, ask, obey
 from coordinator.service.corpus import Recipe, Stage, prepare_corpus
 from coordinator.service.fleet import RUNNING
-from coordinator.service.starting import ensure_run, reconcile
+from coordinator.service.starting import (
+    check_corpus,
+    ensure_run,
+    load_corpus,
+    reconcile,
+)
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import runs
 from coordinator.store.engine import read_once
@@ -32,8 +37,13 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
         return said
     with open_fleet(settings, _tell_nobody) as fleet:
         reconcile(fleet)
-        if fleet.store.read_now(runs.newest_run) is None:
-            ensure_run(fleet, run_settings(settings))
+        fleet.manifest = load_corpus(fleet.corpus)
+        run = fleet.store.read_now(runs.newest_run)
+        if run is None:
+            ensure_run(fleet, fleet.manifest, run_settings(settings))
+        elif isinstance(wish, Seed):
+            # Tasks on another text could never be trained.
+            check_corpus(run, fleet.manifest, fleet.corpus)
         return asyncio.run(obey(fleet, wish))
 
 

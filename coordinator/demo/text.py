@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,8 @@ def prepare(corpus: Path, source: Path | None) -> Manifest:
     """Return the manifest of the prepared corpus; prepares it the first time.
 
     `source` is a folder of text, linked file by file: nothing is written there.
-    Raises StartError when a later run names another one, FleetError for bad text.
+    Raises StartError when a later run names another one, FleetError for bad text; a
+    preparation that failed or was interrupted leaves nothing that a later run uses.
     """
     wanted = "docstrings" if source is None else str(source.resolve())
     note = corpus.with_name("corpus-source")
@@ -28,13 +30,30 @@ def prepare(corpus: Path, source: Path | None) -> Manifest:
     if manifest.exists():
         _check_same(note, wanted)
         return load_manifest(manifest)
-    if not corpus.exists():
+    if corpus.exists():
+        raise StartError(
+            f"{corpus} holds no prepared corpus: remove it, or name another STATE "
+            "folder"
+        )
+    return _prepare(corpus, source, note, wanted)
+
+
+def _prepare(corpus: Path, source: Path | None, note: Path, wanted: str) -> Manifest:
+    """Prepare beside the corpus folder, which appears when all is done."""
+    fresh = corpus.with_name(f".{corpus.name}-new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
         if source is None:
-            write_demo_text(corpus)
+            write_demo_text(fresh)
         else:
-            _link(source, corpus)
-    note.write_text(wanted)
-    return prepare_corpus(corpus, Recipe(vocab_size=VOCAB_SIZE), now=time.time())
+            _link(source, fresh)
+        recipe = Recipe(vocab_size=VOCAB_SIZE)
+        manifest = prepare_corpus(fresh, recipe, now=time.time())
+        note.write_text(wanted)
+        fresh.rename(corpus)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return manifest
 
 
 def _check_same(note: Path, wanted: str) -> None:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -24,6 +25,7 @@ from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.returning import expire_overdue
 from coordinator.service.roster import heartbeat_s, known_worker, plan_of
 from coordinator.service.seeding import budget_left, task_id
+from coordinator.service.stretches import P, next_in_corpus
 from coordinator.store import rounds, runs, tasks, versions, workers
 from coordinator.store.rows import RoundRow, RunRow, TaskRow, WorkerRow
 
@@ -102,9 +104,7 @@ class _Claim:
 
     def _lease_next(self, run: RunRow, worker: WorkerRow) -> Task | None:
         plan = plan_of(run)
-        evaluation = tasks.next_pending(
-            self._connection, run_id=run.run_id, kind=TaskKind.EVALUATE, now=self._now
-        )
+        evaluation = self._next_pending(run, TaskKind.EVALUATE)
         if evaluation and self._now - evaluation.created_at > plan.round_s:
             return self._lease(run, worker, evaluation, None)
         live = rounds.live_round(self._connection, run.run_id)
@@ -115,6 +115,24 @@ class _Claim:
         if evaluation is not None:
             return self._lease(run, worker, evaluation, None)
         return None
+
+    def _next_pending(
+        self, run: RunRow, kind: TaskKind, round_id: int | None = None
+    ) -> TaskRow | None:
+        def find() -> TaskRow | None:
+            return tasks.next_pending(
+                self._connection,
+                run_id=run.run_id,
+                kind=kind,
+                now=self._now,
+                round_id=round_id,
+            )
+
+        return self._in_corpus(run, find)
+
+    def _in_corpus(self, run: RunRow, find: Callable[[], P | None]) -> P | None:
+        manifest = self._fleet.the_manifest()
+        return next_in_corpus(self._connection, run, manifest, find, self._now)
 
     def _may_join(self, live: RoundRow, worker: WorkerRow) -> bool:
         if live.state != "open" or live.first_submission_at is not None:
@@ -129,13 +147,7 @@ class _Claim:
         size, most = self._size(run, plan, live, worker), self._allowed(run)
         if size is None or most == 0:
             return None
-        given_back = tasks.next_pending(
-            self._connection,
-            run_id=run.run_id,
-            kind=TaskKind.TRAIN,
-            now=self._now,
-            round_id=live.round_id,
-        )
+        given_back = self._next_pending(run, TaskKind.TRAIN, live.round_id)
         if given_back is not None:
             return self._divide(given_back, size, most)
         return self._cut(run, size, most)
@@ -190,7 +202,9 @@ class _Claim:
 
     def _cut(self, run: RunRow, size: int, most: int) -> TaskRow | None:
         """Return a new pending task from the front of the next range."""
-        piece = runs.next_range(self._connection, run.run_id)
+        piece = self._in_corpus(
+            run, lambda: runs.next_range(self._connection, run.run_id)
+        )
         if piece is None:
             return None
         taken = min(sizing.cut(piece.num_tokens, size), most)

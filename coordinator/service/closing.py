@@ -263,7 +263,7 @@ def _open_next(
         add_evaluation(
             connection, run, manifest, version=version, now=now, rng=fleet.rng
         )
-    add_epoch_if_done(connection, run, manifest)
+    add_epoch_if_done(connection, run, manifest, now)
 
 
 def _filter(connection: Connection, closing: _Closing, now: float) -> None:

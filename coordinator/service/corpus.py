@@ -39,6 +39,7 @@ from coordinator.service.byte_tokenizer import (
     MIN_VOCAB_SIZE,
     ByteTokenizer,
 )
+from coordinator.service.corpus_lock import CorpusInUseError, replacing
 from coordinator.service.documents import (
     TOKENIZED,
     CorpusError,
@@ -56,10 +57,6 @@ _OLD: Final = ".tokenized-old"
 _PIECE_CHARS: Final = 1 << 18
 # A character of UTF-8 has at most 4 bytes, and a byte is at most one token.
 _MAX_TOKENS_PER_CHAR: Final = 4
-
-
-class CorpusInUseError(CorpusError):
-    """A running run trains on the prepared corpus, so it must stay."""
 
 
 class Stage(StrEnum):
@@ -130,28 +127,34 @@ def prepare_corpus(
     What lay there is replaced at the end, when all is durable; until then, and
     after any error, it stays as it was. `now` (Unix seconds) is only recorded.
 
-    Raises CorpusInUseError when the prepared corpus is the one of `protected_hash`
-    (the `corpus_sha256` of the running run); ManifestError when it cannot be told
-    whether it is; CorpusError naming the file for a missing or empty folder, text
-    that is not UTF-8, too little text, or a full disk.
+    Raises CorpusInUseError when a coordinator uses the prepared corpus, or when it is
+    the one of `protected_hash` (the `corpus_sha256` of the running run);
+    ManifestError when it cannot be told whether it is; CorpusError naming the file
+    for a missing or empty folder, text that is not UTF-8, too little text, or a full
+    disk.
     """
     tell = progress or _tell_nobody
     with _exclusive(corpus):
         _restore(corpus)
         _refuse_in_use(corpus, protected_hash)
-        documents = find_documents(corpus, partial(tell, Stage.READING))
-        training, held_out = split(
-            documents,
-            seed=recipe.seed,
-            held_out_bytes=recipe.held_out_bytes,
-            held_out_share=recipe.held_out_share,
-        )
-        fresh = _fresh_folder(corpus)
-        try:
-            manifest = _write_all(fresh, training, held_out, recipe, now, tell)
-            _swap_in(corpus, fresh)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+        with replacing(tokenized_folder(corpus)):
+            return _prepare(corpus, recipe, now, tell)
+
+
+def _prepare(corpus: Path, recipe: Recipe, now: float, tell: Progress) -> Manifest:
+    documents = find_documents(corpus, partial(tell, Stage.READING))
+    training, held_out = split(
+        documents,
+        seed=recipe.seed,
+        held_out_bytes=recipe.held_out_bytes,
+        held_out_share=recipe.held_out_share,
+    )
+    fresh = _fresh_folder(corpus)
+    try:
+        manifest = _write_all(fresh, training, held_out, recipe, now, tell)
+        _swap_in(corpus, fresh)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return manifest
 
 

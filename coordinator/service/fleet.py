@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
@@ -16,6 +17,7 @@ from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Manifest
 from coordinator.domain.seams import Clock, Fs, Rng
+from coordinator.service.shard_check import Stamp
 from coordinator.store.blobs import Blobs
 from coordinator.store.engine import Store
 
@@ -73,12 +75,20 @@ class Fleet:
     manifest: Manifest | None = None
     #: Set once the coordinator was told to stop: no more work is given out.
     is_stopping: bool = False
+    #: What the shards of the manifest were like when they were hashed, by id.
+    shard_stamps: dict[str, Stamp] = field(default_factory=dict)
+    #: Keeps the prepared corpus from being replaced, until it is closed.
+    corpus_held: ExitStack = field(default_factory=ExitStack)
     #: Rings when there may be something to claim.
     work: Bell = field(default_factory=Bell)
     #: Rings when a round may be ready to close.
     round_ready: Bell = field(default_factory=Bell)
     #: Rings when the page should look again.
     changed: Bell = field(default_factory=Bell)
+
+    def close(self) -> None:
+        """Let go of the corpus."""
+        self.corpus_held.close()
 
     def publish(self, kind: str, body: object) -> None:
         """Tell the live feed; to be called on the loop, after the commit."""

@@ -14,9 +14,9 @@ from coordinator.domain.eta import estimate
 from coordinator.domain.verdicts import WorkerFacts, verdict
 from coordinator.service.closing import version_point
 from coordinator.service.evaluating import evaluation_point
-from coordinator.service.fleet import FINISHED, Fleet
+from coordinator.service.fleet import FINISHED, RUNNING, Fleet
 from coordinator.service.roster import heartbeat_s, plan_of
-from coordinator.service.seeding import budget_left
+from coordinator.service.seeding import budget_left, is_stalled
 from coordinator.service.view import (
     EtaView,
     EvaluationPoint,
@@ -40,6 +40,10 @@ NUM_FAILED: Final = 5
 
 _NO_CORPUS: Final = "There is no corpus yet.\nbitnet-coordinator tokenize-corpus"
 _NO_TASKS: Final = "There is nothing to train yet.\nbitnet-coordinator seed-real-tasks"
+_ALL_FAILED: Final = (
+    "No task of epoch {epoch} was accepted, so no other epoch was begun. See why tasks "
+    "failed, then add one.\nbitnet-coordinator seed-real-tasks"
+)
 
 
 def look(
@@ -72,7 +76,7 @@ def look(
     return FleetView(
         package_version=package_version("bitnet-fleet"),
         insecure_http=insecure_http,
-        missing=_NO_TASKS if run.epoch == 0 else None,
+        missing=_missing(connection, run),
         run=_run(connection, fleet, run, now),
         round=_round(connection, run, lanes, held),
         tasks=_tasks(connection, run),
@@ -81,6 +85,15 @@ def look(
         versions=_versions(connection, run) if history else [],
         evaluations=_evaluations(connection, run) if history else [],
     )
+
+
+def _missing(connection: Connection, run: RunRow) -> str | None:
+    """Return what an operator has to do before training can begin, or go on."""
+    if run.epoch == 0:
+        return _NO_TASKS
+    if run.state == RUNNING and is_stalled(connection, run):
+        return _ALL_FAILED.format(epoch=run.epoch)
+    return None
 
 
 def _run(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> RunView:

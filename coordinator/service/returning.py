@@ -6,6 +6,8 @@ attempt. What became of its round is decided in the same transaction.
 
 from __future__ import annotations
 
+import logging
+
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.messages import FailRequest, ReleaseRequest, TaskAnswer
@@ -16,6 +18,8 @@ from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.rows import TaskRow
+
+log = logging.getLogger(__name__)
 
 
 async def release(fleet: Fleet, task_id: str, request: ReleaseRequest) -> TaskAnswer:
@@ -55,7 +59,7 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
         task = held_task(connection, task_id, request.lease_id, now)
         reason = f"{request.code}: {request.message}"
         rest_s = leases.backoff_s(task.attempt, fleet.rng.uniform(0.0, 1.0))
-        state = _attempt_lost(connection, task, reason, now, rest_s)
+        state = _attempt_lost(connection, task, "failed", reason, now, rest_s)
         _after(connection, fleet, task, "failed", now)
         return TaskAnswer(task_id=task.task_id, state=state)
 
@@ -81,7 +85,7 @@ def expire_overdue(connection: Connection, fleet: Fleet, now: float) -> int:
     for task in late:
         silent = (task.expires_at or 0.0) <= now
         reason = "lease expired" if silent else "took three times its prediction"
-        _attempt_lost(connection, task, reason, now, 0.0)
+        _attempt_lost(connection, task, "expired", reason, now, 0.0)
         _after(connection, fleet, task, "expired", now)
     return len(late)
 
@@ -142,12 +146,29 @@ def settle_round(connection: Connection, round_id: int) -> bool:
 
 
 def _attempt_lost(
-    connection: Connection, task: TaskRow, reason: str, now: float, rest_s: float
+    connection: Connection,
+    task: TaskRow,
+    outcome: str,
+    reason: str,
+    now: float,
+    rest_s: float,
 ) -> TaskState:
     """Put the task back, to rest for `rest_s`, or give it up after the last attempt."""
     if task.lease_worker_id is not None:
         workers.count_failure(connection, task.lease_worker_id)
+    about = {
+        "task_id": task.task_id,
+        "worker_id": task.lease_worker_id,
+        "attempt": task.attempt,
+        "reason": reason,
+    }
+    log.warning(
+        "a task was not done: %s", reason, extra={"event": f"lease.{outcome}", **about}
+    )
     if task.attempt >= leases.MAX_ATTEMPTS:
+        log.error(
+            "a task is given up: %s", reason, extra={"event": "task.failed", **about}
+        )
         tasks.fail_task(connection, task.task_id, reason=reason, now=now)
         return TaskState.FAILED
     tasks.return_task(
@@ -183,7 +204,7 @@ def _after(
     settle_round(connection, task.round_id)
     run = runs.newest_run(connection)
     if run is not None and run.state == RUNNING:
-        add_epoch_if_done(connection, run, fleet.the_manifest())
+        add_epoch_if_done(connection, run, fleet.the_manifest(), now)
 
 
 def _ring(fleet: Fleet) -> None:

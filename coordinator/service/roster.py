@@ -25,6 +25,7 @@ async def register(fleet: Fleet, request: RegisterRequest) -> RegisterAnswer:
     no_run, rate_limited (too many workers).
     """
     _check_protocol(request)
+    fleet.the_manifest()
     now = fleet.clock.now()
     answer = await fleet.store.write(
         lambda connection: _register(connection, fleet, request, now)

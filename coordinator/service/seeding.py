@@ -5,13 +5,17 @@ All functions run inside the caller's transaction.
 
 from __future__ import annotations
 
+import logging
+
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.verdicts import TaskKind
 from coordinator.domain.manifest import Manifest
 from coordinator.domain.seams import Rng
-from coordinator.store import runs, tasks
+from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.rows import RunRow
+
+log = logging.getLogger(__name__)
 
 
 def task_id(rng: Rng) -> str:
@@ -71,19 +75,44 @@ def add_fixed_tasks(
     return count
 
 
-def add_epoch_if_done(connection: Connection, run: RunRow, manifest: Manifest) -> bool:
+def add_epoch_if_done(
+    connection: Connection, run: RunRow, manifest: Manifest, now: float
+) -> bool:
     """Begin the next epoch where this one has nothing left and budget remains.
 
-    Tasks that were given up do not hold it up; they stay reported as failed.
+    Tasks that were given up do not hold it up; they stay reported as failed. Where
+    all of them were, the next would fare no better: it has to be seeded by hand.
     """
+    if not _has_ended(connection, run):
+        return False
+    if is_stalled(connection, run):
+        log.error(
+            "no task of epoch %d was accepted: training stops until "
+            "seed-real-tasks adds another",
+            run.epoch,
+            extra={"event": "epoch.failed", "run_id": run.run_id, "epoch": run.epoch},
+        )
+        body = {"run_id": run.run_id, "epoch": run.epoch}
+        workers.add_event(connection, at=now, kind="epoch.failed", body=body)
+        return False
+    add_epoch(connection, run, manifest)
+    return True
+
+
+def is_stalled(connection: Connection, run: RunRow) -> bool:
+    """Return whether an epoch has ended of which nothing was accepted."""
+    return _has_ended(connection, run) and not rounds.epoch_tokens_accepted(
+        connection, run.run_id, run.epoch
+    )
+
+
+def _has_ended(connection: Connection, run: RunRow) -> bool:
+    """Return whether there was an epoch, nothing of it is left, and budget is."""
     if run.epoch == 0 or budget_left(run) == 0:
         return False
     if runs.range_tokens(connection, run.run_id):
         return False
-    if tasks.count_unfinished(connection, run.run_id, TaskKind.TRAIN):
-        return False
-    add_epoch(connection, run, manifest)
-    return True
+    return not tasks.count_unfinished(connection, run.run_id, TaskKind.TRAIN)
 
 
 def budget_left(run: RunRow) -> int | None:

@@ -8,6 +8,7 @@ from typing import BinaryIO, Final
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.service.fleet import Fleet
+from coordinator.service.shard_check import Stamp, stamp_of
 from coordinator.service.shard_files import find_shard
 from coordinator.store.blobs import BlobKind, version_blob
 from coordinator.store.versions import find_version
@@ -46,15 +47,26 @@ async def open_weights(fleet: Fleet, version: int) -> Source:
 
 
 async def open_shard(fleet: Fleet, shard_id: str) -> Source:
-    """Open the file of a shard. Raises RefusedError `unknown_shard`."""
+    """Open the file of a shard.
+
+    Raises RefusedError `unknown_shard`, also for a shard of the run whose file is not
+    what it was when it was hashed.
+    """
 
     def open_it() -> Source:
         found = find_shard(fleet.corpus, shard_id)
+        file = fleet.fs.open(found.path)
+        stamp = stamp_of(file)
+        try:
+            sha256 = _known_hash(fleet, shard_id, stamp)
+        except RefusedError:
+            file.close()
+            raise
         return Source(
-            file=fleet.fs.open(found.path),
-            num_bytes=found.num_bytes,
+            file=file,
+            num_bytes=stamp.num_bytes,
             content_type=found.content_type,
-            sha256=_known_hash(fleet, shard_id, found.content_type),
+            sha256=sha256,
         )
 
     return await fleet.off_loop(open_it)
@@ -68,6 +80,18 @@ def _unknown(version: int) -> RefusedError:
     )
 
 
-def _known_hash(fleet: Fleet, shard_id: str, content_type: str) -> str | None:
+def _known_hash(fleet: Fleet, shard_id: str, stamp: Stamp) -> str | None:
+    """Return the hash of a shard of the run; None of another file of the corpus."""
+    checked = fleet.shard_stamps.get(shard_id)
     shard = None if fleet.manifest is None else fleet.manifest.shard(shard_id)
-    return shard.sha256 if shard is not None and content_type == BYTES else None
+    if shard is None or checked is None:
+        return None
+    if checked != stamp:
+        raise RefusedError(
+            ErrorCode.UNKNOWN_SHARD,
+            f"shard_id {shard_id} names a file that changed on disk since it was "
+            f"hashed: from {checked} to {stamp}; restore it and restart the "
+            f"coordinator",
+            field="shard_id",
+        )
+    return shard.sha256

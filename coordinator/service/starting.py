@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -59,11 +60,10 @@ class RunSettings:
     token_budget: int | None = None
 
 
-def load_corpus(fleet: Fleet) -> None:
+def load_corpus(folder: Path) -> Manifest | None:
     """Read the manifest, where there is one. Raises ManifestError for a bad one."""
-    path = tokenized_folder(fleet.corpus) / MANIFEST_NAME
-    if path.exists():
-        fleet.manifest = load_manifest(path)
+    path = tokenized_folder(folder) / MANIFEST_NAME
+    return load_manifest(path) if path.exists() else None
 
 
 def reconcile(fleet: Fleet) -> None:
@@ -87,32 +87,38 @@ def reconcile(fleet: Fleet) -> None:
 
 
 def ensure_run(
-    fleet: Fleet, settings: RunSettings, initial: Initial = initial_weights
+    fleet: Fleet,
+    manifest: Manifest | None,
+    settings: RunSettings,
+    initial: Initial = initial_weights,
 ) -> bool:
-    """Make the run where there is none, or where it no longer fits. Blocking.
+    """Make the run of a corpus where there is none, or where it no longer fits.
 
-    Returns whether one was made. Raises StartError when the corpus is not the one
-    that the run was started with.
+    Blocking. Returns whether one was made. Raises StartError when the corpus is not
+    the one that the run was started with.
     """
     run = fleet.store.read_now(runs.newest_run)
-    if fleet.manifest is None:
+    if manifest is None:
         if run is not None:
-            raise StartError(
-                f"run {run.run_id} trains on a corpus that is not in {fleet.corpus}: "
-                f"put it back, or name its folder"
-            )
+            check_corpus(run, manifest, fleet.corpus)
         return False
     preset = settings.preset or (DEFAULT_PRESET if run is None else run.preset)
-    shape = preset_shape(preset, vocab_size=fleet.manifest.vocab_size)
+    shape = preset_shape(preset, vocab_size=manifest.vocab_size)
     if run is not None and run.layout_hash == layout_hash(shape).hex():
-        _check_corpus(run, fleet.manifest)
+        check_corpus(run, manifest, fleet.corpus)
         return False
     settings = replace(settings, preset=preset)
-    _make_run(fleet, settings, fleet.manifest, shape, initial, replaces=run)
+    _make_run(fleet, settings, manifest, shape, initial, replaces=run)
     return True
 
 
-def _check_corpus(run: RunRow, manifest: Manifest) -> None:
+def check_corpus(run: RunRow, manifest: Manifest | None, folder: Path) -> None:
+    """Raise StartError unless the corpus in `folder` is the one of a run."""
+    if manifest is None:
+        raise StartError(
+            f"run {run.run_id} trains on a corpus that is not in {folder}: "
+            f"put it back, or name its folder"
+        )
     if run.corpus_hash != manifest.corpus_sha256:
         raise StartError(
             f"run {run.run_id} trains on corpus {run.corpus_hash[:12]}, the corpus "

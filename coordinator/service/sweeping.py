@@ -10,10 +10,12 @@ from typing import Final
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.verdicts import TaskState
+from coordinator.domain.errors import FleetError
+from coordinator.service.adopting import adopt_corpus
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
 from coordinator.service.returning import sweep_leases
 from coordinator.service.seeding import add_evaluation, budget_left
-from coordinator.service.starting import RunSettings, ensure_run, load_corpus
+from coordinator.service.starting import RunSettings
 from coordinator.store import rounds, runs, tasks, versions, workers
 from coordinator.store.rows import RunRow
 
@@ -53,11 +55,14 @@ async def keep_clock(fleet: Fleet) -> None:
 
 
 async def _look_for_corpus(fleet: Fleet, settings: RunSettings) -> None:
-    loop = asyncio.get_running_loop()
-    # On the default executor: `ensure_run` waits for the store and for the disk.
-    await loop.run_in_executor(None, load_corpus, fleet)
-    if fleet.manifest is not None:
-        await loop.run_in_executor(None, ensure_run, fleet, settings)
+    """Take a corpus that has appeared; what fails is tried again at the next sweep."""
+    try:
+        # In a thread of its own: it waits for the store and for the disk.
+        found = await asyncio.to_thread(adopt_corpus, fleet, settings)
+    except (FleetError, OSError) as error:
+        log.error("no run yet: %s", error, extra={"event": "corpus.refused"})
+        return
+    if found:
         fleet.work.ring()
         fleet.changed.ring()
 

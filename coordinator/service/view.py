@@ -171,7 +171,7 @@ class FleetView(View, frozen=True, kw_only=True):
     package_version: str
     #: True where the page is served over plain HTTP beyond loopback.
     insecure_http: bool
-    #: What to do before training can begin; None once there is a run.
+    #: What to do before training can begin, or go on; None while it can.
     missing: str | None
     run: RunView | None
     round: RoundView | None

@@ -96,6 +96,18 @@ def range_tokens(connection: Connection, run_id: str) -> int:
     )
 
 
+def drop_beyond(connection: Connection, run_id: str, *, shard_id: str, end: int) -> int:
+    """Forget ranges of a shard that go beyond `end`; return how many."""
+    done = connection.execute(
+        ranges.delete().where(
+            ranges.c.run_id == run_id,
+            ranges.c.shard_id == shard_id,
+            ranges.c.start_token + ranges.c.num_tokens > end,
+        )
+    )
+    return done.rowcount
+
+
 def drop_ranges(connection: Connection, run_id: str) -> None:
     """Forget what was left of a run that has ended."""
     connection.execute(ranges.delete().where(ranges.c.run_id == run_id))

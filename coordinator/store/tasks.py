@@ -192,6 +192,29 @@ def fail_task(connection: Connection, task_id: str, *, reason: str, now: float) 
     _leave(connection, task_id, state=TaskState.FAILED, reason=reason, done_at=now)
 
 
+def fail_beyond(
+    connection: Connection,
+    run_id: str,
+    *,
+    shard_id: str,
+    end: int,
+    reason: str,
+    now: float,
+) -> int:
+    """Give up pending tasks whose stretch goes beyond `end`; return how many."""
+    done = connection.execute(
+        update(tasks)
+        .where(
+            tasks.c.run_id == run_id,
+            tasks.c.state == TaskState.PENDING,
+            tasks.c.shard_id == shard_id,
+            tasks.c.start_token + tasks.c.num_tokens > end,
+        )
+        .values(state=TaskState.FAILED, reason=reason, done_at=now)
+    )
+    return done.rowcount
+
+
 def _leave(connection: Connection, task_id: str, **columns: Any) -> None:
     done = connection.execute(
         update(tasks)

@@ -26,7 +26,8 @@ from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.app import open_fleet, run_settings
 from coordinator.control import Seed
 from coordinator.domain.manifest import Manifest
-from coordinator.service.starting import ensure_run, reconcile
+from coordinator.service.adopting import adopt_corpus
+from coordinator.service.starting import reconcile
 from coordinator.settings import CoordinatorSettings
 from tests.integration.fleet import (
     KEY,
@@ -70,7 +71,7 @@ def begin_at_zero(process: CoordinatorProcess) -> None:
 
     with open_fleet(settings, lambda *_: None) as fleet:
         reconcile(fleet)
-        assert ensure_run(fleet, run_settings(settings), zeros)
+        assert adopt_corpus(fleet, run_settings(settings), zeros)
 
 
 class Teller:

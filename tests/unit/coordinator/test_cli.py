@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli import main
+from coordinator.domain.manifest import load_manifest
 from coordinator.settings import PREFIX
 from coordinator.store.lock import DataLock
 from tests.unit.coordinator.fleets import write_corpus
@@ -80,6 +81,30 @@ def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):
     assert timed == "training for 60 s more\n"
     assert ever == "training until the token budget is used up\n"
     assert reset == "reset acknowledged\n"
+
+
+def test_an_epoch_on_another_corpus_is_refused_and_the_run_stays(
+    capsys, folders, tmp_path
+):
+    said(capsys, "seed-real-tasks", *folders)
+    first = load_manifest(tmp_path / "corpus/tokenized/manifest.json")
+    other = write_corpus(tmp_path / "corpus", sizes=(999, 600, 300))
+
+    line = refused(capsys, "seed-real-tasks", *folders, "300")
+
+    assert first.corpus_sha256[:12] in line
+    assert other.corpus_sha256[:12] in line
+    write_corpus(tmp_path / "corpus")
+    again = said(capsys, "seed-real-tasks", *folders)
+    assert again == "epoch 2: 1504 tokens, tasks cut at claim\n"
+
+
+def test_an_epoch_without_its_corpus_is_refused(capsys, folders, tmp_path):
+    said(capsys, "seed-real-tasks", *folders)
+    (tmp_path / "corpus").rename(tmp_path / "away")
+
+    assert "put it back" in refused(capsys, "seed-real-tasks", *folders)
+    assert said(capsys, "train-for", *folders, "60") == "training for 60 s more\n"
 
 
 def test_a_text_becomes_a_corpus(capsys, tmp_path):

@@ -16,11 +16,11 @@ import pytest
 from coordinator.domain.manifest import ManifestError, load_manifest
 from coordinator.service.byte_tokenizer import END_OF_TEXT, ByteTokenizer
 from coordinator.service.corpus import (
-    CorpusInUseError,
     Recipe,
     Stage,
     prepare_corpus,
 )
+from coordinator.service.corpus_lock import CorpusInUseError
 from coordinator.service.documents import CorpusError
 
 WORDS = ["ternary", "weight", "worker", "round", "lease", "épée", "火", "train", "text"]

@@ -8,7 +8,7 @@ import pytest
 from bitnet_ext.layout import num_params
 from coordinator.service.looking import look
 from coordinator.service.view import FleetView
-from coordinator.store import workers
+from coordinator.store import runs, workers
 from tests.fakes import START
 from tests.unit.coordinator.fleets import SHAPE, World
 
@@ -52,6 +52,17 @@ def test_before_the_first_epoch_it_says_what_to_do_next(world: World):
 
     assert "bitnet-coordinator seed-real-tasks" in view.missing
     assert view.run.num_params == num_params(SHAPE)
+
+
+def test_after_an_epoch_that_failed_it_says_what_to_do(running: World):
+    running.write(lambda c: runs.drop_ranges(c, "r-1"))
+
+    view = looked(running)
+
+    assert "No task of epoch 1 was accepted" in view.missing
+    assert "bitnet-coordinator seed-real-tasks" in view.missing
+    running.change_run(state="finished")
+    assert looked(running).missing is None
 
 
 def test_a_fresh_run(running: World):

@@ -9,6 +9,7 @@ from sqlalchemy import select
 from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain.errors import RefusedError
 from coordinator.service.returning import sweep_leases
+from coordinator.service.steering import seed_epoch
 from coordinator.store import rounds, runs, tasks
 from coordinator.store.tables import claims, events
 from tests.unit.coordinator.fleets import World
@@ -32,6 +33,11 @@ def outcomes(world):
 
 def kinds(world):
     return [row.kind for row in world.read(lambda c: list(c.execute(select(events))))]
+
+
+def logged(caplog, event):
+    """Return the log records of an event."""
+    return [r for r in caplog.records if getattr(r, "event", None) == event]
 
 
 def pending_at(world, now):
@@ -194,10 +200,10 @@ def test_an_evaluation_comes_back_without_touching_the_round(world: World):
     assert world.claimed().task_id == task.task_id
 
 
-def test_giving_up_the_last_task_begins_the_next_epoch(running: World):
-    shards = running.fleet.the_manifest().train_shards()
-    running.write(lambda c: runs.drop_ranges(c, "r-1"))
-    running.write(
+def leave_eight_tokens(world):
+    """Let nothing be left of the epoch but one stretch of eight tokens."""
+    world.write(lambda c: runs.drop_ranges(c, "r-1"))
+    world.write(
         lambda c: runs.add_range(
             c,
             run_id="r-1",
@@ -207,17 +213,70 @@ def test_giving_up_the_last_task_begins_the_next_epoch(running: World):
             num_tokens=8,
         )
     )
-    for _ in range(5):
-        task = running.claimed()
-        assert running.run_row().epoch == 1
-        running.clock.advance(30.0)
-        sweep(running)
 
-    assert running.task(task.task_id).state == "failed"
+
+def give_up_the_last_task(world):
+    for _ in range(5):
+        task = world.claimed()
+        assert world.run_row().epoch == 1
+        world.clock.advance(30.0)
+        sweep(world)
+    assert world.task(task.task_id).state == "failed"
+
+
+def test_giving_up_the_last_task_begins_the_next_epoch(running: World):
+    running.train_round(0.5)
+    leave_eight_tokens(running)
+
+    give_up_the_last_task(running)
+
     assert running.run_row().epoch == 2
-    assert running.read(lambda c: runs.range_tokens(c, "r-1")) == sum(
-        shard.num_tokens for shard in shards
-    )
+    assert running.read(lambda c: runs.range_tokens(c, "r-1")) == 1504
+
+
+def test_an_epoch_without_an_accepted_task_is_not_followed_by_itself(
+    running: World, caplog
+):
+    leave_eight_tokens(running)
+
+    give_up_the_last_task(running)
+
+    assert running.run_row().epoch == 1
+    assert running.claim() is None
+    assert kinds(running)[-1] == "epoch.failed"
+    assert [r.epoch for r in logged(caplog, "epoch.failed")] == [1]
+
+
+def test_after_an_epoch_that_failed_another_can_be_seeded(running: World):
+    leave_eight_tokens(running)
+    give_up_the_last_task(running)
+
+    running.do(seed_epoch(running.fleet, None))
+
+    assert running.run_row().epoch == 2
+    assert running.claim() is not None
+
+
+def test_each_report_and_the_end_of_a_task_are_in_the_log(running: World, caplog):
+    for _ in range(5):
+        running.fail(task := running.claimed())
+        running.clock.advance(60.0)
+
+    reports = logged(caplog, "lease.failed")
+    assert [r.attempt for r in reports] == [1, 2, 3, 4, 5]
+    (end,) = logged(caplog, "task.failed")
+    for record in (*reports, end):
+        assert (record.task_id, record.worker_id) == (task.task_id, "w1")
+        assert record.reason == "out_of_memory: too large"
+
+
+def test_a_lease_that_ran_out_is_in_the_log(running: World, caplog):
+    task = running.claimed()
+    running.clock.advance(30.0)
+    sweep(running)
+
+    (record,) = logged(caplog, "lease.expired")
+    assert (record.task_id, record.reason) == (task.task_id, "lease expired")
 
 
 def another_lease(task):

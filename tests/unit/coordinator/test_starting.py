@@ -38,7 +38,7 @@ def quickly(shape, seed):
 
 
 def make_run(world, settings=SETTINGS):
-    return ensure_run(world.fleet, settings, quickly)
+    return ensure_run(world.fleet, world.fleet.manifest, settings, quickly)
 
 
 def blob(world, kind, version):
@@ -82,7 +82,7 @@ def test_a_budget_that_is_set_is_kept(world: World):
 
 
 def test_the_first_weights_come_from_the_seed(world: World):
-    ensure_run(world.fleet, SETTINGS)
+    ensure_run(world.fleet, world.fleet.manifest, SETTINGS)
 
     state = world.state(1)
     np.testing.assert_array_equal(state.weights, initial_weights(TINY, 3))
@@ -108,14 +108,8 @@ def test_after_a_crash_the_run_is_made_anew(world: World, ordinal):
 
 
 def test_the_manifest_is_read_where_there_is_one(world: World, tmp_path: Path):
-    world.fleet.manifest = None
-    load_corpus(world.fleet)
-    assert world.fleet.the_manifest().vocab_size == SHAPE.vocab_size
-
-    world.fleet.manifest = None
-    world.fleet.corpus = tmp_path / "nowhere"
-    load_corpus(world.fleet)
-    assert world.fleet.manifest is None
+    assert load_corpus(world.fleet.corpus) == world.fleet.manifest
+    assert load_corpus(tmp_path / "nowhere") is None
 
 
 def test_a_damaged_manifest_stops_the_start(world: World):
@@ -123,7 +117,7 @@ def test_a_damaged_manifest_stops_the_start(world: World):
     path.write_text("{}")
 
     with pytest.raises(ManifestError, match=r"manifest\.json"):
-        load_corpus(world.fleet)
+        load_corpus(world.fleet.corpus)
 
 
 # -- what a crash left ---------------------------------------------------------

@@ -20,7 +20,7 @@ export function Dashboard() {
   return html`
     <h1 class="unseen">Dashboard</h1>
     <${Answers} />
-    ${view.missing !== null && html`<${Missing} words=${view.missing} />`}
+    ${view.missing !== null && html`<${Missing} view=${view} />`}
     ${view.run !== null && html`<${Proof} view=${view} />`}
     ${
       view.workers.length > 0 || view.missing === null
@@ -46,11 +46,12 @@ function Proof({ view }) {
   `;
 }
 
-function Missing({ words }) {
+function Missing({ view }) {
+  const begun = view.run !== null && view.run.epoch > 0;
   return html`
     <section class="panel empty">
-      <h2>Training can't begin yet</h2>
-      ${splitCommands(words).map((part) =>
+      <h2>${begun ? "Training has stopped" : "Training can't begin yet"}</h2>
+      ${splitCommands(view.missing).map((part) =>
         part.command
           ? html`<${Command} text=${part.command} />`
           : html`<p>${part.text}</p>`,
