@@ -8,6 +8,7 @@ Map of the package:
 - `packing`: 2-bit packing of ternary values
 - `codecs`: how a flat vector becomes payload bytes (fp32, block int8 with error
   feedback), bf16 conversion, finite checks
+- `errors`: what importing the kernels can end with
 - `frames`: header + payload + SHA-256, the only binary format on wire and disk
 - `reference`: the plain NumPy twin of every kernel
 - `wire`: messages, verdicts and errors that both processes speak

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_ext import _kernels
+from bitnet_ext.errors import UnknownIsaError
 
 #: Name of a kernel variant; where it is set, no other runs.
 ISA_VARIABLE: Final = "BITNET_EXT_ISA"
@@ -253,11 +254,11 @@ def supported_isas() -> list[str]:
 def choose_isa(name: str | None) -> None:
     """Run the variant of that name from now on; None means the fastest.
 
-    Raises ValueError, naming the variants of this machine, for any other.
+    Raises UnknownIsaError, naming the variants of this machine, for any other.
     """
     supported = supported_isas()
     if name is not None and name not in supported:
-        raise ValueError(
+        raise UnknownIsaError(
             f"{ISA_VARIABLE} must be one of {', '.join(supported)} on this machine, "
             f"got {name!r}"
         )
@@ -316,4 +317,5 @@ def _check(status: int) -> None:
         raise MemoryError("a ternary kernel found no memory for its sums")
 
 
-choose_isa(os.environ.get(ISA_VARIABLE))
+# Empty counts as not set, as in every variable.
+choose_isa(os.environ.get(ISA_VARIABLE) or None)

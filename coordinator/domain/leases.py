@@ -1,7 +1,8 @@
 """How long a lease lasts, what counts as progress, and when a task is given up.
 
 Two clocks (docs/states.md): `expires_at` moves on with every heartbeat that shows
-progress; `hard_at` bounds the whole lease by measured training speed.
+progress; `hard_at` bounds the whole lease by measured training speed. What a worker
+says of itself moves both only within bounds that are ours.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ MAX_BACKOFF_S: Final = 60.0
 #: `hard_at` = claim + this many times the prediction + slack.
 HARD_FACTOR: Final = 3.0
 HARD_SLACK_S: Final = 60.0
+#: The most that an unmeasured worker gets by what it says of its own speed. Its first
+#: task is a probe of a few local steps, or one pass over the held-out text: a box
+#: that needs an hour for that is of no use to rounds of minutes.
+MAX_UNMEASURED_S: Final = 3600.0
 #: How long rising CPU time alone counts as progress, in measured step times ...
 CPU_GRACE_STEPS: Final = 5.0
 #: ... and before any step was measured.
@@ -34,6 +39,18 @@ def hard_at(claimed_at: float, predicted_s: float) -> float:
     return claimed_at + HARD_FACTOR * predicted_s + HARD_SLACK_S
 
 
+def first_hard_at(claimed_at: float, predicted_s: float | None) -> float:
+    """Return the same at the claim; `predicted_s` is None before any measurement."""
+    if predicted_s is None:
+        return claimed_at + MAX_UNMEASURED_S
+    return hard_at(claimed_at, predicted_s)
+
+
+def own_hard_at(claimed_at: float, predicted_s: float) -> float:
+    """Return the same by the speed that an unmeasured worker says it has."""
+    return min(hard_at(claimed_at, predicted_s), claimed_at + MAX_UNMEASURED_S)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reported:
     """What a worker said about one task at one moment."""
@@ -47,19 +64,25 @@ class Reported:
 
 
 def shows_progress(
-    before: Reported, after: Reported, *, since_advance_s: float
+    before: Reported,
+    after: Reported,
+    *,
+    since_advance_s: float,
+    advanced_after_s: float,
 ) -> bool:
     """Return whether a heartbeat proves that the task advances.
 
-    `since_advance_s` is the age of the last rise of tokens or bytes. CPU time alone
-    counts only for a while: a worker that spins for ever must not keep its lease.
+    The last rise of tokens or bytes was `advanced_after_s` after the claim, and is
+    `since_advance_s` old. CPU time alone counts only for a while: a worker that spins
+    for ever must not keep its lease.
     """
     if advanced(before, after):
         return True
-    grace = (
-        CPU_GRACE_STEPS * after.step_s if after.step_s > 0 else CPU_GRACE_UNMEASURED_S
-    )
-    return after.cpu_s > before.cpu_s and since_advance_s < grace
+    grace_s = CPU_GRACE_UNMEASURED_S
+    if before.tokens_done > 0:
+        # No step takes longer than all that came before its end.
+        grace_s = CPU_GRACE_STEPS * min(after.step_s, advanced_after_s)
+    return after.cpu_s > before.cpu_s and since_advance_s < grace_s
 
 
 def advanced(before: Reported, after: Reported) -> bool:

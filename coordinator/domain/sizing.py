@@ -12,14 +12,28 @@ PROBE_STEPS: Final = 4
 MIN_ROUND_SHARE: Final = 0.3
 #: Weight of the newest task in a worker's moving average of tokens per second.
 EWMA_WEIGHT: Final = 0.3
+#: A task holds at most so many times the tokens of the last accepted one. A probe is
+#: too short to trust its speed, and a clock or a worker may be wrong.
+MAX_GROWTH: Final = 4
 #: Given-back work that exceeds the claimer's size by this factor is divided.
 DIVIDE_FACTOR: Final = 2
 
 
-def measured_speed(before: float | None, tokens: int, seconds: float) -> float:
-    """Return the moving average of tokens per second after one accepted task."""
+def measured_speed(
+    before: float | None, tokens: int, seconds: float, *, round_s: float
+) -> float:
+    """Return the moving average of tokens per second after one accepted task.
+
+    It never rises above what makes a task of a whole round `MAX_GROWTH` times as
+    large as this one.
+    """
     latest = tokens / max(seconds, 1e-3)
-    return latest if before is None else before + EWMA_WEIGHT * (latest - before)
+    most = MAX_GROWTH * tokens / round_s
+    if before is None:
+        return min(latest, most)
+    average = before + EWMA_WEIGHT * (latest - before)
+    # A crumb from the end of a stretch takes nothing back.
+    return min(average, max(before, most))
 
 
 def task_tokens(

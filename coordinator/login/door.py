@@ -6,15 +6,16 @@ replaces this file and the login page, nothing else.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from tornado.web import RequestHandler
 
 from coordinator.domain.seams import Clock, Rng
-from coordinator.login.passwords import PasswordChecker
+from coordinator.login.passwords import BusyError, PasswordChecker
 from coordinator.login.sessions import (
     ABSOLUTE_S,
     Operator,
@@ -22,7 +23,7 @@ from coordinator.login.sessions import (
     find_operator,
     forget_session,
 )
-from coordinator.login.throttle import LoginThrottle
+from coordinator.login.throttle import INTERVAL_S, LoginThrottle
 from coordinator.store.sessions import Database
 
 log = logging.getLogger(__name__)
@@ -39,12 +40,23 @@ class LoginRefused:
     retry_after_s: float | None = None
 
 
+_TOO_MANY: Final = LoginRefused("Too many tries at once.", retry_after_s=INTERVAL_S)
+
+
 class Door:
     """Lets operators in and out, and tells who is in."""
 
     def __init__(
-        self, db: Database, clock: Clock, rng: Rng, *, secure: bool, mark: str
+        self,
+        db: Database,
+        clock: Clock,
+        rng: Rng,
+        *,
+        secure: bool,
+        mark: str,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._pause = pause
         self._db = db
         self._clock = clock
         self._rng = rng
@@ -80,17 +92,14 @@ class Door:
     async def log_in(
         self, handler: RequestHandler, password: str
     ) -> LoginRefused | None:
-        """Check a password and set the session cookie; say why not otherwise."""
+        """Check a password and set the session cookie; say why not otherwise.
+
+        After a few quick tries from an address this waits for its turn.
+        """
         address = str(handler.request.remote_ip)
-        wait_s = self._throttle.take_try(address, self._clock.monotonic())
-        if wait_s > 0:
-            return LoginRefused("Too many wrong passwords.", retry_after_s=wait_s)
-        if not await self._passwords.is_right(password):
-            log.warning(
-                "wrong password",
-                extra={"event": "login.failed", "address": address},
-            )
-            return LoginRefused("Wrong password.")
+        refused = await self._judge(address, password)
+        if refused is not None:
+            return refused
         self._throttle.forgive(address)
         cookie = await begin_session(
             self._db,
@@ -110,6 +119,23 @@ class Door:
         self._tell_logout()  # the session that the browser held before has ended
         log.info("logged in", extra={"event": "login.succeeded", "address": address})
         return None
+
+    async def _judge(self, address: str, password: str) -> LoginRefused | None:
+        wait_s = self._throttle.take_turn(address, self._clock.monotonic())
+        if wait_s is None:
+            return _TOO_MANY
+        if wait_s > 0:
+            await self._pause(wait_s)
+        try:
+            is_right = await self._passwords.is_right(password)
+        except BusyError:
+            return _TOO_MANY
+        if is_right:
+            return None
+        log.warning(
+            "wrong password", extra={"event": "login.failed", "address": address}
+        )
+        return LoginRefused("Wrong password.")
 
     async def log_out(self, handler: RequestHandler) -> None:
         """End the session of a request, here and in the browser."""

@@ -138,7 +138,7 @@ class LoginHandler(PageHandler):
             wait_s = math.ceil(refused.retry_after_s)
             self.set_status(429)
             self.set_header("Retry-After", str(wait_s))
-            message = f"{message} Try again in {math.ceil(wait_s / 60)} min."
+            message = f"{message} Try again in {wait_s} s."
         self._show_form(next_path, error=message)
 
     def _show_form(self, next_path: str, error: str) -> None:

@@ -22,6 +22,8 @@ from coordinator.store.sessions import (
 #: Longer ones are refused unread, so that nobody can make us hash megabytes.
 MAX_PASSWORD_CHARS: Final = 1024
 _NEW_PASSWORD_BYTES: Final = 15
+#: Passwords that wait to be checked at one time, from all addresses together.
+MAX_WAITING: Final = 16
 
 _hasher: Final = PasswordHasher()
 
@@ -50,6 +52,10 @@ def new_password(rng: Rng) -> str:
     return "-".join(letters[i : i + 6] for i in range(0, len(letters), 6))
 
 
+class BusyError(Exception):
+    """Too many passwords wait to be checked."""
+
+
 class PasswordChecker:
     """Checks passwords one after another on a thread of its own.
 
@@ -60,9 +66,22 @@ class PasswordChecker:
     def __init__(self, db: Database) -> None:
         self._db = db
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="password")
+        self._num_waiting = 0
 
     async def is_right(self, password: str) -> bool:
-        """Tell whether this is the admin password; False while there is none."""
+        """Tell whether this is the admin password; False while there is none.
+
+        Raises BusyError, and checks nothing, while `MAX_WAITING` others wait.
+        """
+        if self._num_waiting >= MAX_WAITING:
+            raise BusyError(f"{MAX_WAITING} passwords wait to be checked")
+        self._num_waiting += 1
+        try:
+            return await self._check(password)
+        finally:
+            self._num_waiting -= 1
+
+    async def _check(self, password: str) -> bool:
         stored = await self._db.read(find_password_hash)
         if stored is None:
             return False

@@ -1,46 +1,51 @@
-"""Slows down guessing: ten tries at the password in fifteen minutes per address.
+"""Slows down guessing: after five quick tries at the password, one every three seconds.
 
-It is a window, not a lock. Who shares the operator's address, as through a tunnel, can
-still take each try that becomes free.
+A try that comes too early waits for its turn, a few seconds at most, and is looked at
+then. So guesses never lock out the operator who shares their address, as everybody
+does through a tunnel.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import Final
 
-MAX_TRIES: Final = 10
-WINDOW_S: Final = 15 * 60.0
+#: Tries that need not wait, where the address has been quiet.
+FREE_TRIES: Final = 5
+INTERVAL_S: Final = 3.0
+#: With a longer wait than this a try is refused: as many as fit wait at one time.
+MAX_WAIT_S: Final = 15.0
 #: Addresses remembered at most; the one that tried longest ago goes first.
 MAX_ADDRESSES: Final = 10_000
 
 
 class LoginThrottle:
-    """The recent tries of each address. Times are monotonic seconds, passed in."""
+    """When each address may try next. Times are monotonic seconds, passed in."""
 
     def __init__(self) -> None:
-        self._tries: OrderedDict[str, deque[float]] = OrderedDict()
+        #: When an address has all its free tries again.
+        self._quiet_at: OrderedDict[str, float] = OrderedDict()
 
-    def take_try(self, address: str, at: float) -> float:
-        """Count a try before it is looked at, so that parallel ones count too.
+    def take_turn(self, address: str, at: float) -> float | None:
+        """Return the seconds that a try has to wait until it is looked at.
 
-        Returns 0 when the try may go on; otherwise nothing is counted and the
-        seconds until the next one may are returned.
+        None where too many wait already; such a try takes no turn.
         """
         key = _network(address)
-        recent = self._tries.setdefault(key, deque(maxlen=MAX_TRIES))
-        self._tries.move_to_end(key)
-        if len(self._tries) > MAX_ADDRESSES:
-            self._tries.popitem(last=False)
-        if len(recent) == MAX_TRIES and at < recent[0] + WINDOW_S:
-            return recent[0] + WINDOW_S - at
-        recent.append(at)
-        return 0.0
+        quiet_at = max(self._quiet_at.get(key, at), at)
+        wait_s = max(0.0, quiet_at - at - (FREE_TRIES - 1) * INTERVAL_S)
+        if wait_s > MAX_WAIT_S:
+            return None
+        self._quiet_at[key] = quiet_at + INTERVAL_S
+        self._quiet_at.move_to_end(key)
+        if len(self._quiet_at) > MAX_ADDRESSES:
+            self._quiet_at.popitem(last=False)
+        return wait_s
 
     def forgive(self, address: str) -> None:
         """Forget the tries of an address that has given the right password."""
-        self._tries.pop(_network(address), None)
+        self._quiet_at.pop(_network(address), None)
 
 
 def _network(address: str) -> str:

@@ -167,7 +167,10 @@ def _count(
     worker = known_worker(connection, worker_id)
     # From claim to acceptance, by our own clock: what a round really waits for.
     speed = sizing.measured_speed(
-        worker.tokens_per_s, task.num_tokens, now - (task.claimed_at or now)
+        worker.tokens_per_s,
+        task.num_tokens,
+        now - (task.claimed_at or now),
+        round_s=plan_of(run).round_s,
     )
     workers.count_task(
         connection, worker_id, tokens=task.num_tokens, tokens_per_s=speed

@@ -244,7 +244,7 @@ class _Claim:
             claimed_at=self._now,
             progress_at=self._now,
             expires_at=self._now + ttl,
-            hard_at=None if predicted is None else leases.hard_at(self._now, predicted),
+            hard_at=leases.first_hard_at(self._now, predicted),
             predicted_s=predicted,
         )
         if live is not None:
@@ -273,9 +273,10 @@ class _Claim:
         )
 
     def _predicted_s(self, worker: WorkerRow, task: TaskRow) -> float | None:
-        """Return how long the task should take by measured speed; None before any."""
-        if task.kind != TaskKind.TRAIN:
-            return None
+        """Return how long the task should take by measured speed; None before any.
+
+        The speed of training serves for an evaluation too, which is faster.
+        """
         speed = worker.tokens_per_s or workers.fleet_speed(self._connection)
         return task.num_tokens / speed if speed else None
 

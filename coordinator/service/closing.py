@@ -9,16 +9,18 @@ closed again at the next start, with the same bytes.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection
 
-from bitnet_ext.codecs import Codec, decode_add, is_finite
-from bitnet_ext.frames import decode_frame
+from bitnet_ext.codecs import Codec, PayloadError, decode_add, is_finite
+from bitnet_ext.frames import FrameError, decode_frame
+from coordinator.domain import leases
 from coordinator.domain.outer_step import merge_weights, outer_step
 from coordinator.domain.plan import TrainingPlan
 from coordinator.service.fleet import Fleet
@@ -29,7 +31,6 @@ from coordinator.service.version_blobs import (
     ServerState,
     VersionBlobs,
     read_state,
-    remove_version,
     write_version,
 )
 from coordinator.service.view import VersionPoint
@@ -56,19 +57,56 @@ class _Closing:
 class RoundCloser:
     """Closes rounds one after another; keeps the newest server state in memory."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(
+        self, fleet: Fleet, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
         self._fleet = fleet
+        self._pause = pause
         self._state: ServerState | None = None
+        #: Why the round could not be closed, and how often in a row.
+        self._fault: str | None = None
+        self._num_faults = 0
 
     async def run(self) -> None:
-        """Close whatever is ready, whenever the bell rings; never returns."""
+        """Close whatever is ready, whenever the bell rings; never returns.
+
+        A round whose files are gone, damaged or cannot be written is tried again
+        after 2, 4, 8, ... and then every 60 seconds.
+        """
         while True:
-            while await self.close_one():
-                pass
-            await self._fleet.round_ready.wait(1.0)
+            try:
+                while await self.close_one():
+                    self._fault, self._num_faults = None, 0
+            except (OSError, FrameError, PayloadError) as error:
+                self._num_faults += 1
+                await self._tell_fault(f"{type(error).__name__}: {error}")
+                await self._pause(leases.backoff_s(self._num_faults, 1.0))
+            else:
+                await self._fleet.round_ready.wait(1.0)
+
+    async def _tell_fault(self, fault: str) -> None:
+        """Log why a round cannot be closed, once until that changes."""
+        if fault == self._fault:
+            return
+        self._fault = fault
+        log.error(
+            "a round cannot be closed, it will be tried again: %s",
+            fault,
+            extra={"event": "round.stuck"},
+        )
+        now = self._fleet.clock.now()
+        await self._fleet.store.write(
+            lambda connection: workers.add_event(
+                connection, at=now, kind="round.stuck", body={"reason": fault}
+            )
+        )
 
     async def close_one(self) -> bool:
-        """Close the round that is ready; return False when none is."""
+        """Close the round that is ready; return False when none is.
+
+        Raises OSError, FrameError or PayloadError when one of its files does not
+        help; the round stays as it is.
+        """
         closing = await self._fleet.store.read(_find)
         if closing is None:
             return False
@@ -98,9 +136,6 @@ class RoundCloser:
         point = await fleet.store.write(
             lambda connection: _commit(connection, fleet, closing, blobs, now)
         )
-        if point is None:  # a hard reset came in between
-            await fleet.off_loop(lambda: remove_version(fleet.blobs, closing.version))
-            return
         self._state = stepped
         log.info(
             "version %d published",
@@ -209,12 +244,14 @@ def _commit(
     closing: _Closing,
     blobs: VersionBlobs,
     now: float,
-) -> VersionPoint | None:
-    """Make the version; None when the round is no longer the one to close."""
+) -> VersionPoint:
+    """Make the version. Raises LookupError when its round is no longer to close."""
     run = runs.newest_run(connection)
     live = None if run is None else rounds.live_round(connection, run.run_id)
     if run is None or live is None or live.round_id != closing.live.round_id:
-        return None
+        # Its blobs stay: the number may be that of another version by now, and what
+        # no row names is removed at the next start.
+        raise LookupError(f"round {closing.live.round_id} is not to be closed any more")
     tokens = sum(row.tokens for row in closing.submissions)
     parent = versions.find_version(connection, live.base_version)
     loss = sum(row.loss_mean * row.tokens for row in closing.submissions) / tokens

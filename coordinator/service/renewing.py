@@ -69,7 +69,8 @@ def _renew(
         step_s=task.step_s,
     )
     after = Reported(
-        tokens_done=request.tokens_done,
+        # More than there are would be progress without end.
+        tokens_done=min(request.tokens_done, task.num_tokens),
         bytes_done=request.bytes_done,
         cpu_s=request.cpu_s,
         step_s=request.step_s,
@@ -87,7 +88,12 @@ def _changes(
     """Return the columns that a heartbeat of a live lease sets."""
     advanced_at = task.progress_at or now
     expires_at = task.expires_at or now
-    if leases.shows_progress(before, after, since_advance_s=now - advanced_at):
+    if leases.shows_progress(
+        before,
+        after,
+        since_advance_s=now - advanced_at,
+        advanced_after_s=advanced_at - (task.claimed_at or now),
+    ):
         expires_at = max(expires_at, now + ttl_s)
     if leases.advanced(before, after):
         advanced_at = now
@@ -105,10 +111,12 @@ def _changes(
 def _hard_at(task: TaskRow, after: Reported, now: float) -> float | None:
     """Return when the lease of a worker that nobody has measured yet ends for good.
 
-    Its own speed decides, anew at each heartbeat: what the fleet would need says
-    little of a box that may be ten times slower. Before its first token, the limit
-    is the one of the claim, if it had any.
+    Its own speed decides, anew at each heartbeat, but only within an hour: what the
+    fleet would need says little of a box that may be ten times slower. Before its
+    first token, the limit is the one of the claim; once all are done it stays.
     """
+    if task.tokens_done >= task.num_tokens:
+        return task.hard_at
     predicted = leases.predicted_from_progress(
         num_tokens=task.num_tokens,
         tokens_done=after.tokens_done,
@@ -116,6 +124,6 @@ def _hard_at(task: TaskRow, after: Reported, now: float) -> float | None:
     )
     if predicted is None:
         return task.hard_at
-    own = leases.hard_at(task.claimed_at or now, predicted)
+    own = leases.own_hard_at(task.claimed_at or now, predicted)
     # A limit by the fleet's speed is only ever moved out.
     return own if task.predicted_s is None else max(own, task.hard_at or own)

@@ -84,7 +84,7 @@ def expire_overdue(connection: Connection, fleet: Fleet, now: float) -> int:
     late = tasks.overdue(connection, now)
     for task in late:
         silent = (task.expires_at or 0.0) <= now
-        reason = "lease expired" if silent else "took three times its prediction"
+        reason = "lease expired" if silent else "took longer than its limit"
         _attempt_lost(connection, task, "expired", reason, now, 0.0)
         _after(connection, fleet, task, "expired", now)
     return len(late)

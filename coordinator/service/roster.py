@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 from sqlalchemy import Connection
 
@@ -15,7 +17,9 @@ from coordinator.service.fleet import Fleet, no_run
 from coordinator.store import runs, workers
 from coordinator.store.rows import RunRow, WorkerRow
 
-MAX_WORKERS = 1000
+#: Workers known at most; who has been silent for `FORGET_AFTER_S` makes room.
+MAX_WORKERS: Final = 1000
+FORGET_AFTER_S: Final = 3600.0
 
 
 async def register(fleet: Fleet, request: RegisterRequest) -> RegisterAnswer:
@@ -153,12 +157,7 @@ def _keep(connection: Connection, request: RegisterRequest, now: float) -> None:
         workers.change_worker(connection, request.worker_id, **said)
         return
     if workers.count_workers(connection) >= MAX_WORKERS:
-        raise RefusedError(
-            ErrorCode.RATE_LIMITED,
-            f"worker_id: at most {MAX_WORKERS} workers can register",
-            field="worker_id",
-            retry_after_s=60.0,
-        )
+        _make_room(connection, now)
     workers.add_worker(
         connection,
         worker_id=request.worker_id,
@@ -170,4 +169,21 @@ def _keep(connection: Connection, request: RegisterRequest, now: float) -> None:
         at=now,
         kind="worker.registered",
         body={"worker_id": request.worker_id},
+    )
+
+
+def _make_room(connection: Connection, now: float) -> None:
+    """Forget a worker that is long lost: its id is known again once it comes back."""
+    lost = workers.longest_silent(connection, before=now - FORGET_AFTER_S)
+    if lost is None:
+        raise RefusedError(
+            ErrorCode.RATE_LIMITED,
+            f"worker_id: at most {MAX_WORKERS} workers can register, and none of them "
+            f"has been silent for {FORGET_AFTER_S:.0f} s",
+            field="worker_id",
+            retry_after_s=60.0,
+        )
+    workers.remove_worker(connection, lost)
+    workers.add_event(
+        connection, at=now, kind="worker.forgotten", body={"worker_id": lost}
     )

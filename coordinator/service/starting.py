@@ -33,6 +33,7 @@ from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan
 from coordinator.service.corpus import tokenized_folder
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.roster import heartbeat_s
 from coordinator.service.seeding import add_evaluation
 from coordinator.service.version_blobs import ServerState, VersionBlobs, write_version
 from coordinator.store import rounds, runs, tasks, versions, workers
@@ -74,9 +75,8 @@ def reconcile(fleet: Fleet) -> None:
     fleet.store.read_now(lambda connection: _check_newest(connection, fleet))
     removed = _remove_orphans(fleet)
     now = fleet.clock.now()
-    ttl = leases.ttl_s(fleet.heartbeat_s)
     moved = fleet.store.write_now(
-        lambda connection: tasks.extend_all_leases(connection, now + ttl)
+        lambda connection: _extend_leases(connection, fleet, now)
     )
     log.info(
         "recovered: %d orphans removed, %d leases extended",
@@ -231,6 +231,17 @@ def _end_run(connection: Connection, run: RunRow, now: float) -> None:
     runs.drop_ranges(connection, run.run_id)
     runs.change_run(connection, run.run_id, state=FINISHED)
     workers.add_event(connection, at=now, kind="run.reset", body={"run_id": run.run_id})
+
+
+def _extend_leases(connection: Connection, fleet: Fleet, now: float) -> int:
+    """Give everyone the time that their own heartbeats need to be heard again."""
+    by_id = {worker.worker_id: worker for worker in workers.all_workers(connection)}
+    moved = 0
+    for task in tasks.all_leased(connection):
+        interval_s = heartbeat_s(fleet, by_id[task.lease_worker_id or ""])
+        until = now + leases.ttl_s(interval_s)
+        moved += tasks.extend_lease(connection, task.task_id, until)
+    return moved
 
 
 def _remove_orphans(fleet: Fleet) -> int:

@@ -146,18 +146,21 @@ def renew_lease(connection: Connection, task_id: str, **columns: Any) -> None:
     )
 
 
-def extend_all_leases(connection: Connection, until: float) -> int:
-    """Give every live lease at least until `until`; return how many were moved."""
+def extend_lease(connection: Connection, task_id: str, until: float) -> bool:
+    """Give a live lease at least until `until`; return whether it was moved."""
     done = connection.execute(
         update(tasks)
-        .where(tasks.c.state == TaskState.LEASED, tasks.c.expires_at < until)
+        .where(
+            tasks.c.task_id == task_id,
+            tasks.c.state == TaskState.LEASED,
+            tasks.c.expires_at < until,
+        )
         .values(
             expires_at=until,
-            # NULL stays NULL: no limit is known before a measurement.
             hard_at=case((tasks.c.hard_at < until, until), else_=tasks.c.hard_at),
         )
     )
-    return done.rowcount
+    return done.rowcount == 1
 
 
 def finish_task(connection: Connection, task_id: str, now: float) -> None:

@@ -8,8 +8,16 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
+from bitnet_ext.wire.verdicts import TaskState
 from coordinator.store.rows import WorkerRow, typed
-from coordinator.store.tables import events, facts, secrets, worker_logs, workers
+from coordinator.store.tables import (
+    events,
+    facts,
+    secrets,
+    tasks,
+    worker_logs,
+    workers,
+)
 
 #: How many log records and events are kept; the oldest go first.
 MAX_LOGS: Final = 20_000
@@ -125,6 +133,28 @@ def server_secret(connection: Connection, fresh: bytes) -> bytes:
         return bytes.fromhex(found)
     connection.execute(insert(secrets).values(name="server_secret", value=fresh.hex()))
     return fresh
+
+
+def longest_silent(connection: Connection, *, before: float) -> str | None:
+    """Return the worker to forget first of those unheard of since `before`.
+
+    Who never had a task accepted goes first, then who has been silent longest; None
+    where nobody is silent or all of them hold tasks.
+    """
+    holders = select(tasks.c.lease_worker_id).where(
+        tasks.c.state == TaskState.LEASED, tasks.c.lease_worker_id.is_not(None)
+    )
+    return connection.execute(
+        select(workers.c.worker_id)
+        .where(workers.c.heartbeat_at <= before, workers.c.worker_id.not_in(holders))
+        .order_by(workers.c.tasks_done > 0, workers.c.heartbeat_at, workers.c.worker_id)
+        .limit(1)
+    ).scalar_one_or_none()
+
+
+def remove_worker(connection: Connection, worker_id: str) -> None:
+    """Delete a worker; what it did stays under its id."""
+    connection.execute(delete(workers).where(workers.c.worker_id == worker_id))
 
 
 def count_workers(connection: Connection) -> int:

@@ -63,6 +63,8 @@ class MovableClock:
     def __init__(self) -> None:
         self.wall_ahead = 0.0
         self.monotonic_ahead = 0.0
+        #: Where the monotonic clock stands still, if it does.
+        self.monotonic_at: float | None = None
 
     def now(self) -> float:
         return time.time()
@@ -71,6 +73,8 @@ class MovableClock:
         return time.time() + self.wall_ahead
 
     def monotonic(self) -> float:
+        if self.monotonic_at is not None:
+            return self.monotonic_at
         return time.monotonic() + self.monotonic_ahead
 
 
@@ -85,6 +89,8 @@ class PageServer:
         self.store.write_now(lambda c: metadata.create_all(c, [sessions, secrets]))
         self.store.write_now(lambda c: keep_password_hash(c, _password_hash()))
         self.clock = MovableClock()
+        #: Seconds that each login had to wait, in order; nobody really waits.
+        self.pauses: list[float] = []
         self.hub = Hub()
         self.take_snapshot: Callable[[], Awaitable[object]] = self._count_events
         self._webui = _make_webui(folder / "webui")
@@ -93,6 +99,9 @@ class PageServer:
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
+    async def _note_pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+
     async def _count_events(self) -> object:
         return {"events": self.hub.seq}
 
@@ -100,7 +109,12 @@ class PageServer:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         door = Door(
-            self.store, self.clock, SystemRng(), secure=self._secure, mark=self._mark
+            self.store,
+            self.clock,
+            SystemRng(),
+            secure=self._secure,
+            mark=self._mark,
+            pause=self._note_pause,
         )
         site = Site(door=door, allowed_hosts=ALLOWED_HOSTS, webui_folder=self._webui)
         self.feed = LiveFeed(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.login import passwords
 from coordinator.login.handlers import CSP
 from coordinator.login.sessions import ABSOLUTE_S, IDLE_S
-from coordinator.login.throttle import MAX_TRIES, WINDOW_S
+from coordinator.login.throttle import FREE_TRIES, INTERVAL_S, MAX_WAIT_S
 from tests.integration.page_server import (
     PASSWORD,
     SESSION,
@@ -71,19 +72,48 @@ def test_a_wrong_password_lets_nobody_in(server: PageServer, password: str) -> N
     assert server.num_sessions() == 0
 
 
-def test_guessing_is_stopped_even_when_the_guess_is_right(server: PageServer) -> None:
+def test_guesses_have_to_wait_and_the_operator_at_their_address_gets_in(
+    server: PageServer,
+) -> None:
+    server.clock.monotonic_at = 0.0
     browser = Browser(server)
 
-    statuses = [browser.log_in("wrong").status for _ in range(MAX_TRIES)]
-    stopped = browser.log_in(PASSWORD)
-    server.clock.monotonic_ahead = WINDOW_S
-    later = browser.log_in(PASSWORD)
+    statuses = [browser.log_in("wrong").status for _ in range(FREE_TRIES + 4)]
+    operator = browser.log_in(PASSWORD)
 
-    assert statuses == [403] * MAX_TRIES
-    assert stopped.status == 429
-    assert "Too many wrong passwords." in stopped.text
-    assert WINDOW_S - 60 < int(stopped.headers["Retry-After"]) <= WINDOW_S
+    assert statuses == [403] * (FREE_TRIES + 4)
+    assert server.pauses == [3.0, 6.0, 9.0, 12.0, 15.0]
+    assert operator.status == 303
+
+
+def test_tries_beyond_those_that_wait_are_refused_for_seconds_only(
+    server: PageServer,
+) -> None:
+    guesser, operator = Browser(server), Browser(server)
+    operator.log_in()
+    server.clock.monotonic_at = 0.0
+    num_tries = FREE_TRIES + int(MAX_WAIT_S / INTERVAL_S)
+
+    statuses = [guesser.log_in("wrong").status for _ in range(num_tries)]
+    refused = guesser.log_in(PASSWORD)
+    server.clock.monotonic_at = INTERVAL_S
+    later = guesser.log_in(PASSWORD)
+
+    assert statuses == [403] * num_tries
+    assert (refused.status, refused.headers["Retry-After"]) == (429, "3")
+    assert "Too many tries at once. Try again in 3 s." in refused.text
+    assert operator.get("/admin/dashboard").status == 200
     assert later.status == 303
+
+
+def test_while_too_many_passwords_are_checked_a_login_is_asked_to_come_back(
+    server: PageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passwords, "MAX_WAITING", 0)
+
+    answer = Browser(server).log_in()
+
+    assert (answer.status, answer.headers["Retry-After"]) == (429, "3")
 
 
 def test_the_session_cookie_is_hidden_from_scripts_and_other_sites(

@@ -321,6 +321,7 @@ def import_with(isa):
 
 def test_the_environment_forces_a_variant():
     assert import_with("portable").stdout == "portable\n"
+    assert import_with("").stdout == f"{ternary.supported_isas()[-1]}\n"
 
     refused = import_with("sse9")
 

@@ -33,6 +33,16 @@ def range_tokens(world):
     return world.read(lambda c: runs.range_tokens(c, "r-1"))
 
 
+def test_an_absurdly_fast_probe_makes_the_next_task_four_times_as_large(
+    running: World,
+):
+    probe = running.claimed()
+    running.submit(probe)  # at once: by the clock 64,000 tokens/s
+    assert running.close_round()
+
+    assert running.claimed().byte_length == 4 * probe.byte_length
+
+
 def test_the_first_task_of_an_unmeasured_worker_is_a_probe(running: World):
     task = running.claimed()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ from coordinator.service.starting import reconcile
 from coordinator.service.view import VersionPoint
 from coordinator.store import rounds, runs, tasks, versions
 from coordinator.store.blobs import BlobKind, version_blob
-from coordinator.store.tables import submissions
+from coordinator.store.tables import events, submissions
 from tests.fakes import START, MadeToFailError
 from tests.unit.coordinator.fleets import (
     NUM_PARAMS,
@@ -211,6 +212,115 @@ def test_a_failing_disk_leaves_the_round_ready_to_close(running: World):
 
     assert running.live_round().state == "closing"
     assert running.close_round()
+
+
+class EndOfStoryError(Exception):
+    """The closer has done all that a test wants to see."""
+
+
+def payload_path(world: World) -> Path:
+    (name,) = world.fleet.blobs.names(BlobKind.PAYLOAD)
+    return world.fleet.blobs.path(BlobKind.PAYLOAD, name)
+
+
+def stuck_events(world: World) -> list[str]:
+    return world.read(
+        lambda c: list(
+            c.scalars(select(events.c.body_json).where(events.c.kind == "round.stuck"))
+        )
+    )
+
+
+def test_a_round_whose_payload_is_gone_says_so_once_and_waits_longer_each_time(
+    running: World, caplog
+):
+    running.submit(running.claimed())
+    payload_path(running).unlink()
+    waits: list[float] = []
+
+    async def pause(seconds):
+        waits.append(seconds)
+        if len(waits) == 8:
+            raise EndOfStoryError
+
+    with pytest.raises(EndOfStoryError):
+        running.do(RoundCloser(running.fleet, pause).run())
+
+    assert waits == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    (line,) = [r for r in caplog.records if r.event == "round.stuck"]
+    assert "payload" in line.message
+    assert line.exc_info is None
+    (told,) = stuck_events(running)
+    assert "FileNotFoundError" in told
+    assert running.live_round().state == "closing"
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+def test_a_round_is_closed_once_its_payload_is_back(running: World, damage):
+    running.submit(running.claimed())
+    path = payload_path(running)
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "damaged":
+        path.write_bytes(whole[:-1])
+
+    async def restore(_seconds):
+        path.write_bytes(whole)
+
+    async def story():
+        closer = asyncio.create_task(RoundCloser(running.fleet, restore).run())
+        async with asyncio.timeout(10.0):
+            await running.fleet.work.wait()
+        closer.cancel()
+
+    running.do(story())
+
+    assert running.live_round().base_version == 2
+    assert len(stuck_events(running)) == 1
+
+
+def test_another_fault_is_told_again_and_a_closed_round_starts_anew(running: World):
+    running.submit(running.claimed())
+    path = payload_path(running)
+    whole = path.read_bytes()
+    path.unlink()
+    waits: list[float] = []
+
+    async def pause(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            path.write_bytes(b"noise")
+        if len(waits) == 4:
+            raise EndOfStoryError
+
+    with pytest.raises(EndOfStoryError):
+        running.do(RoundCloser(running.fleet, pause).run())
+
+    assert len(stuck_events(running)) == 2
+    path.write_bytes(whole)
+    assert running.close_round()
+
+
+def test_a_round_that_is_closed_meanwhile_makes_no_second_version_and_removes_nothing(
+    running: World,
+):
+    """A version's number may be taken by another: its blobs must be left alone."""
+    running.submit(running.claimed())
+    run_id = running.run_row().run_id
+
+    before = running.blobs()
+    write = running.fleet.blobs.write
+
+    def write_and_close(kind, name, parts):
+        running.write(lambda c: rounds.close_rounds(c, run_id, running.clock.now()))
+        return write(kind, name, parts)
+
+    running.fleet.blobs.write = write_and_close
+    with pytest.raises(LookupError, match="not to be closed"):
+        running.close_round()
+
+    assert running.blobs().items() >= before.items()
+    assert {version_blob(2)} <= set(running.fleet.blobs.names(BlobKind.STATE))
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_its_tokens_go_back(two: World):

@@ -36,19 +36,49 @@ def test_the_hard_limit_is_three_predictions_and_a_minute():
         (reported(tokens=10, num_bytes=6), 1e9, True),
         (reported(tokens=10, num_bytes=5), 0.0, False),
         (reported(tokens=9, num_bytes=4), 0.0, False),
-        # CPU time alone, unmeasured: an hour
-        (reported(10, 5, cpu_s=2.0), 3599.0, True),
-        (reported(10, 5, cpu_s=2.0), 3600.0, False),
-        (reported(10, 5, cpu_s=1.0), 0.0, False),
-        # CPU time alone, measured: five steps
+        (reported(10, 5, cpu_s=1.0, step_s=3.0), 0.0, False),
+        # CPU time alone: five steps
         (reported(10, 5, cpu_s=2.0, step_s=3.0), 14.9, True),
         (reported(10, 5, cpu_s=2.0, step_s=3.0), 15.0, False),
+        (reported(10, 5, cpu_s=2.0, step_s=0.0), 0.0, False),
+        # ... none of them longer than the 40 s up to the last rise
+        (reported(10, 5, cpu_s=2.0, step_s=1e6), 199.9, True),
+        (reported(10, 5, cpu_s=2.0, step_s=1e6), 200.0, False),
     ],
 )
 def test_what_counts_as_progress(after, since_advance_s, due):
     before = reported(10, 5, cpu_s=1.0)
 
-    assert shows_progress(before, after, since_advance_s=since_advance_s) is due
+    assert (
+        shows_progress(
+            before, after, since_advance_s=since_advance_s, advanced_after_s=40.0
+        )
+        is due
+    )
+
+
+@pytest.mark.parametrize("step_s", [0.0, 1e6])
+@pytest.mark.parametrize(("since_advance_s", "due"), [(3599.0, True), (3600.0, False)])
+def test_before_the_first_token_cpu_time_counts_for_an_hour(
+    step_s, since_advance_s, due
+):
+    assert (
+        shows_progress(
+            reported(0, 5, cpu_s=1.0),
+            reported(0, 5, cpu_s=2.0, step_s=step_s),
+            since_advance_s=since_advance_s,
+            advanced_after_s=0.0,
+        )
+        is due
+    )
+
+
+@given(predicted_s=st.floats(0.0, 1e12))
+def test_what_an_unmeasured_worker_says_gives_it_an_hour_at_most(predicted_s):
+    assert leases.first_hard_at(1000.0, None) == 4600.0
+    assert leases.first_hard_at(1000.0, 20.0) == 1120.0
+    assert leases.own_hard_at(1000.0, 20.0) == 1120.0
+    assert leases.own_hard_at(1000.0, predicted_s) <= 4600.0
 
 
 def test_a_task_is_predicted_from_its_own_speed_once_there_is_one():

@@ -42,6 +42,7 @@ def test_presence_alone_does_not(running: World):
 
 
 def test_cpu_time_counts_for_an_hour_before_the_first_step(running: World):
+    running.set_speed("w1", 0.001)  # 8 tokens: a hard limit of 24,060 s
     task = running.claimed()
     for minute in range(1, 121):
         running.clock.advance(29.0)
@@ -76,16 +77,111 @@ def test_cpu_time_counts_for_five_steps_and_then_a_stuck_lease_expires(running: 
 
 def test_before_any_measurement_the_task_itself_sets_the_hard_limit(running: World):
     task = running.claimed()
-    assert limits(running, task) == (START + 30.0, None)
+    assert limits(running, task) == (START + 30.0, START + 3600.0)
     running.clock.advance(10.0)
 
     running.heartbeat(task, bytes_done=1)
-    assert limits(running, task)[1] is None
+    assert limits(running, task)[1] == START + 3600.0
     running.heartbeat(task, tokens_done=16)  # 64 tokens would take 40 s
     assert limits(running, task)[1] == START + 3 * 40.0 + 60.0
     running.clock.advance(10.0)
     running.heartbeat(task, tokens_done=64)
     assert limits(running, task)[1] == START + 3 * 20.0 + 60.0
+
+
+def outlived_s(world, task, beat_s=25.0, **progress):
+    """Return for how long heartbeats with `progress` keep a lease; a day at most."""
+    for beats in range(1, int(86_400 / beat_s)):
+        world.clock.advance(beat_s)
+        said = {name: value(beats) for name, value in progress.items()}
+        if world.heartbeat(task, **said).lease is LeaseState.LOST:
+            return world.clock.now() - START
+    return 86_400.0
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        {"tokens_done": lambda n: 1 + n // 1000, "bytes_done": lambda n: n},
+        {"bytes_done": lambda n: n},
+        {"cpu_s": float},
+        {"cpu_s": float, "step_s": lambda n: 1e9},
+        {
+            "tokens_done": lambda n: 1,
+            "cpu_s": float,
+            "step_s": lambda n: 1e9,
+            "bytes_done": lambda n: n // 100,
+        },
+    ],
+    ids=["crumbs", "bytes", "cpu", "long_steps", "all_at_once"],
+)
+@pytest.mark.parametrize("fleet_speed", [None, 3.2])
+def test_nothing_that_an_unmeasured_worker_says_keeps_a_lease_over_an_hour(
+    running: World, progress, fleet_speed
+):
+    running.register("w2")
+    if fleet_speed:
+        running.set_speed("w2", fleet_speed)
+    task = running.claimed()
+
+    assert outlived_s(running, task, **progress) <= 3600.0
+
+
+def test_more_tokens_than_the_task_has_are_no_progress(running: World):
+    task = running.claimed()  # 64 tokens
+
+    assert outlived_s(running, task, tokens_done=lambda n: 64 + n) <= 75.0
+    assert running.task(task.task_id).tokens_done in (0, 64)
+
+
+def test_once_all_tokens_are_done_the_limit_stays(running: World):
+    task = running.claimed()
+    running.clock.advance(10.0)
+    running.heartbeat(task, tokens_done=64)
+    due = START + 3 * 10.0 + 60.0
+    running.clock.advance(20.0)
+
+    running.heartbeat(task, tokens_done=64, bytes_done=1000)
+
+    assert limits(running, task) == (START + 60.0, due)
+
+
+def test_a_box_ten_times_slower_than_the_fleet_finishes_its_first_task(running: World):
+    running.register("w2")
+    running.set_speed("w2", 3.2)  # 64 tokens in 20 s; here it takes 200
+    task = running.claimed("w1")
+    for tokens in range(2, 64, 2):
+        running.clock.advance(200.0 / 32)
+        assert running.heartbeat(task, tokens_done=tokens).lease is LeaseState.HELD
+    running.clock.advance(200.0 / 32)
+
+    assert running.submit(task).state == "accepted"
+
+
+@pytest.mark.parametrize(
+    ("own", "of_another", "due_s"),
+    [(None, None, 3600.0), (8.0, 2.0, 97.5), (None, 2.0, 210.0)],
+)
+def test_an_evaluation_has_a_hard_limit_too(world: World, own, of_another, due_s):
+    world.start_run(scored=True, seeded=False)
+    world.register("w1")
+    world.register("w2")
+    for worker_id, speed in (("w1", own), ("w2", of_another)):
+        if speed:
+            world.set_speed(worker_id, speed)
+
+    task = world.claimed("w1")  # 100 tokens
+
+    assert task.kind == "evaluate"
+    assert limits(world, task)[1] == pytest.approx(START + due_s)
+
+
+def test_an_evaluation_that_never_ends_is_taken_away(world: World):
+    world.start_run(scored=True, seeded=False)
+    world.register("w1")
+    task = world.claimed("w1")
+
+    assert outlived_s(world, task, bytes_done=lambda n: n) <= 3600.0
 
 
 def test_a_measured_speed_sets_the_hard_limit_once(running: World):

@@ -124,7 +124,7 @@ def test_a_lease_past_its_hard_limit_ends_although_it_is_alive(running: World):
     running.clock.advance(12.0)
 
     assert sweep(running) == 1
-    assert running.task(task.task_id).reason == "took three times its prediction"
+    assert running.task(task.task_id).reason == "took longer than its limit"
 
 
 def test_a_round_without_a_submission_starts_over_and_stays_open(two: World):

@@ -11,6 +11,8 @@ from sqlalchemy import func, select
 
 from coordinator.login.passwords import (
     MAX_PASSWORD_CHARS,
+    MAX_WAITING,
+    BusyError,
     PasswordChecker,
     ensure_admin_password,
     hash_password,
@@ -192,6 +194,37 @@ def test_a_password_that_could_never_be_entered_is_refused(
 
 def test_without_a_password_nobody_gets_in(store: Store) -> None:
     assert not asyncio.run(PasswordChecker(store).is_right(""))
+
+
+class SlowDatabase:
+    """Answers no read before `go` is set."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def read(self, act: object) -> None:
+        await self.go.wait()
+
+    async def write(self, act: object) -> None:
+        raise AssertionError("nothing is written")
+
+
+def test_only_so_many_passwords_wait_to_be_checked() -> None:
+    async def story() -> None:
+        database = SlowDatabase()
+        checker = PasswordChecker(database)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(MAX_WAITING):
+                group.create_task(checker.is_right("guess"))
+            await asyncio.sleep(0)  # they have begun
+
+            with pytest.raises(BusyError):
+                await checker.is_right("guess")
+            database.go.set()
+
+        assert not await checker.is_right("guess")  # there is room again
+
+    asyncio.run(story())
 
 
 def test_a_monstrous_password_is_not_even_hashed() -> None:

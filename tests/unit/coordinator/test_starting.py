@@ -201,6 +201,19 @@ def test_every_lease_gets_time_to_be_renewed(running: World):
     assert running.heartbeat(task, tokens_done=1).lease == "held"
 
 
+def test_the_time_to_renew_goes_by_the_heartbeat_of_each_worker(running: World):
+    running.register("w1", heartbeat_s=60.0)
+    running.register("w2")
+    slow, usual = running.claimed("w1"), running.claimed("w2")
+    running.clock.advance(29.0)
+
+    reconcile(running.fleet)
+
+    now = running.clock.now()
+    assert running.task(slow.task_id).expires_at == now + 6 * 60.0
+    assert running.task(usual.task_id).expires_at == now + 30.0
+
+
 def test_a_second_start_at_once_changes_nothing(running: World):
     running.train_round(0.5)
     running.claimed()

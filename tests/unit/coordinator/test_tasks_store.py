@@ -178,7 +178,7 @@ def test_a_lease_runs_out_by_either_limit(world):
     assert late(START + 95) == {"t-1", "t-2", "t-3"}
 
 
-def test_a_start_moves_every_lease_that_would_run_out_and_no_other(world):
+def test_only_a_lease_that_would_run_out_is_extended(world):
     for task_id, limits in {
         "t-1": {"expires_at": START + 5, "hard_at": None},
         "t-2": {"expires_at": START + 5, "hard_at": START + 7},
@@ -189,12 +189,15 @@ def test_a_start_moves_every_lease_that_would_run_out_and_no_other(world):
         lease(world, task_id, f"c-{task_id}", **limits)
     add(world, "t-5")
 
-    moved = world.write(lambda c: tasks.extend_all_leases(c, START + 30))
+    moved = [
+        world.write(lambda c, name=name: tasks.extend_lease(c, name, START + 30))
+        for name in ("t-1", "t-2", "t-3", "t-4", "t-5")
+    ]
 
     def limits_of(task_id):
         return world.task(task_id).expires_at, world.task(task_id).hard_at
 
-    assert moved == 3
+    assert moved == [True, True, True, False, False]
     assert limits_of("t-1") == (START + 30, None)
     assert limits_of("t-2") == (START + 30, START + 30)
     assert limits_of("t-3") == (START + 30, START + 500)

@@ -6,6 +6,9 @@ import hashlib
 import json
 import logging
 import math
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,6 +47,24 @@ def process_as_it_was(handlers) -> Iterator[None]:
     yield
     root.handlers[:] = found
     root.setLevel(level)
+
+
+def test_an_unknown_kernel_variant_is_one_line_and_status_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "worker", "run"],
+        env={**os.environ, "BITNET_EXT_ISA": "foo"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert re.fullmatch(
+        "bitnet-worker: error: BITNET_EXT_ISA must be one of portable.* on this "
+        "machine, got 'foo'\n",
+        done.stderr,
+    )
 
 
 @pytest.fixture
