@@ -8,10 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -51,11 +49,13 @@ def test_an_upload_in_flight_is_finished_and_answered(
     body = hand.body(task, np.zeros(num_params(hand.shape), np.float32))
     head = (
         f"POST /gradient HTTP/1.1\r\nHost: x\r\nX-Api-Key: {KEY}\r\n"
-        "Content-Type: application/octet-stream\r\n"
+        "Content-Type: application/octet-stream\r\nExpect: 100-continue\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
     with socket.create_connection(("127.0.0.1", process.port), 30.0) as line:
-        line.sendall(head + body[:100_000])
+        line.sendall(head)
+        assert line.recv(65536).startswith(b"HTTP/1.1 100")  # it is under way
+        line.sendall(body[:100_000])
 
         process.process.send_signal(signal.SIGTERM)
         wait_until_refused(process.port)
@@ -83,14 +83,20 @@ def test_a_worker_that_waits_for_work_is_told_that_there_is_none(
     task = hand.claim()
     assert task is not None  # the score of version 1; nothing else is to be done
     hand.evaluate(task)
-    got: list[Any] = []
-    waiting = threading.Thread(target=lambda: got.append(hand.claim()))
-    waiting.start()
+    claim = json.dumps({"worker_id": hand.name, "claim_id": "c-last"}).encode()
+    head = (
+        f"POST /work HTTP/1.1\r\nHost: x\r\nX-Api-Key: {KEY}\r\n"
+        "Content-Type: application/json\r\nExpect: 100-continue\r\n"
+        f"Content-Length: {len(claim)}\r\n\r\n"
+    ).encode()
+    with socket.create_connection(("127.0.0.1", process.port), 30.0) as line:
+        line.sendall(head)
+        assert line.recv(65536).startswith(b"HTTP/1.1 100")  # it is under way
+        line.sendall(claim)
 
-    assert process.stop() == 0
+        assert process.stop() == 0
 
-    waiting.join(30.0)
-    assert got == [None]
+        assert line.recv(65536).startswith(b"HTTP/1.1 204")
 
 
 def test_a_start_on_a_taken_port_makes_nothing_and_keeps_no_password_back(
