@@ -52,9 +52,9 @@ from coordinator.service.sweeping import (
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import workers
 from coordinator.store.blobs import Blobs
-from coordinator.store.engine import Store
+from coordinator.store.engine import Store, clear_errors
 from coordinator.store.lock import DataLock
-from coordinator.store.schema import migrate
+from coordinator.store.schema import has_tables, migrate
 from coordinator.store.system import LeaseClock, OsFs, SystemRng
 
 log = logging.getLogger(__name__)
@@ -79,12 +79,14 @@ class Listening:
 def open_fleet(settings: CoordinatorSettings, on_event: OnEvent) -> Iterator[Fleet]:
     """Open the data folder under its lock. Blocking; raises StartError."""
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with contextlib.ExitStack() as opened:
+    path = settings.data / DATABASE_NAME
+    with clear_errors(path), contextlib.ExitStack() as opened:
         opened.callback(DataLock(settings.data).close)
-        store = Store(settings.data / DATABASE_NAME)
+        store = Store(path)
         opened.callback(store.close)
         workbench = ThreadPoolExecutor(_NUM_BENCHES, thread_name_prefix="workbench")
         opened.callback(workbench.shutdown)
+        store.write_now(lambda connection: has_tables(connection, settings.data))
         store.write_now(migrate)
         fleet = _make_fleet(settings, store, workbench, on_event)
         yield opened.enter_context(contextlib.closing(fleet))

@@ -194,11 +194,9 @@ def _train_for(options: argparse.Namespace) -> int:
         try:
             seconds = float(options.seconds)
         except ValueError:
-            seconds = -1.0
-        if not 0.0 < seconds < 1e9:
             raise StartError(
-                f"seconds must be a positive number or `ever`, got {options.seconds!r}"
-            )
+                f"seconds must be a number or `ever`, got {options.seconds!r}"
+            ) from None
     print(verbs.command(_settings(options), TrainFor(seconds=seconds)))
     return 0
 

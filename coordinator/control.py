@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 SOCKET_NAME: Final = "control.sock"
 TIMEOUT_S: Final = 60.0
+MAX_TOKENS: Final = 2**62
+MAX_SECONDS: Final = 1e9
 _MAX_LINE_BYTES: Final = 4096
 _OWN_FILES: Final = Path("/proc/self/fd")
 
@@ -49,11 +51,25 @@ class Seed(Struct, frozen=True, kw_only=True, tag="seed-real-tasks"):
 
     tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.tokens is not None and not 1 <= self.tokens <= MAX_TOKENS:
+            raise ValueError(
+                f"tokens must be a whole number from 1 to {MAX_TOKENS}, or auto, "
+                f"got {self.tokens}"
+            )
+
 
 class TrainFor(Struct, frozen=True, kw_only=True, tag="train-for"):
     """Stop giving out training after so many seconds; None: never by time."""
 
     seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0.0 < self.seconds < MAX_SECONDS:
+            raise ValueError(
+                f"seconds must be a number above 0 and below {MAX_SECONDS:.0f}, or "
+                f"`ever`, got {self.seconds}"
+            )
 
 
 class AcknowledgeReset(Struct, frozen=True, tag="acknowledge-reset"):
@@ -124,12 +140,19 @@ class ControlServer:
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        outcome = await self._answer(await reader.readline())
-        writer.write(msgspec.json.encode(outcome) + b"\n")
-        await writer.drain()
+        with contextlib.suppress(ConnectionError):  # who asked is gone
+            outcome = await self._answer(reader)
+            writer.write(msgspec.json.encode(outcome) + b"\n")
+            await writer.drain()
         writer.close()
 
-    async def _answer(self, line: bytes) -> Outcome:
+    async def _answer(self, reader: asyncio.StreamReader) -> Outcome:
+        try:
+            line = await reader.readline()
+        except ValueError:  # how asyncio tells of a line over its limit
+            return Outcome(
+                error=f"a command must be a line of at most {_MAX_LINE_BYTES} bytes"
+            )
         try:
             command: Command = msgspec.json.decode(line, type=Command)
             return Outcome(said=await obey(self._fleet, command))

@@ -15,16 +15,19 @@ from sqlalchemy import Connection
 from coordinator.app import DATABASE_NAME, open_fleet, run_settings
 from coordinator.control import Command, Seed, ask, obey
 from coordinator.service.corpus import Recipe, Stage, prepare_corpus
-from coordinator.service.fleet import RUNNING
+from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.starting import (
     check_corpus,
     ensure_run,
     load_corpus,
     reconcile,
 )
+from coordinator.service.steering import check_task_size
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import runs
 from coordinator.store.engine import read_once
+from coordinator.store.rows import RunRow
+from coordinator.store.schema import has_tables
 
 
 def command(settings: CoordinatorSettings, wish: Command) -> str:
@@ -39,12 +42,19 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
         reconcile(fleet)
         fleet.manifest = load_corpus(fleet.corpus)
         run = fleet.store.read_now(runs.newest_run)
+        if isinstance(wish, Seed):
+            _check_seed(fleet, run, wish)
         if run is None:
             ensure_run(fleet, fleet.manifest, run_settings(settings))
-        elif isinstance(wish, Seed):
-            # Tasks on another text could never be trained.
-            check_corpus(run, fleet.manifest, fleet.corpus)
         return asyncio.run(obey(fleet, wish))
+
+
+def _check_seed(fleet: Fleet, run: RunRow | None, wish: Seed) -> None:
+    """Refuse an epoch before anything is made for it."""
+    if run is not None:
+        # Tasks on another text could never be trained.
+        check_corpus(run, fleet.manifest, fleet.corpus)
+    check_task_size(fleet.the_manifest(), wish.tokens)
 
 
 def tokenize_corpus(settings: CoordinatorSettings, recipe: Recipe) -> str:
@@ -66,12 +76,17 @@ def tokenize_corpus(settings: CoordinatorSettings, recipe: Recipe) -> str:
 
 
 def protected_corpus(settings: CoordinatorSettings) -> str | None:
-    """Return the hash of the corpus that a running run trains on."""
+    """Return the hash of the corpus that a running run trains on.
+
+    Raises StartError for a database that is damaged or empty beside weights.
+    """
     path = settings.data / DATABASE_NAME
     if not path.exists():
         return None
 
     def find(connection: Connection) -> str | None:
+        if not has_tables(connection, settings.data):
+            return None
         run = runs.newest_run(connection)
         return run.corpus_hash if run is not None and run.state == RUNNING else None
 

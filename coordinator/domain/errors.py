@@ -7,7 +7,12 @@ FleetError
 
 from __future__ import annotations
 
+from typing import Final
+
 from bitnet_ext.wire.verdicts import ErrorCode
+
+#: Exit status where what is kept is damaged: only a backup helps.
+EXIT_DAMAGED: Final = 4
 
 
 class FleetError(Exception):

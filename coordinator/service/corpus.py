@@ -50,6 +50,10 @@ from coordinator.service.documents import (
 
 TOKENIZER_NAME: Final = "tokenizer.json"
 MIN_SHARD_TOKENS: Final = 1024
+#: A shard is built in memory: 4 GiB.
+MAX_SHARD_TOKENS: Final = 2**30
+#: More would be tens of bytes each in the tokenizer, and a row of every model.
+MAX_VOCAB_SIZE: Final = 2**20
 
 _FRESH: Final = ".tokenized-new"
 _OLD: Final = ".tokenized-old"
@@ -89,10 +93,10 @@ class Recipe:
     synthetic: bool = False
 
     def __post_init__(self) -> None:
-        if self.vocab_size < MIN_VOCAB_SIZE:
+        if not MIN_VOCAB_SIZE <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(
-                f"vocab_size must be at least {MIN_VOCAB_SIZE} "
-                f"(every byte and {END_OF_TEXT}), got {self.vocab_size}"
+                f"vocab_size must be from {MIN_VOCAB_SIZE} (every byte and "
+                f"{END_OF_TEXT}) to {MAX_VOCAB_SIZE}, got {self.vocab_size}"
             )
         if self.held_out_bytes < 1:
             raise ValueError(
@@ -102,9 +106,9 @@ class Recipe:
             raise ValueError(
                 f"held_out_share must be between 0 and 1/3, got {self.held_out_share}"
             )
-        if self.shard_tokens < MIN_SHARD_TOKENS:
+        if not MIN_SHARD_TOKENS <= self.shard_tokens <= MAX_SHARD_TOKENS:
             raise ValueError(
-                f"shard_tokens must be at least {MIN_SHARD_TOKENS}, "
+                f"shard_tokens must be from {MIN_SHARD_TOKENS} to {MAX_SHARD_TOKENS}, "
                 f"got {self.shard_tokens}"
             )
 

@@ -27,7 +27,7 @@ from bitnet_ext.layout import (
     shape_to_json,
 )
 from coordinator.domain import leases
-from coordinator.domain.errors import StartError
+from coordinator.domain.errors import EXIT_DAMAGED, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan
@@ -42,7 +42,6 @@ from coordinator.store.rows import RunRow, VersionRow
 
 log = logging.getLogger(__name__)
 
-EXIT_DAMAGED: Final = 4
 DEFAULT_PRESET: Final = "small"
 
 #: Returns the first weights of a run: float32 (n,) in layout order.

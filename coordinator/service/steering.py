@@ -9,6 +9,7 @@ from sqlalchemy import Connection
 
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
+from coordinator.domain.manifest import Manifest
 from coordinator.service.fleet import RUNNING, Fleet, no_run
 from coordinator.service.seeding import add_epoch, add_fixed_tasks, budget_left
 from coordinator.store import runs, workers
@@ -34,7 +35,7 @@ async def seed_epoch(fleet: Fleet, tokens: int | None) -> Seeded:
     now = fleet.clock.now()
     manifest = fleet.the_manifest()
     total = sum(shard.num_tokens for shard in manifest.train_shards())
-    _check_size(tokens, total)
+    check_task_size(manifest, tokens)
 
     def add(connection: Connection) -> Seeded:
         run = _the_run(connection)
@@ -89,9 +90,11 @@ async def acknowledge_reset(fleet: Fleet) -> None:
     fleet.changed.ring()
 
 
-def _check_size(tokens: int | None, total: int) -> None:
+def check_task_size(manifest: Manifest, tokens: int | None) -> None:
+    """Raise RefusedError `bad_request` for a size that makes too many tasks."""
     if tokens is None:
         return
+    total = sum(shard.num_tokens for shard in manifest.train_shards())
     least = -(-total // MAX_TASKS)
     if tokens < max(1, least):
         raise RefusedError(

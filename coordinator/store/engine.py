@@ -10,13 +10,17 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
+from sqlalchemy.exc import DBAPIError
+
+from coordinator.domain.errors import EXIT_DAMAGED, StartError
 
 try:
     # Newer than the SQLite of many systems, whose WAL reset can corrupt a file.
@@ -28,6 +32,10 @@ T = TypeVar("T")
 
 NUM_READERS: Final = 2
 BUSY_TIMEOUT_S: Final = 5.0
+#: Primary result codes of SQLite: CORRUPT and NOTADB.
+_DAMAGED: Final = frozenset({11, 26})
+#: PERM, BUSY, READONLY, IOERR, FULL and CANTOPEN.
+_UNUSABLE: Final = frozenset({3, 5, 8, 10, 13, 14})
 #: Bytes that the write-ahead log is cut back to after a checkpoint.
 JOURNAL_LIMIT_BYTES: Final = 64 * 2**20
 
@@ -92,11 +100,32 @@ def open_engine(path: Path, *, read_only: bool = False) -> Engine:
     return engine
 
 
+@contextmanager
+def clear_errors(path: Path) -> Iterator[None]:
+    """Turn what SQLite says of a file that it cannot use into one StartError."""
+    try:
+        yield
+    except DBAPIError as error:
+        # The low byte is the primary code; the rest only refines it.
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        if code in _DAMAGED:
+            raise StartError(
+                f"{path} is damaged ({error.orig}): restore it from a backup",
+                exit_code=EXIT_DAMAGED,
+            ) from error
+        if code in _UNUSABLE:
+            raise StartError(f"cannot use {path}: {error.orig}") from error
+        raise
+
+
 def read_once(path: Path, act: Callable[[Connection], T]) -> T:
-    """Run `act` on a database that another process may be writing. Blocking."""
+    """Run `act` on a database that another process may be writing. Blocking.
+
+    Raises StartError for a file that SQLite cannot use.
+    """
     engine = open_engine(path, read_only=True)
     try:
-        with engine.begin() as connection:
+        with clear_errors(path), engine.begin() as connection:
             return act(connection)
     finally:
         engine.dispose()
@@ -141,11 +170,13 @@ class Store:
 
     def close(self) -> None:
         """Finish what runs, checkpoint, and close every connection."""
-        self._write_thread.submit(self._checkpoint).result()
-        self._write_thread.shutdown()
-        self._read_threads.shutdown()
-        self._reader.dispose()
-        self._writer.dispose()
+        try:
+            self._write_thread.submit(self._checkpoint).result()
+        finally:
+            self._write_thread.shutdown()
+            self._read_threads.shutdown()
+            self._reader.dispose()
+            self._writer.dispose()
 
     def _checkpoint(self) -> None:
         with self._writer.connect() as connection:

@@ -10,7 +10,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
-from coordinator.domain.errors import StartError
+from coordinator.domain.errors import EXIT_DAMAGED, StartError
+from coordinator.store.blobs import BlobKind
 
 
 def _config() -> Config:
@@ -22,6 +23,23 @@ def _config() -> Config:
 def schema_revision(connection: Connection) -> str | None:
     """Return the revision that a database has; None for an empty one."""
     return MigrationContext.configure(connection).get_current_revision()
+
+
+def has_tables(connection: Connection, folder: Path) -> bool:
+    """Return whether the database of a data folder was ever begun.
+
+    Raises StartError where it was not although the folder holds files of a run: to
+    begin anew would make orphans of all weights, and remove them.
+    """
+    if schema_revision(connection) is not None:
+        return True
+    if any(any((folder / kind).glob("*")) for kind in BlobKind):
+        raise StartError(
+            f"the database in {folder} is empty or gone, the files of its run are "
+            "there: restore it from a backup",
+            exit_code=EXIT_DAMAGED,
+        )
+    return False
 
 
 def migrate(connection: Connection) -> None:

@@ -142,6 +142,7 @@ def test_before_a_corpus_it_says_what_to_do(capsys, tmp_path):
         ("seed-real-tasks", "0", "tokens"),
         ("seed-real-tasks", "-5", "tokens"),
         ("seed-real-tasks", "1.5", "tokens"),
+        ("seed-real-tasks", "99999999999999999999", "tokens"),
         ("seed-real-tasks", "\u0663", "tokens"),
         ("train-for", "soon", "seconds"),
         ("train-for", "0", "seconds"),
@@ -155,6 +156,16 @@ def test_a_wrong_amount_is_named_and_shown(capsys, folders, verb, value, name):
 
     assert name in line
     assert value in line
+
+
+def test_an_epoch_of_too_many_tasks_is_refused_before_a_run_is_made(capsys, tmp_path):
+    write_corpus(tmp_path / "corpus", sizes=(200_000,))
+    folders = ["--data", str(tmp_path / "data"), "--corpus", str(tmp_path / "corpus")]
+
+    line = refused(capsys, "seed-real-tasks", *folders, "1")
+
+    assert "tokens must be at least 2" in line
+    assert not list((tmp_path / "data/state").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -230,7 +241,13 @@ def test_a_port_in_use_is_one_line(capsys, folders):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("vocab-size", "10"), ("held-out-bytes", "0"), ("shard-tokens", "1")],
+    [
+        ("vocab-size", "10"),
+        ("vocab-size", f"{10**26}"),
+        ("held-out-bytes", "0"),
+        ("shard-tokens", "1"),
+        ("shard-tokens", f"{10**26}"),
+    ],
 )
 def test_a_recipe_that_cannot_be_is_refused(capsys, tmp_path, name, value):
     line = refused(
@@ -257,6 +274,65 @@ def test_damaged_weights_stop_every_command_with_status_four(capsys, folders, tm
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "version 1 is damaged" in err
+
+
+def damage(capsys, verb, folders) -> str:
+    """Run a command that has to end with status 4 and one line; return the line."""
+    assert main([verb, *folders]) == 4
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("{")]
+    assert (out, len(lines)) == ("", 1)
+    return lines[0]
+
+
+USE_THE_DATABASE = ["serve", "seed-real-tasks", "acknowledge-reset", "tokenize-corpus"]
+
+
+@pytest.mark.parametrize("verb", USE_THE_DATABASE)
+@pytest.mark.parametrize(
+    "content", [b"no database at all" * 1000, b"SQLite format 3\0" + b"\xff" * 9000]
+)
+def test_a_damaged_database_is_one_line_with_status_four(
+    capsys, folders, tmp_path, verb, content
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/fleet.db").write_bytes(content)
+
+    line = damage(capsys, verb, folders)
+
+    assert str(tmp_path / "data/fleet.db") in line
+    assert "restore it from a backup" in line
+    assert (tmp_path / "data/fleet.db").read_bytes() == content
+
+
+@pytest.mark.parametrize("verb", USE_THE_DATABASE)
+def test_an_empty_database_beside_weights_is_not_begun_anew(
+    capsys, folders, tmp_path, verb
+):
+    said(capsys, "seed-real-tasks", *folders)
+    (tmp_path / "data/fleet.db").write_bytes(b"")
+    weights = sorted((tmp_path / "data/state").iterdir())
+
+    assert "empty or gone" in damage(capsys, verb, folders)
+
+    assert weights
+    assert sorted((tmp_path / "data/state").iterdir()) == weights
+
+
+def test_an_empty_database_alone_is_a_new_one(capsys, folders, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/fleet.db").touch()
+
+    assert "no text" in refused(capsys, "tokenize-corpus", *folders)
+    assert "epoch 1" in said(capsys, "seed-real-tasks", *folders)
+
+
+def test_a_database_that_cannot_be_opened_is_one_line(capsys, folders, tmp_path):
+    (tmp_path / "data/fleet.db").mkdir(parents=True)
+
+    line = refused(capsys, "seed-real-tasks", *folders)
+
+    assert f"cannot use {tmp_path / 'data/fleet.db'}" in line
 
 
 @pytest.mark.parametrize(

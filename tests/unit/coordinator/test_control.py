@@ -106,8 +106,10 @@ def test_a_new_password_is_said_once_and_works(running: World, tmp_path: Path):
 
 
 def test_a_refusal_comes_back_as_its_reason(running: World, tmp_path: Path):
-    with pytest.raises(StartError, match="tokens must be at least 1") as caught:
-        asked(running, tmp_path, Seed(tokens=0))
+    running.change_run(state="finished")
+
+    with pytest.raises(StartError, match="give it time first") as caught:
+        asked(running, tmp_path, Seed(tokens=300))
 
     assert caught.value.exit_code == 2
 
@@ -154,7 +156,14 @@ def test_a_folder_with_a_very_long_name_will_do(running: World, tmp_path: Path):
         b"{}\n",
         b'{"type":"drop-database"}\n',
         b'{"type":"seed-real-tasks","tokens":"many"}\n',
+        b'{"type":"seed-real-tasks","tokens":0}\n',
+        b'{"type":"seed-real-tasks","tokens":-5}\n',
+        b'{"type":"seed-real-tasks","tokens":4611686018427387905}\n',
         b'{"type":"train-for","seconds":NaN}\n',
+        b'{"type":"train-for","seconds":-1}\n',
+        b'{"type":"train-for","seconds":0}\n',
+        b'{"type":"train-for","seconds":1e9}\n',
+        b" " * 10_000 + b"\n",
         b"\xff\xfe\n",
     ],
 )
@@ -167,6 +176,21 @@ def test_a_line_that_is_no_command_is_answered_and_changes_nothing(
 
     assert outcome.error
     assert running.everything() == before
+
+
+def test_a_line_that_is_too_long_is_told_its_limit(running: World, tmp_path: Path):
+    outcome = sent(running, tmp_path, b"x" * 10_000)
+
+    assert "at most 4096 bytes" in outcome.error
+
+
+def test_an_amount_that_cannot_be_is_named_and_shown(running: World, tmp_path: Path):
+    line = b'{"type":"train-for","seconds":-1}\n'
+
+    outcome = sent(running, tmp_path, line)
+
+    assert "seconds must be a number above 0" in outcome.error
+    assert "got -1" in outcome.error
 
 
 def test_a_bug_is_logged_and_not_told(world: World, tmp_path: Path, caplog):
