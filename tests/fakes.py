@@ -80,6 +80,8 @@ class FakeFs:
         self._for_good = False
         #: Every durability call so far, as `name`; a failed one included.
         self.calls: list[str] = []
+        #: Bytes that the disk has left; None: those of the real one.
+        self.free: int | None = None
 
     @contextmanager
     def failing(self, ordinal: int) -> Iterator[None]:
@@ -130,7 +132,7 @@ class FakeFs:
 
     def free_bytes(self, folder: Path) -> int:
         """Return the space left."""
-        return self._real.free_bytes(folder)
+        return self._real.free_bytes(folder) if self.free is None else self.free
 
     def _check(self, call: str, path: Path) -> None:
         if self.must_fail(call):

@@ -21,6 +21,7 @@ from tests.unit.worker.fleet import (
 from tests.unit.worker.shapes import SMALL
 from tests.unit.worker.stand_in import HANG_UP, Reply, refuses, says
 from worker.errors import ProtocolError, SettingsError, StoppedError
+from worker.loop import TROUBLE_S
 
 
 def test_it_registers_calibrates_and_registers_again_with_its_speed(fleet) -> None:
@@ -36,6 +37,14 @@ def test_it_registers_calibrates_and_registers_again_with_its_speed(fleet) -> No
     assert fleet.trainer.calibrated == [SMALL]
     assert fleet.num_registered == 1
     assert fleet.beacon.exists()
+
+
+def test_it_beats_as_often_as_the_registration_says(fleet) -> None:
+    fleet.hands_out()
+
+    fleet.turns(1)
+
+    assert fleet.heartbeat.interval_s == 3600.0
 
 
 def test_a_coordinator_without_a_run_is_waited_for(fleet) -> None:
@@ -119,6 +128,19 @@ def test_a_coordinator_that_forgot_us_is_told_again(fleet) -> None:
     assert len(registered) == 3
     assert registered[-1].json()["calibrated_tokens_per_s"] == 1000.0
     assert fleet.trainer.calibrated == [SMALL]
+
+
+def test_a_claim_that_is_refused_again_and_again_is_asked_less_often(fleet) -> None:
+    fleet.coordinator.on("POST /work", refuses(400, ErrorCode.BAD_REQUEST))
+    waits = []
+
+    for _ in range(6):
+        fleet.waits.clear()
+        fleet.turns(1)
+        waits.append(sum(fleet.waits))
+
+    assert min(waits) >= TROUBLE_S
+    assert max(waits[3:]) > max(waits[:2])
 
 
 def test_a_key_that_was_withdrawn_ends_it(fleet) -> None:

@@ -156,6 +156,15 @@ def test_a_refused_submission_is_dropped_and_given_back(fleet, status, code) -> 
     assert remembers_nothing(fleet)
 
 
+def test_after_a_refused_submission_it_waits_before_the_next_claim(fleet) -> None:
+    fleet.coordinator.on("POST /gradient", refuses(422, ErrorCode.NON_FINITE))
+    fleet.hands_out(fleet.task())
+
+    fleet.turns(1)
+
+    assert sum(fleet.waits) >= TROUBLE_S
+
+
 def test_a_submission_that_was_filtered_teaches_nothing(fleet) -> None:
     answer = SubmissionAnswer(
         submission_id="id-2",
@@ -194,6 +203,19 @@ def test_a_lease_that_nothing_renews_ends_the_work(fleet) -> None:
     fleet.turns(1)
 
     assert fleet.trainer.num_steps == 1
+    assert not fleet.submissions()
+
+
+def test_a_lease_counts_from_the_moment_before_its_claim_was_sent(fleet) -> None:
+    def slow(_request) -> Reply:
+        fleet.now[0] += 4.0
+        return says(fleet.task(lease_s=5.0))
+
+    fleet.coordinator.on("POST /work", slow)
+
+    fleet.turns(1)
+
+    assert fleet.trainer.num_steps == 1  # a second each; the claim took four
     assert not fleet.submissions()
 
 
@@ -312,6 +334,19 @@ def test_a_broken_worker_waits_longer_with_each_failure(fleet) -> None:
 
     assert min(waits) >= TROUBLE_S
     assert max(waits[3:]) > max(waits[:2])
+
+
+def test_a_long_story_of_a_failure_is_cut_to_what_is_taken(fleet) -> None:
+    def fail() -> None:
+        raise RuntimeError("x" * 10_000)
+
+    fleet.trainer.during = fail
+    fleet.hands_out(fleet.task())
+
+    fleet.turns(1)
+
+    (failed,) = fleet.failures()
+    assert len(failed["message"]) == 2000
 
 
 def test_success_ends_the_back_off(fleet) -> None:
