@@ -115,6 +115,17 @@ def test_a_round_ages_from_its_first_claim_not_from_its_opening(running: World):
     assert size(running.claimed()) == 120
 
 
+def test_later_claims_do_not_make_a_round_younger(running: World):
+    running.register("w2")
+    running.claimed("w1")
+    began = running.clock.now()
+    running.clock.advance(20.0)
+
+    running.claimed("w2")
+
+    assert running.live_round().first_claim_at == began
+
+
 def test_a_crumb_at_the_end_of_a_range_goes_along(running: World):
     running.set_speed("w1", 15.0)  # 900 of 1000 tokens
 

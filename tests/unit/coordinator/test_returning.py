@@ -232,6 +232,31 @@ def test_an_evaluation_comes_back_without_touching_the_round(world: World):
     assert world.claimed().task_id == task.task_id
 
 
+def test_a_finished_run_begins_no_epoch_when_its_last_task_is_given_up(running: World):
+    running.write(lambda c: runs.drop_ranges(c, "r-1"))
+    running.write(
+        lambda c: runs.add_range(
+            c,
+            run_id="r-1",
+            epoch=1,
+            shard_id="train-00000",
+            start_token=0,
+            num_tokens=8,
+        )
+    )
+    for _ in range(4):
+        running.claimed()
+        running.clock.advance(30.0)
+        sweep(running)
+    running.claimed()
+    running.change_run(state="finished")
+    running.clock.advance(30.0)
+
+    sweep(running)
+
+    assert running.run_row().epoch == 1
+
+
 def test_giving_up_the_last_task_begins_the_next_epoch(running: World):
     shards = running.fleet.the_manifest().train_shards()
     running.write(lambda c: runs.drop_ranges(c, "r-1"))

@@ -16,6 +16,7 @@ from bitnet_ext.wire.verdicts import (
 from tests.unit.worker.fleet import (
     EMPTY,
     OTHER,
+    accepts,
     register_answer,
 )
 from tests.unit.worker.shapes import SMALL
@@ -228,6 +229,49 @@ def test_told_to_stop_it_gives_back_what_does_not_fit(fleet) -> None:
 
     assert not fleet.submissions()
     assert len(fleet.releases()) == 1
+
+
+def test_what_fits_includes_the_time_that_the_last_submission_took(fleet) -> None:
+    def slowly(request) -> Reply:
+        fleet.now[0] += 40.0
+        return accepts(request)
+
+    fleet.coordinator.on("POST /gradient", slowly)
+    fleet.hands_out(fleet.task(), fleet.task())
+    fleet.turns(1)
+    fleet.trainer.during = fleet.shutdown.request
+
+    with pytest.raises(StoppedError):
+        fleet.turns(1)
+
+    assert len(fleet.submissions()) == 1
+    assert len(fleet.releases()) == 1
+
+
+def test_what_became_of_a_task_is_told_no_longer_than_its_lease_lives(fleet) -> None:
+    fleet.coordinator.on("POST /tasks/t1/fail", *[HANG_UP] * 50, EMPTY)
+    fleet.hands_out(fleet.task(codec="zip", lease_s=20.0))
+
+    fleet.turns(1)
+
+    assert 1 < len(fleet.failures()) < 50
+
+
+def test_told_to_stop_it_gives_back_no_longer_than_its_grace_lasts(fleet) -> None:
+    fleet.coordinator.on("POST /tasks/t1/release", *[HANG_UP] * 50, EMPTY)
+    fleet.hands_out(fleet.task(lease_s=1e6))
+
+    def stop_late() -> None:
+        fleet.now[0] += 50.0
+        fleet.shutdown.request()
+
+    fleet.trainer.during = stop_late
+
+    with pytest.raises(StoppedError):
+        fleet.turns(1)
+
+    assert 1 < len(fleet.releases()) < 50
+    assert sum(fleet.waits) <= 2 * fleet.settings.shutdown_s
 
 
 def test_told_to_stop_before_the_first_step_it_gives_the_task_back(fleet) -> None:

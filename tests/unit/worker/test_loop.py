@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 
@@ -46,6 +48,7 @@ def test_a_task_is_trained_and_submitted(fleet) -> None:
     header, _ = decode_frame(frame)
     assert (meta.task_id, meta.lease_id, meta.worker_id) == ("t1", "0" * 32, "box-1")
     assert (meta.base_version, meta.num_steps, meta.tokens) == (1, 2, 128)
+    assert meta.cpu_s == 2.0  # of this task alone
     assert meta.download_bytes == len(fleet.frame) + fleet.tokens.nbytes
     assert (header.version, header.layout_hash) == (1, layout_hash(SMALL))
     assert fleet.heartbeat.lease is None
@@ -251,6 +254,26 @@ def test_an_evaluation_is_scored_and_sent_until_answered(fleet) -> None:
     assert (sent["version"], sent["nats"], sent["bytes"]) == (1, 123.0, 500)
     assert not fleet.submissions()
     assert remembers_nothing(fleet)
+
+
+def test_a_score_that_is_no_number_is_not_sent(fleet) -> None:
+    fleet.trainer.nats = math.nan
+    fleet.hands_out(fleet.task(kind=TaskKind.EVALUATE, text_bytes=500))
+
+    fleet.turns(1)
+
+    assert [failed["code"] for failed in fleet.failures()] == ["non_finite_loss"]
+    assert not fleet.coordinator.asked("POST /tasks/t1/evaluation")
+
+
+def test_a_download_is_tried_no_longer_than_the_lease_lives(fleet) -> None:
+    fleet.coordinator.on("GET /weights/1", *[HANG_UP] * 50, refuses(404, "gone"))
+    fleet.hands_out(fleet.task(lease_s=20.0))
+
+    fleet.turns(1)
+
+    assert 1 < len(fleet.coordinator.asked("GET /weights/1")) < 50
+    assert not fleet.failures()
 
 
 @pytest.mark.parametrize("kind", list(TaskKind))
