@@ -246,6 +246,24 @@ def test_the_same_submission_gets_the_same_answer_and_counts_once(running: World
     assert running.everything() == before
 
 
+def test_a_frame_that_grows_too_long_is_refused_before_its_end(running: World):
+    task = running.claimed()
+    sent = body(running.meta(task), frame(task, 0.5))
+
+    async def story():
+        intake = Intake(running.fleet)
+        try:
+            await intake.feed(sent)
+            with pytest.raises(RefusedError) as caught:
+                await intake.feed(b"x")
+            return caught.value.code
+        finally:
+            await intake.close()
+
+    assert running.do(story()) is ErrorCode.WRONG_LENGTH
+    assert running.fleet.blobs.names(BlobKind.PAYLOAD) == []
+
+
 def test_the_closer_is_woken_by_a_submission(running: World):
     task = running.claimed()
     sent = body(running.meta(task), frame(task, 0.5))
