@@ -81,6 +81,8 @@ class FakeFs:
         self._code = errno.EIO
         #: Every durability call so far, as `name`; a failed one included.
         self.calls: list[str] = []
+        #: Bytes that the disk has left; None: those of the real one.
+        self.free: int | None = None
 
     @contextmanager
     def failing(self, ordinal: int, code: int = errno.EIO) -> Iterator[None]:
@@ -132,7 +134,7 @@ class FakeFs:
 
     def free_bytes(self, folder: Path) -> int:
         """Return the space left."""
-        return self._real.free_bytes(folder)
+        return self._real.free_bytes(folder) if self.free is None else self.free
 
     def _check(self, call: str, path: Path) -> None:
         if self.must_fail(call):

@@ -11,7 +11,7 @@ from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain import leases, sizing
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import hyper_parameters
-from coordinator.service.claiming import claim
+from coordinator.service.claiming import MIN_FREE_BYTES, claim
 from coordinator.service.steering import seed_epoch
 from coordinator.store import rounds, runs, tasks, workers
 from tests.unit.coordinator.fleets import PLAN, SECRET, SHAPE, World
@@ -59,6 +59,40 @@ def test_the_first_task_of_an_unmeasured_worker_is_a_probe(running: World):
     assert task.hyper == hyper_parameters(PLAN, tokens_accepted=0, task_tokens=PROBE)
 
 
+def test_warm_up_follows_the_accepted_tokens_of_the_run(running: World):
+    running.train_round(0.5)
+
+    task = running.claimed()
+
+    assert task.hyper.lr_start > 0.0
+    assert task.hyper == hyper_parameters(
+        PLAN, tokens_accepted=PROBE, task_tokens=size(task)
+    )
+
+
+def test_a_worker_is_predicted_by_its_own_speed_not_by_the_fleet(running: World):
+    running.register("w2")
+    running.set_speed("w2", 1.0)
+    running.set_speed("w1", 8.0)
+
+    task = running.claimed("w1")  # 480 tokens
+
+    assert running.task(task.task_id).predicted_s == pytest.approx(60.0)
+
+
+def test_with_less_than_a_gibibyte_free_there_is_no_work(running: World):
+    running.fs.free = MIN_FREE_BYTES - 1
+    with pytest.raises(RefusedError) as caught:
+        running.claim()
+    assert (caught.value.code, caught.value.retry_after_s) == (
+        ErrorCode.DISK_LOW,
+        30.0,
+    )
+
+    running.fs.free = MIN_FREE_BYTES
+    assert running.claim() is not None
+
+
 def test_a_measured_worker_gets_what_fills_the_round(running: World):
     running.set_speed("w1", 2.0)
 
@@ -79,6 +113,17 @@ def test_a_round_ages_from_its_first_claim_not_from_its_opening(running: World):
     running.clock.advance(1000.0)
 
     assert size(running.claimed()) == 120
+
+
+def test_later_claims_do_not_make_a_round_younger(running: World):
+    running.register("w2")
+    running.claimed("w1")
+    began = running.clock.now()
+    running.clock.advance(20.0)
+
+    running.claimed("w2")
+
+    assert running.live_round().first_claim_at == began
 
 
 def test_a_crumb_at_the_end_of_a_range_goes_along(running: World):

@@ -155,6 +155,32 @@ def test_the_version_the_round_and_the_submissions_agree(two: World):
     )
 
 
+def test_tokens_add_up_from_version_to_version(two: World):
+    for _ in range(3):
+        two.train_round(0.5, 0.5)
+
+    points = two.read(lambda c: versions.points_of(c, "r-1"))
+
+    trained = two.run_row().tokens_accepted
+    assert trained > 3 * 128
+    assert points[-1].tokens_total == trained
+    assert points[1].tokens_total == 128
+
+
+def test_a_closer_that_missed_a_round_reads_what_that_round_made(running: World):
+    other = RoundCloser(running.fleet)
+    running.train_round(0.5)
+    running.submit(running.claimed(), value=0.25)
+    assert running.do(other.close_one())
+    before = running.state(3)
+    running.submit(running.claimed(), value=0.5)
+
+    assert running.close_round()
+
+    merged = np.full(NUM_PARAMS, 0.5, dtype=np.float32)
+    assert_is(running.state(4), *stepped(before, merged))
+
+
 def test_nothing_is_closed_before_it_is_ready(two: World):
     assert not two.close_round()
     first = two.claimed("w1")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 
+from bitnet_ext.wire.messages import HeartbeatRequest
 from bitnet_ext.wire.verdicts import ErrorCode, LeaseState, WorkerPhase
 from coordinator.domain.errors import RefusedError
+from coordinator.service.renewing import heartbeat
 from coordinator.service.returning import sweep_leases
 from coordinator.store import workers
 from tests.fakes import START
@@ -174,6 +178,43 @@ def test_an_evaluation_has_a_hard_limit_too(world: World, own, of_another, due_s
 
     assert task.kind == "evaluate"
     assert limits(world, task)[1] == pytest.approx(START + due_s)
+
+
+def test_a_limit_by_the_fleet_is_only_moved_out(running: World):
+    running.register("w2")
+    running.set_speed("w2", 3.2)  # 64 tokens in 20 s: a limit of 120 s
+    task = running.claimed("w1")
+    running.clock.advance(1.0)
+    running.heartbeat(task, tokens_done=32)  # 2 s by its own speed
+    assert limits(running, task)[1] == pytest.approx(START + 120.0)
+    running.clock.advance(29.0)
+
+    running.heartbeat(task, tokens_done=33)  # 58 s
+
+    assert limits(running, task)[1] == pytest.approx(START + 3 * 64 * 30 / 33 + 60)
+
+
+def test_progress_never_brings_the_end_of_a_lease_nearer(running: World):
+    running.register("w1", heartbeat_s=60.0)
+    task = running.claimed()
+    running.register("w1", heartbeat_s=5.0)
+
+    answer = running.heartbeat(task, tokens_done=1)
+
+    assert answer.lease_s == 360.0
+
+
+def test_the_page_is_told_of_a_heartbeat(running: World):
+    request = HeartbeatRequest(worker_id="w1", phase=WorkerPhase.IDLE)
+
+    async def story():
+        waiting = asyncio.create_task(running.fleet.changed.wait())
+        await asyncio.sleep(0)  # it waits
+        await heartbeat(running.fleet, request)
+        async with asyncio.timeout(10.0):
+            await waiting
+
+    running.do(story())
 
 
 def test_an_evaluation_that_never_ends_is_taken_away(world: World):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 from sqlalchemy import select
 
+from bitnet_ext.wire.messages import ReleaseRequest
 from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain.errors import RefusedError
-from coordinator.service.returning import sweep_leases
+from coordinator.service.returning import release, sweep_leases
 from coordinator.service.steering import seed_epoch
 from coordinator.store import rounds, runs, tasks
 from coordinator.store.tables import claims, events
@@ -97,6 +100,41 @@ def test_a_task_that_cannot_be_done_rests_and_says_why(running: World):
     # Half of the two seconds of a first failure, by the randomness of the fake.
     assert pending_at(running, now + 0.9) is None
     assert pending_at(running, now + 1.0).task_id == task.task_id
+
+
+def test_a_task_that_fails_again_rests_twice_as_long(running: World):
+    for attempt in (1, 2, 3):
+        task = running.claimed()
+        running.fail(task)
+        rest_s = 0.5 * 2**attempt
+        now = running.clock.now()
+        assert pending_at(running, now + rest_s - 0.1) is None
+        assert pending_at(running, now + rest_s).task_id == task.task_id
+        running.clock.advance(rest_s)
+
+
+def test_a_release_keeps_its_reason(running: World):
+    task = running.claimed()
+    request = ReleaseRequest(worker_id="w1", lease_id=task.lease_id, reason="told to")
+
+    running.do(release(running.fleet, task.task_id, request))
+
+    assert running.task(task.task_id).reason == "told to"
+
+
+@pytest.mark.parametrize("bell", ["work", "round_ready", "changed"])
+def test_whoever_waits_is_woken_when_a_lease_ends(running: World, bell):
+    task = running.claimed()
+    request = ReleaseRequest(worker_id="w1", lease_id=task.lease_id)
+
+    async def story():
+        waiting = asyncio.create_task(getattr(running.fleet, bell).wait())
+        await asyncio.sleep(0)  # it waits
+        await release(running.fleet, task.task_id, request)
+        async with asyncio.timeout(10.0):
+            await waiting
+
+    running.do(story())
 
 
 def test_a_resting_task_does_not_keep_its_worker_from_other_work(running: World):
@@ -232,6 +270,22 @@ def test_giving_up_the_last_task_begins_the_next_epoch(running: World):
 
     assert running.run_row().epoch == 2
     assert running.read(lambda c: runs.range_tokens(c, "r-1")) == 1504
+
+
+def test_a_finished_run_begins_no_epoch_when_its_last_task_is_given_up(running: World):
+    running.train_round(0.5)
+    leave_eight_tokens(running)
+    for _ in range(4):
+        running.claimed()
+        running.clock.advance(30.0)
+        sweep(running)
+    running.claimed()
+    running.change_run(state="finished")
+    running.clock.advance(30.0)
+
+    sweep(running)
+
+    assert running.run_row().epoch == 1
 
 
 def test_an_epoch_without_an_accepted_task_is_not_followed_by_itself(

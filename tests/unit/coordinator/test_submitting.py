@@ -21,7 +21,7 @@ from coordinator.service.starting import reconcile
 from coordinator.service.submitting import MAX_META_BYTES, Intake
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind
-from tests.fakes import MadeToFailError
+from tests.fakes import START, MadeToFailError
 from tests.unit.coordinator.fleets import NUM_PARAMS, SHAPE, World, body, frame
 
 #: Durability calls of one upload before it is accepted; the last test names them.
@@ -210,6 +210,7 @@ def test_an_accepted_submission_is_durable_and_counted(running: World):
     assert (row.state, row.version, row.codec) == ("accepted", None, "fp32")
     assert (row.epoch, row.shard_id, row.start_token) == (1, "train-00000", 0)
     assert (row.tokens, row.num_steps, row.loss_mean) == (64, 4, 2.5)
+    assert (row.claimed_at, row.accepted_at) == (START, START + 10.0)
     assert row.payload_bytes == len(sent)
     assert running.fleet.blobs.read(BlobKind.PAYLOAD, row.payload_file) == sent
     assert running.task(task.task_id).state == "done"
@@ -243,6 +244,41 @@ def test_the_same_submission_gets_the_same_answer_and_counts_once(running: World
 
     assert msgspec.json.encode(again) == msgspec.json.encode(first)
     assert running.everything() == before
+
+
+def test_a_frame_that_grows_too_long_is_refused_before_its_end(running: World):
+    task = running.claimed()
+    sent = body(running.meta(task), frame(task, 0.5))
+
+    async def story():
+        intake = Intake(running.fleet)
+        try:
+            await intake.feed(sent)
+            with pytest.raises(RefusedError) as caught:
+                await intake.feed(b"x")
+            return caught.value.code
+        finally:
+            await intake.close()
+
+    assert running.do(story()) is ErrorCode.WRONG_LENGTH
+    assert running.fleet.blobs.names(BlobKind.PAYLOAD) == []
+
+
+def test_the_closer_is_woken_by_a_submission(running: World):
+    task = running.claimed()
+    sent = body(running.meta(task), frame(task, 0.5))
+
+    async def story():
+        waiting = asyncio.create_task(running.fleet.round_ready.wait())
+        await asyncio.sleep(0)  # it waits
+        intake = Intake(running.fleet)
+        await intake.feed(sent)
+        await intake.finish()
+        await intake.close()
+        async with asyncio.timeout(10.0):
+            await waiting
+
+    running.do(story())
 
 
 def test_it_gets_the_same_answer_after_its_round_has_closed(running: World):

@@ -84,6 +84,17 @@ def test_a_lease_ends_so_long_after_the_request_for_it(lease, now) -> None:
     assert not lease.denied
 
 
+def test_a_claim_that_was_answered_late_ends_as_early_all_the_same(now) -> None:
+    now[0] = 140.0  # asked at 100, answered now
+
+    lease = Lease(a_task(64), 100.0, lambda: now[0])
+
+    now[0] = 159.9
+    assert not lease.lost
+    now[0] = 160.0
+    assert lease.lost
+
+
 def test_a_beat_renews_from_the_moment_it_was_sent(
     coordinator, heartbeat, lease, now
 ) -> None:
@@ -163,6 +174,21 @@ def test_the_beacon_follows_tokens_and_bytes_not_beats(
     lease.took_step(16, 1.0)
     assert lit(heartbeat, tmp_path)
     assert not lit(heartbeat, tmp_path)
+
+
+def test_the_beacon_follows_a_new_task_from_its_first_bytes(
+    coordinator, heartbeat, lease, now, tmp_path
+) -> None:
+    coordinator.on("POST /heartbeat", answer())
+    heartbeat.lease = lease
+    lease.took_bytes(1000)
+    lease.took_step(64, 1.0)
+    assert lit(heartbeat, tmp_path)
+
+    heartbeat.lease = Lease(a_task(64), 100.0, lambda: now[0])
+    heartbeat.lease.took_bytes(1)
+
+    assert lit(heartbeat, tmp_path)
 
 
 def test_training_lights_the_beacon_though_nobody_answers(

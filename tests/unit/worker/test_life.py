@@ -16,11 +16,13 @@ from bitnet_ext.wire.verdicts import (
 from tests.unit.worker.fleet import (
     EMPTY,
     OTHER,
+    accepts,
     register_answer,
 )
 from tests.unit.worker.shapes import SMALL
 from tests.unit.worker.stand_in import HANG_UP, Reply, refuses, says
 from worker.errors import ProtocolError, SettingsError, StoppedError
+from worker.loop import TROUBLE_S
 
 
 def test_it_registers_calibrates_and_registers_again_with_its_speed(fleet) -> None:
@@ -36,6 +38,14 @@ def test_it_registers_calibrates_and_registers_again_with_its_speed(fleet) -> No
     assert fleet.trainer.calibrated == [SMALL]
     assert fleet.num_registered == 1
     assert fleet.beacon.exists()
+
+
+def test_it_beats_as_often_as_the_registration_says(fleet) -> None:
+    fleet.hands_out()
+
+    fleet.turns(1)
+
+    assert fleet.heartbeat.interval_s == 3600.0
 
 
 def test_a_coordinator_without_a_run_is_waited_for(fleet) -> None:
@@ -119,6 +129,19 @@ def test_a_coordinator_that_forgot_us_is_told_again(fleet) -> None:
     assert len(registered) == 3
     assert registered[-1].json()["calibrated_tokens_per_s"] == 1000.0
     assert fleet.trainer.calibrated == [SMALL]
+
+
+def test_a_claim_that_is_refused_again_and_again_is_asked_less_often(fleet) -> None:
+    fleet.coordinator.on("POST /work", refuses(400, ErrorCode.BAD_REQUEST))
+    waits = []
+
+    for _ in range(6):
+        fleet.waits.clear()
+        fleet.turns(1)
+        waits.append(sum(fleet.waits))
+
+    assert min(waits) >= TROUBLE_S
+    assert max(waits[3:]) > max(waits[:2])
 
 
 def test_a_key_that_was_withdrawn_ends_it(fleet) -> None:
@@ -206,6 +229,49 @@ def test_told_to_stop_it_gives_back_what_does_not_fit(fleet) -> None:
 
     assert not fleet.submissions()
     assert len(fleet.releases()) == 1
+
+
+def test_what_fits_includes_the_time_that_the_last_submission_took(fleet) -> None:
+    def slowly(request) -> Reply:
+        fleet.now[0] += 40.0
+        return accepts(request)
+
+    fleet.coordinator.on("POST /gradient", slowly)
+    fleet.hands_out(fleet.task(), fleet.task())
+    fleet.turns(1)
+    fleet.trainer.during = fleet.shutdown.request
+
+    with pytest.raises(StoppedError):
+        fleet.turns(1)
+
+    assert len(fleet.submissions()) == 1
+    assert len(fleet.releases()) == 1
+
+
+def test_what_became_of_a_task_is_told_no_longer_than_its_lease_lives(fleet) -> None:
+    fleet.coordinator.on("POST /tasks/t1/fail", *[HANG_UP] * 50, EMPTY)
+    fleet.hands_out(fleet.task(codec="zip", lease_s=20.0))
+
+    fleet.turns(1)
+
+    assert 1 < len(fleet.failures()) < 50
+
+
+def test_told_to_stop_it_gives_back_no_longer_than_its_grace_lasts(fleet) -> None:
+    fleet.coordinator.on("POST /tasks/t1/release", *[HANG_UP] * 50, EMPTY)
+    fleet.hands_out(fleet.task(lease_s=1e6))
+
+    def stop_late() -> None:
+        fleet.now[0] += 50.0
+        fleet.shutdown.request()
+
+    fleet.trainer.during = stop_late
+
+    with pytest.raises(StoppedError):
+        fleet.turns(1)
+
+    assert 1 < len(fleet.releases()) < 50
+    assert sum(fleet.waits) <= 2 * fleet.settings.shutdown_s
 
 
 def test_told_to_stop_before_the_first_step_it_gives_the_task_back(fleet) -> None:

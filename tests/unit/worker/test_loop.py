@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 
@@ -46,6 +48,7 @@ def test_a_task_is_trained_and_submitted(fleet) -> None:
     header, _ = decode_frame(frame)
     assert (meta.task_id, meta.lease_id, meta.worker_id) == ("t1", "0" * 32, "box-1")
     assert (meta.base_version, meta.num_steps, meta.tokens) == (1, 2, 128)
+    assert meta.cpu_s == 2.0  # of this task alone
     assert meta.download_bytes == len(fleet.frame) + fleet.tokens.nbytes
     assert (header.version, header.layout_hash) == (1, layout_hash(SMALL))
     assert fleet.heartbeat.lease is None
@@ -156,6 +159,15 @@ def test_a_refused_submission_is_dropped_and_given_back(fleet, status, code) -> 
     assert remembers_nothing(fleet)
 
 
+def test_after_a_refused_submission_it_waits_before_the_next_claim(fleet) -> None:
+    fleet.coordinator.on("POST /gradient", refuses(422, ErrorCode.NON_FINITE))
+    fleet.hands_out(fleet.task())
+
+    fleet.turns(1)
+
+    assert sum(fleet.waits) >= TROUBLE_S
+
+
 def test_a_submission_that_was_filtered_teaches_nothing(fleet) -> None:
     answer = SubmissionAnswer(
         submission_id="id-2",
@@ -197,6 +209,19 @@ def test_a_lease_that_nothing_renews_ends_the_work(fleet) -> None:
     assert not fleet.submissions()
 
 
+def test_a_lease_counts_from_the_moment_before_its_claim_was_sent(fleet) -> None:
+    def slow(_request) -> Reply:
+        fleet.now[0] += 4.0
+        return says(fleet.task(lease_s=5.0))
+
+    fleet.coordinator.on("POST /work", slow)
+
+    fleet.turns(1)
+
+    assert fleet.trainer.num_steps == 1  # a second each; the claim took four
+    assert not fleet.submissions()
+
+
 def test_a_lease_that_ends_with_the_last_step_is_not_submitted(fleet) -> None:
     fleet.hands_out(fleet.task(lease_s=5.0))
     fleet.trainer.afterwards = lambda: fleet.sleep(5.0)
@@ -229,6 +254,26 @@ def test_an_evaluation_is_scored_and_sent_until_answered(fleet) -> None:
     assert (sent["version"], sent["nats"], sent["bytes"]) == (1, 123.0, 500)
     assert not fleet.submissions()
     assert remembers_nothing(fleet)
+
+
+def test_a_score_that_is_no_number_is_not_sent(fleet) -> None:
+    fleet.trainer.nats = math.nan
+    fleet.hands_out(fleet.task(kind=TaskKind.EVALUATE, text_bytes=500))
+
+    fleet.turns(1)
+
+    assert [failed["code"] for failed in fleet.failures()] == ["non_finite_loss"]
+    assert not fleet.coordinator.asked("POST /tasks/t1/evaluation")
+
+
+def test_a_download_is_tried_no_longer_than_the_lease_lives(fleet) -> None:
+    fleet.coordinator.on("GET /weights/1", *[HANG_UP] * 50, refuses(404, "gone"))
+    fleet.hands_out(fleet.task(lease_s=20.0))
+
+    fleet.turns(1)
+
+    assert 1 < len(fleet.coordinator.asked("GET /weights/1")) < 50
+    assert not fleet.failures()
 
 
 @pytest.mark.parametrize("kind", list(TaskKind))
@@ -312,6 +357,19 @@ def test_a_broken_worker_waits_longer_with_each_failure(fleet) -> None:
 
     assert min(waits) >= TROUBLE_S
     assert max(waits[3:]) > max(waits[:2])
+
+
+def test_a_long_story_of_a_failure_is_cut_to_what_is_taken(fleet) -> None:
+    def fail() -> None:
+        raise RuntimeError("x" * 10_000)
+
+    fleet.trainer.during = fail
+    fleet.hands_out(fleet.task())
+
+    fleet.turns(1)
+
+    (failed,) = fleet.failures()
+    assert len(failed["message"]) == 2000
 
 
 def test_success_ends_the_back_off(fleet) -> None:
