@@ -73,6 +73,8 @@ class Fleet:
     keep_versions: int
     #: The prepared corpus; None until there is one.
     manifest: Manifest | None = None
+    #: Why the corpus that is there cannot be used; None where it can, or is none.
+    corpus_fault: str | None = None
     #: What the shards of the manifest were like when they were hashed, by id.
     shard_stamps: dict[str, Stamp] = field(default_factory=dict)
     #: Keeps the prepared corpus from being replaced, until it is closed.
