@@ -75,6 +75,8 @@ class Fleet:
     manifest: Manifest | None = None
     #: Set once the coordinator was told to stop: no more work is given out.
     is_stopping: bool = False
+    #: Why the corpus that is there cannot be used; None where it can, or is none.
+    corpus_fault: str | None = None
     #: What the shards of the manifest were like when they were hashed, by id.
     shard_stamps: dict[str, Stamp] = field(default_factory=dict)
     #: Keeps the prepared corpus from being replaced, until it is closed.

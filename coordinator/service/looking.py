@@ -62,7 +62,7 @@ def look(
         return FleetView(
             package_version=package_version("bitnet-fleet"),
             insecure_http=insecure_http,
-            missing=_NO_CORPUS,
+            missing=_no_run(fleet),
             run=None,
             round=None,
             tasks=None,
@@ -85,6 +85,13 @@ def look(
         versions=_versions(connection, run) if history else [],
         evaluations=_evaluations(connection, run) if history else [],
     )
+
+
+def _no_run(fleet: Fleet) -> str:
+    """Return what keeps the first run from being made."""
+    if fleet.corpus_fault is None:
+        return _NO_CORPUS
+    return f"The corpus can't be used, and is tried again: {fleet.corpus_fault}"
 
 
 def _missing(connection: Connection, run: RunRow) -> str | None:

@@ -61,7 +61,9 @@ async def _look_for_corpus(fleet: Fleet, settings: RunSettings) -> None:
         found = await asyncio.to_thread(adopt_corpus, fleet, settings)
     except (FleetError, OSError) as error:
         log.error("no run yet: %s", error, extra={"event": "corpus.refused"})
+        fleet.corpus_fault = str(error)
         return
+    fleet.corpus_fault = None
     if found:
         fleet.work.ring()
         fleet.changed.ring()

@@ -367,6 +367,40 @@ def test_without_a_corpus_workers_are_told_to_come_again(tmp_path: Path) -> None
     assert "bitnet-coordinator tokenize-corpus" in missing
 
 
+def test_the_corpus_of_a_running_coordinator_is_not_replaced_from_elsewhere(
+    tmp_path: Path,
+) -> None:
+    make_corpus(tmp_path / "corpus", num_files=12, words=300)
+    with coordinator(tmp_path):
+        done = run(
+            "coordinator",
+            "tokenize-corpus",
+            BITNET_COORD_DATA=str(tmp_path / "another"),
+            BITNET_COORD_CORPUS=str(tmp_path / "corpus"),
+        )
+
+    assert done.returncode == 2
+    assert "in use by a coordinator" in done.stderr
+
+
+def test_a_damaged_shard_stops_the_start(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "corpus", num_files=12, words=300)
+    shard = tmp_path / "corpus/tokenized/train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+
+    done = run(
+        "coordinator",
+        "serve",
+        BITNET_COORD_DATA=str(tmp_path / "data"),
+        BITNET_COORD_CORPUS=str(tmp_path / "corpus"),
+        BITNET_COORD_PORT="0",
+    )
+
+    assert done.returncode == 2
+    assert f"shard {shard} is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def run(module: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("BITNET_")}
     return subprocess.run(

@@ -156,12 +156,14 @@ def test_a_run_that_could_not_be_made_is_made_at_the_next_sweep(bare: World, cap
         bare.do(sweep(bare.fleet, SETTINGS))
 
     assert "made to fail" in caplog.text
+    assert "made to fail" in bare.fleet.corpus_fault
     assert bare.read(runs.newest_run) is None
     no_run(bare)
 
     bare.do(sweep(bare.fleet, SETTINGS))
 
     assert bare.register().run_id == bare.run_row().run_id
+    assert bare.fleet.corpus_fault is None
 
 
 def test_a_damaged_corpus_that_appears_is_looked_at_again(bare: World, caplog):

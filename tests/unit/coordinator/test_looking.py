@@ -45,6 +45,13 @@ def test_before_a_corpus_the_page_says_what_to_do(world: World):
     assert view.server.loop_lag_ms == 1.3
 
 
+def test_a_corpus_that_cannot_be_used_is_named_on_the_page(world: World):
+    world.fleet.manifest = None
+    world.fleet.corpus_fault = "shard 7 is damaged"
+
+    assert "shard 7 is damaged" in looked(world).missing
+
+
 def test_before_the_first_epoch_it_says_what_to_do_next(world: World):
     world.start_run(seeded=False)
 
