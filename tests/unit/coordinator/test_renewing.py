@@ -177,7 +177,7 @@ def test_an_evaluation_has_a_hard_limit_too(world: World, own, of_another, due_s
     task = world.claimed("w1")  # 100 tokens
 
     assert task.kind == "evaluate"
-    assert limits(world, task)[1] == pytest.approx(START + due_s)
+    assert limits(world, task)[1] - START == pytest.approx(due_s)
 
 
 def test_a_limit_by_the_fleet_is_only_moved_out(running: World):
@@ -186,12 +186,12 @@ def test_a_limit_by_the_fleet_is_only_moved_out(running: World):
     task = running.claimed("w1")
     running.clock.advance(1.0)
     running.heartbeat(task, tokens_done=32)  # 2 s by its own speed
-    assert limits(running, task)[1] == pytest.approx(START + 120.0)
+    assert limits(running, task)[1] - START == pytest.approx(120.0)
     running.clock.advance(29.0)
 
     running.heartbeat(task, tokens_done=33)  # 58 s
 
-    assert limits(running, task)[1] == pytest.approx(START + 3 * 64 * 30 / 33 + 60)
+    assert limits(running, task)[1] - START == pytest.approx(3 * 64 * 30 / 33 + 60)
 
 
 def test_progress_never_brings_the_end_of_a_lease_nearer(running: World):
@@ -244,7 +244,7 @@ def test_an_unmeasured_worker_is_predicted_by_the_fleet(running: World):
     task = running.claimed("w1")  # 64 tokens, 20 s
 
     assert running.task(task.task_id).predicted_s == pytest.approx(20.0)
-    assert limits(running, task)[1] == pytest.approx(START + 120.0)
+    assert limits(running, task)[1] - START == pytest.approx(120.0)
 
 
 def test_a_heartbeat_cannot_revive_a_lease(running: World):
