@@ -3,6 +3,7 @@
 - `fp32`: the numbers themselves, little-endian
 - `int8`: for each block of 256 numbers a float32 scale, all scales first, then one
   int8 for each number; a number is off by at most half a scale
+- `ternary`: 1.66 bits a number, see `trits`; only worth it with error feedback
 
 A payload that decodes holds finite numbers only, and nothing is returned or written
 before all of it was looked at. With error feedback, what one payload rounds away is
@@ -17,7 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext import _kernels
+from bitnet_ext import _kernels, trits
 
 #: Numbers that share a scale in an int8 payload; the last block may hold fewer.
 BLOCK: Final = 256
@@ -33,6 +34,7 @@ class Codec(StrEnum):
 
     FP32 = "fp32"  #: lossless, 4 bytes a number
     INT8 = "int8"  #: 1 byte a number and 4 for each block of 256
+    TERNARY = "ternary"  #: a fifth of a byte a number and 2 for each block of 256
 
     @property
     def number(self) -> int:
@@ -40,7 +42,7 @@ class Codec(StrEnum):
         return _NUMBERS[self]
 
 
-_NUMBERS: Final = {Codec.FP32: 1, Codec.INT8: 2}
+_NUMBERS: Final = {Codec.FP32: 1, Codec.INT8: 2, Codec.TERNARY: 3}
 
 
 class PayloadError(ValueError):
@@ -60,6 +62,8 @@ def payload_bytes(codec: Codec, num_elements: int) -> int:
             return 4 * num_elements
         case Codec.INT8:
             return num_elements + 4 * -(-num_elements // BLOCK)
+        case Codec.TERNARY:
+            return trits.num_bytes(num_elements)
 
 
 def encode(codec: Codec, vector: Vector) -> bytes:
@@ -94,7 +98,8 @@ def decode(codec: Codec, payload: Bytes, num_elements: int) -> Vector:
     """Return the numbers of a payload, float32 (n,): a new array, writable.
 
     Raises PayloadError when the length is wrong or a byte is one that no encoder
-    writes (-128; a scale that is negative, subnormal or above MAX_SCALE), and
+    writes (-128; five values above 242; a scale that is negative, subnormal or
+    above MAX_SCALE), and
     NonFiniteError for a NaN or an infinity.
     """
     data = _checked(codec, payload, num_elements)
@@ -104,6 +109,10 @@ def decode(codec: Codec, payload: Bytes, num_elements: int) -> Vector:
         case Codec.INT8:
             vector = np.zeros(num_elements, dtype=np.float32)
             _kernels.add_int8(data, 1.0, vector)
+            return vector
+        case Codec.TERNARY:
+            vector = np.zeros(num_elements, dtype=np.float32)
+            trits.add(data, 1.0, vector)
             return vector
 
 
@@ -122,6 +131,8 @@ def decode_add(codec: Codec, payload: Bytes, into: Vector, weight: float) -> Non
             _kernels.add_fp32(data, weight, into)
         case Codec.INT8:
             _kernels.add_int8(data, weight, into)
+        case Codec.TERNARY:
+            trits.add(data, weight, into)
 
 
 def is_finite(vector: Vector) -> bool:
@@ -166,6 +177,10 @@ def _encode(
             status = _kernels.encode_int8(vector, residual, payload, lost)
             _check(status, "vector")
             return payload.tobytes()
+        case Codec.TERNARY:
+            payload = np.empty(payload_bytes(codec, vector.size), dtype=np.uint8)
+            _check(trits.encode(vector, residual, payload, lost), "vector")
+            return payload.tobytes()
 
 
 def _checked(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uint8]:
@@ -181,6 +196,8 @@ def _checked(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uint
             _check(_kernels.check_fp32(data), "payload")
         case Codec.INT8:
             _check(_kernels.check_int8(data, num_elements), "payload")
+        case Codec.TERNARY:
+            _check(trits.check(data, num_elements), "payload")
     return data
 
 

@@ -300,7 +300,11 @@ def test_a_bf16_number_comes_back_as_it_was(bits):
 
 
 def test_the_number_of_a_codec_is_its_own():
-    assert {codec: codec.number for codec in Codec} == {Codec.FP32: 1, Codec.INT8: 2}
+    assert {codec: codec.number for codec in Codec} == {
+        Codec.FP32: 1,
+        Codec.INT8: 2,
+        Codec.TERNARY: 3,
+    }
 
 
 def test_other_types_are_refused():

@@ -46,7 +46,7 @@ GOOD_PLAN = {
     "OUTER_MOMENTUM": ("0", 0.0),
     "BATCH_SIZE": ("4", 4),
     "ROUND_S": ("30", 30.0),
-    "CODEC": ("fp32", "fp32"),
+    "CODEC": ("ternary", "ternary"),
     "EVALUATE_EVERY": ("1", 1),
 }
 BAD = [
