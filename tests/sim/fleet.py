@@ -22,6 +22,7 @@ from coordinator.domain.initial import initial_vector
 from coordinator.domain.muon import OptimiserState, gradient_step
 from coordinator.domain.outer_step import outer_step
 from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.domain.rounds import ClaimedWork, stops_waiting_at
 from coordinator.service.closing import merged
 from tests.sim import setting as costs
 from tests.sim.alone import step_sizes
@@ -35,8 +36,6 @@ Vector = NDArray[np.float32]
 #: What goes with a payload, each way, in bytes: an estimate. A submission's JSON block
 #: has 400, a task 600 to 900; the rest are HTTP headers of four requests.
 TALK_BYTES: Final = 1500
-#: After the quorum a round waits for the others this share of its round time.
-GRACE_SHARE: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +49,6 @@ class Recipe:
     down: str = "fp32"
     #: Whether moments and residual outlive their process.
     keeps_state: bool = True
-    #: Share of leased tokens that must be back before the grace period; 1: all.
-    quorum: float = 1.0
     #: Whether the next round begins while the coordinator still makes its step: then
     #: its work is of the version before.
     overlaps: bool = False
@@ -237,10 +234,7 @@ class Fleet:
         )
         if self._given_back:
             found = self._given_back.pop(0)
-            head = sizing.divided(found.num * SEQ_LEN, size)
-            if self._recipe.quorum < 1:
-                # Twice the size of a task would miss the end of this round as well.
-                head = min(found.num * SEQ_LEN, size)
+            head = sizing.divided(found.num * SEQ_LEN, size, quorum=plan.quorum)
             num = min(head // SEQ_LEN, most)
             if num < found.num:
                 rest = Stretch(found.epoch, found.start + num, found.num - num)
@@ -300,18 +294,19 @@ class Fleet:
 
     def _closes_at(self, claims: list[Claim]) -> float:
         """Return when the round closes: all back or over, or quorum and grace."""
+        plan = self._recipe.plan
+        claimed = [
+            ClaimedWork(
+                num_tokens=claim.stretch.num * SEQ_LEN,
+                ended_at=claim.over_at,
+                is_back=claim.back_at is not None,
+                is_probe=claim.worker.tokens_per_s is None,
+            )
+            for claim in claims
+        ]
+        due = stops_waiting_at(claimed, quorum=plan.quorum, round_s=plan.round_s)
         all_over = max(claim.over_at for claim in claims)
-        # The quorum would leave out a slow probe again and again, never measured.
-        probes = [c.over_at for c in claims if c.worker.tokens_per_s is None]
-        leased = sum(claim.stretch.num for claim in claims)
-        backs = sorted((c.back_at, c.stretch.num) for c in claims if c.back_at)
-        num_back = 0
-        for at, num in backs:
-            num_back += num
-            if num_back >= self._recipe.quorum * leased:
-                grace_over = at + GRACE_SHARE * self._recipe.plan.round_s
-                return min(all_over, max([grace_over, *probes]))
-        return all_over
+        return all_over if due is None else min(all_over, due)
 
     def _end(self, claim: Claim, closes_at: float, *, is_back: bool) -> None:
         """Settle what a claim means for its worker and its stretch."""

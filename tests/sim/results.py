@@ -25,6 +25,7 @@ CODE: Final = (
     "coordinator/domain/muon.py",
     "coordinator/domain/outer_step.py",
     "coordinator/domain/plan.py",
+    "coordinator/domain/rounds.py",
     "coordinator/domain/sizing.py",
 )
 

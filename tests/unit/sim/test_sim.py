@@ -25,7 +25,8 @@ def a_text(num_windows=24):
     return Text(windows[4:], windows[:4])
 
 
-def a_fleet(setting=None, seed=0, text=None, plan=PLAN, **fields):
+def a_fleet(setting=None, seed=0, text=None, plan=PLAN, quorum=1.0, **fields):
+    plan = msgspec.structs.replace(plan, quorum=quorum)
     recipe = Recipe(plan=plan, **fields)
     return Fleet(NET, text or a_text(), recipe, seed=seed, setting=setting)
 
