@@ -96,15 +96,6 @@ def softmax_backward_bf16(
     nats: Floats,
     threads: int,
 ) -> int: ...
-def softmax_backward_int32(
-    products: NDArray[np.int32],
-    row_scale: Floats,
-    column_scale: Floats,
-    targets: NDArray[np.int64],
-    scale: float,
-    nats: Floats,
-    threads: int,
-) -> int: ...
 def square_sum(x: Floats, threads: int) -> tuple[int, float]: ...
 def adamw_step(
     value: Floats,
@@ -121,3 +112,46 @@ def adamw_step(
     threads: int,
 ) -> None: ...
 def add_rows(x: Floats, ids: NDArray[np.int64], into: Floats) -> None: ...
+
+class HeadTable:
+    def __init__(
+        self,
+        values: Floats,
+        word_scale: Floats,
+        q: NDArray[np.int8],
+        forward: NDArray[np.uint8],
+        backward: NDArray[np.uint8],
+        threads: int,
+    ) -> None: ...
+
+class HeadTokens:
+    def __init__(
+        self,
+        num_v: int,
+        num_h: int,
+        at_target: Floats,
+        scale: Floats,
+        q: NDArray[np.int8],
+        blocks: NDArray[np.int8],
+        word_scale: Floats,
+        start: NDArray[np.int32],
+    ) -> None: ...
+
+def head_loss(
+    table: HeadTable,
+    tokens: HeadTokens,
+    hidden: Floats,
+    targets: NDArray[np.int64],
+    scale: float,
+    nats: Floats,
+    dhidden: Floats,
+    threads: int,
+) -> int: ...
+def head_table_gradient(
+    tokens: HeadTokens,
+    hidden: Floats,
+    targets: NDArray[np.int64],
+    factor: float,
+    into: Floats,
+    threads: int,
+) -> int: ...

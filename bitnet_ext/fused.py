@@ -195,28 +195,6 @@ def softmax_backward(
     return float(nats_M.sum(dtype=np.float64))
 
 
-def softmax_backward_of_products(
-    products_MV: NDArray[np.int32],
-    scales: tuple[Floats, Floats],
-    targets_M: NDArray[np.int64],
-    scale: float,
-    *,
-    threads: int = 1,
-) -> tuple[float, Floats]:
-    """Return what `softmax_backward` does for int8 rows times an int8 table.
-
-    The logits are the int32 products times the scales of rows (M) and table (V).
-    Also returned is the gradient, float32 (M, V), in the memory of the products.
-    """
-    nats_M = np.empty(len(products_MV), dtype=np.float32)
-    row_M, column_V = (part.reshape(-1) for part in scales)
-    status = _kernels.softmax_backward_int32(
-        products_MV, row_M, column_V, targets_M, scale, nats_M, threads
-    )
-    _check(status)
-    return float(nats_M.sum(dtype=np.float64)), products_MV.view(np.float32)
-
-
 def norm_of(x: Floats, *, threads: int = 1) -> float:
     """Return the Euclidean length of a vector; not finite where any number isn't.
 

@@ -33,7 +33,7 @@ typedef int32_t i16 __attribute__((vector_size(64)));
 #undef LEVEL
 #endif
 
-static const struct fused_loops *active_fused(void)
+const struct fused_loops *active_fused(void)
 {
 #if defined(__x86_64__)
     if (active_loops() == &loops_avx512)
@@ -205,16 +205,9 @@ static float softmax_row(const struct softmax_job *job, ptrdiff_t m, float *row)
     }
     if (logits->kind == LOGITS_FP32)
         return job->loops->softmax((float *)(void *)values, num_v, target, job->scale);
-    if (logits->kind == LOGITS_BF16)
-        active_loops()->from_bf16((const uint16_t *)(void *)values, num_v, row);
-    else
-        job->loops->dequantise((const int32_t *)(void *)values, logits->row_scale[m],
-                               logits->column_scale, num_v, row);
+    active_loops()->from_bf16((const uint16_t *)(void *)values, num_v, row);
     float nats = job->loops->softmax(row, num_v, target, job->scale);
-    if (logits->kind == LOGITS_BF16)
-        active_loops()->to_bf16(row, num_v, (uint16_t *)(void *)values);
-    else
-        memcpy(values, row, width);
+    active_loops()->to_bf16(row, num_v, (uint16_t *)(void *)values);
     return nats;
 }
 

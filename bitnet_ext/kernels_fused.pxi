@@ -40,12 +40,9 @@ cdef extern from "kernels_fused.h" nogil:
     cdef enum:
         LOGITS_FP32
         LOGITS_BF16
-        LOGITS_INT32
 
     cdef struct c_logits "logits":
         void *values
-        const float *row_scale
-        const float *column_scale
         Py_ssize_t num_m
         Py_ssize_t num_v
         int kind
@@ -217,28 +214,6 @@ def softmax_backward_bf16(
     if which.num_m == 0 or which.num_v == 0:
         return 0
     which.values = &logits[0, 0]
-    return _softmax(&which, targets, scale, nats, threads)
-
-
-def softmax_backward_int32(
-    int32_t[:, ::1] products not None,
-    const float[::1] row_scale not None,
-    const float[::1] column_scale not None,
-    const int64_t[::1] targets not None,
-    float scale,
-    float[::1] nats not None,
-    int threads,
-):
-    """The same for products of int8, whose memory holds float32 afterwards."""
-    cdef c_logits which
-    which.num_m, which.num_v = products.shape[0], products.shape[1]
-    which.kind = LOGITS_INT32
-    _must(row_scale.shape[0] == which.num_m, "row_scale")
-    _must(column_scale.shape[0] == which.num_v, "column_scale")
-    if which.num_m == 0 or which.num_v == 0:
-        return 0
-    which.values = &products[0, 0]
-    which.row_scale, which.column_scale = &row_scale[0], &column_scale[0]
     return _softmax(&which, targets, scale, nats, threads)
 
 

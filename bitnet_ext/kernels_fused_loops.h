@@ -207,14 +207,6 @@ TARGET static float NAME(softmax)(float *logits, ptrdiff_t count, ptrdiff_t targ
     return logf(sum) - (known - largest) + bad;
 }
 
-TARGET static void NAME(dequantise)(const int32_t *products, float row_scale,
-                                    const float *column_scale, ptrdiff_t count,
-                                    float *restrict x)
-{
-    for (ptrdiff_t i = 0; i < count; i++)
-        x[i] = (float)products[i] * row_scale * column_scale[i];
-}
-
 /* In 16 lanes of doubles, as long as a block is: see `square_sum`. */
 TARGET static double NAME(sum_of_squares)(const float *x, ptrdiff_t count)
 {
@@ -248,7 +240,7 @@ TARGET static void NAME(adamw)(const struct adamw *a, ptrdiff_t start, ptrdiff_t
 
 const struct fused_loops NAME(fused) = {
     NAME(norm_rows),  NAME(norm_row_backward), NAME(rotate), NAME(softmax),
-    NAME(dequantise), NAME(sum_of_squares),    NAME(adamw),
+    NAME(sum_of_squares),    NAME(adamw),
 };
 
 #undef PASTE_

@@ -169,22 +169,6 @@ def test_logits_become_their_gradient(m, v, half):
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize(("m", "v"), [(1, 1), (3, 15), (40, 33)])
-def test_products_of_int8_are_scaled_on_the_way_to_their_gradient(m, v):
-    products = np.random.default_rng(2).integers(-9000, 9000, (m, v), dtype=np.int32)
-    scales = normal(m) ** 2 / 1000, normal(v, seed=1) ** 2
-    targets = np.arange(m) % (v + 1) - 1
-    logits = products.astype(np.float32) * scales[0][:, None] * scales[1]
-    nats = fused.softmax_backward(logits, targets, 0.5)
-
-    found, gradient = fused.softmax_backward_of_products(products, scales, targets, 0.5)
-
-    assert found == nats
-    assert gradient.tobytes() == logits.tobytes()
-    assert np.shares_memory(gradient, products)
-
-
-@pytest.mark.usefixtures("isa")
 def test_what_is_not_finite_is_seen_in_the_result():
     bad = normal(2, 40)
     bad[0, 35], bad[1, 3] = np.nan, np.inf

@@ -77,9 +77,8 @@ def test_the_number_of_threads_changes_no_bit_of_the_gradient(
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_chunks_of_the_head_add_up_to_the_whole(dtype, monkeypatch) -> None:
-    monkeypatch.setattr(transformer, "head_dtype", lambda: dtype)
+def test_chunks_of_the_head_add_up_to_the_whole(monkeypatch) -> None:
+    monkeypatch.setattr(transformer, "head_dtype", lambda: torch.float32)
     found = []
     for num_tokens in (512, 20):
         monkeypatch.setattr(head, "CHUNK_TOKENS", num_tokens)
