@@ -79,9 +79,6 @@ def norm_backward(
     dgain: Floats,
     threads: int,
 ) -> int: ...
-def rotate_rows(
-    x: Floats, cosines: Floats, sines: Floats, sign: float, threads: int
-) -> None: ...
 def softmax_backward_fp32(
     logits: Floats,
     targets: NDArray[np.int64],
@@ -153,5 +150,29 @@ def head_table_gradient(
     targets: NDArray[np.int64],
     factor: float,
     into: Floats,
+    threads: int,
+) -> int: ...
+def attend(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    cosines: Floats,
+    sines: Floats,
+    mixed: Floats,
+    lse: Floats,
+    threads: int,
+) -> int: ...
+def attend_backward(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    cosines: Floats,
+    sines: Floats,
+    mixed: Floats,
+    lse: Floats,
+    dmixed: Floats,
+    dq: Floats,
+    dk: Floats,
+    dv: Floats,
     threads: int,
 ) -> int: ...

@@ -334,3 +334,4 @@ def unpack(const uint8_t[:, ::1] codes not None, int8_t[:, ::1] out not None):
 # One extension, so that there is one pool of threads and one chosen variant.
 include "kernels_fused.pxi"
 include "kernels_head.pxi"
+include "kernels_attention.pxi"

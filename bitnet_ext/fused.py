@@ -1,11 +1,11 @@
 """What surrounds the matrix products of a training step: the door to its C kernels.
 
-RMSNorm (also behind a gate) fused with the activation quantiser, its gradient, the
-rotary embedding, softmax with cross-entropy, AdamW. Everything is float32, works in
+RMSNorm (also behind a gate) fused with the activation quantiser, its gradient,
+softmax with cross-entropy, AdamW. Everything is float32, works in
 one pass over memory, and gives the same bits on every CPU and number of threads.
 What is not finite goes through visibly.
 
-Letters in shapes: M rows, K columns, T positions, V vocabulary. Arrays are
+Letters in shapes: M rows, K columns, V vocabulary. Arrays are
 C-contiguous; ValueError names the one whose length is wrong.
 """
 
@@ -149,23 +149,6 @@ def gated_norm_backward(
     )
     _check(status)
     return x_MK, up_MK
-
-
-def rotate(
-    x: Floats,
-    cosines: Floats,
-    sines: Floats,
-    *,
-    back: bool = False,
-    threads: int = 1,
-) -> None:
-    """Turn heads in place by the angle of their position, or back by it.
-
-    `x` is float32 (M, heads * 2 * half), `cosines` and `sines` are (T, half); row m
-    stands at position m % T. Number i of a head's first half pairs with number i of
-    its second.
-    """
-    _kernels.rotate_rows(x, cosines, sines, -1.0 if back else 1.0, threads)
 
 
 def softmax_backward(

@@ -152,37 +152,6 @@ int norm_backward(const struct norm *n, const float *dy, float *dx, float *dup, 
     return status;
 }
 
-struct rotate_job {
-    float *x;
-    const float *cosines, *sines;
-    void (*rotate)(float *, const float *, const float *, ptrdiff_t, float);
-    ptrdiff_t num_m, num_heads, half, num_t;
-    float sign;
-};
-
-static void rotate_item(void *context, ptrdiff_t item)
-{
-    const struct rotate_job *job = context;
-    ptrdiff_t m = item * ITEM_ROWS, end = least(m + ITEM_ROWS, job->num_m);
-    for (; m < end; m++) {
-        ptrdiff_t angles = m % job->num_t * job->half;
-        float *row = job->x + m * job->num_heads * 2 * job->half;
-        for (ptrdiff_t head = 0; head < job->num_heads; head++)
-            job->rotate(row + head * 2 * job->half, job->cosines + angles,
-                        job->sines + angles, job->half, job->sign);
-    }
-}
-
-void rotate_rows(float *x, ptrdiff_t num_m, ptrdiff_t num_heads, ptrdiff_t half,
-                 const float *cosines, const float *sines, ptrdiff_t num_t, float sign,
-                 int threads)
-{
-    struct rotate_job job = {x,         cosines, sines, active_fused()->rotate, num_m,
-                             num_heads, half,    num_t, sign};
-    double numbers = 2.0 * (double)num_m * (double)num_heads * (double)half;
-    run_parallel(rotate_item, &job, up(num_m, ITEM_ROWS), enough(numbers, threads));
-}
-
 struct softmax_job {
     struct logits logits;
     const int64_t *targets;

@@ -46,8 +46,6 @@ struct fused_loops {
     void (*norm_row_backward)(const struct norm *n, ptrdiff_t m, const float *dy,
                               float *dx, float *dup, int add, float *scratch,
                               float *dgain);
-    void (*rotate)(float *x, const float *cosines, const float *sines, ptrdiff_t half,
-                   float sign);
     /* One row of logits becomes its gradient times `scale`; returns nats. */
     float (*softmax)(float *logits, ptrdiff_t count, ptrdiff_t target, float scale);
     double (*sum_of_squares)(const float *x, ptrdiff_t count);
@@ -67,11 +65,6 @@ int norm_forward(struct norm *n, float *y, int threads);
 /* Writes dx and dup (see above), adds to dgain (K). */
 int norm_backward(const struct norm *n, const float *dy, float *dx, float *dup, int add,
                   float *dgain, int threads);
-/* Turns `num_heads` heads of 2 * half numbers in each of M rows; row m has the angles
-   of position m % num_t, times `sign`. */
-void rotate_rows(float *x, ptrdiff_t num_m, ptrdiff_t num_heads, ptrdiff_t half,
-                 const float *cosines, const float *sines, ptrdiff_t num_t, float sign,
-                 int threads);
 /* Logits become scale * (softmax - onehot), in place. A negative target gives zeros. Writes the nats of each row. */
 int softmax_backward(const struct logits *logits, const int64_t *targets, float scale,
                      float *nats, int threads);

@@ -32,11 +32,6 @@ cdef extern from "kernels_fused.h" nogil:
         const norm *n, const float *dy, float *dx, float *dup, int add, float *dgain,
         int threads
     )
-    void c_rotate_rows "rotate_rows"(
-        float *x, Py_ssize_t num_m, Py_ssize_t num_heads, Py_ssize_t half,
-        const float *cosines, const float *sines, Py_ssize_t num_t, float sign,
-        int threads
-    )
     cdef enum:
         LOGITS_FP32
         LOGITS_BF16
@@ -162,27 +157,6 @@ def norm_backward(
             &n, &dy[0, 0], &dx[0, 0], to_up, add, &dgain[0], threads
         )
     return status
-
-
-def rotate_rows(
-    float[:, ::1] x not None,
-    const float[:, ::1] cosines not None,
-    const float[:, ::1] sines not None,
-    float sign,
-    int threads,
-):
-    """Turn rows (M, heads * 2 * half) in place by angles (T, half), T by T rows."""
-    cdef Py_ssize_t num_t = cosines.shape[0]
-    cdef Py_ssize_t half = cosines.shape[1]
-    _must(sines.shape[0] == num_t and sines.shape[1] == half, "sines")
-    if x.shape[0] == 0 or x.shape[1] == 0:
-        return
-    _must(num_t > 0 and half > 0 and x.shape[1] % (2 * half) == 0, "x")
-    with nogil:
-        c_rotate_rows(
-            &x[0, 0], x.shape[0], x.shape[1] // (2 * half), half, &cosines[0, 0],
-            &sines[0, 0], num_t, sign, threads
-        )
 
 
 def softmax_backward_fp32(
