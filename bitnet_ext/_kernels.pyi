@@ -79,9 +79,6 @@ def norm_backward(
     dgain: Floats,
     threads: int,
 ) -> int: ...
-def rotate_rows(
-    x: Floats, cosines: Floats, sines: Floats, sign: float, threads: int
-) -> None: ...
 def softmax_backward_fp32(
     logits: Floats,
     targets: NDArray[np.int64],
@@ -91,15 +88,6 @@ def softmax_backward_fp32(
 ) -> int: ...
 def softmax_backward_bf16(
     logits: NDArray[np.uint16],
-    targets: NDArray[np.int64],
-    scale: float,
-    nats: Floats,
-    threads: int,
-) -> int: ...
-def softmax_backward_int32(
-    products: NDArray[np.int32],
-    row_scale: Floats,
-    column_scale: Floats,
     targets: NDArray[np.int64],
     scale: float,
     nats: Floats,
@@ -121,3 +109,70 @@ def adamw_step(
     threads: int,
 ) -> None: ...
 def add_rows(x: Floats, ids: NDArray[np.int64], into: Floats) -> None: ...
+
+class HeadTable:
+    def __init__(
+        self,
+        values: Floats,
+        word_scale: Floats,
+        q: NDArray[np.int8],
+        forward: NDArray[np.uint8],
+        backward: NDArray[np.uint8],
+        threads: int,
+    ) -> None: ...
+
+class HeadTokens:
+    def __init__(
+        self,
+        num_v: int,
+        num_h: int,
+        at_target: Floats,
+        scale: Floats,
+        q: NDArray[np.int8],
+        blocks: NDArray[np.int8],
+        word_scale: Floats,
+        start: NDArray[np.int32],
+    ) -> None: ...
+
+def head_loss(
+    table: HeadTable,
+    tokens: HeadTokens,
+    hidden: Floats,
+    targets: NDArray[np.int64],
+    scale: float,
+    nats: Floats,
+    dhidden: Floats,
+    threads: int,
+) -> int: ...
+def head_table_gradient(
+    tokens: HeadTokens,
+    hidden: Floats,
+    targets: NDArray[np.int64],
+    factor: float,
+    into: Floats,
+    threads: int,
+) -> int: ...
+def attend(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    cosines: Floats,
+    sines: Floats,
+    mixed: Floats,
+    lse: Floats,
+    threads: int,
+) -> int: ...
+def attend_backward(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    cosines: Floats,
+    sines: Floats,
+    mixed: Floats,
+    lse: Floats,
+    dmixed: Floats,
+    dq: Floats,
+    dk: Floats,
+    dv: Floats,
+    threads: int,
+) -> int: ...

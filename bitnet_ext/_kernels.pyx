@@ -12,6 +12,9 @@ cdef extern from "kernels_core.h" nogil:
         TILE_N
         TILE_BYTES
         BLOCK
+        LEFT_ROWS
+        LEFT_BYTES
+        TOKENS
 
     cdef struct product:
         const int8_t *q
@@ -330,3 +333,5 @@ def unpack(const uint8_t[:, ::1] codes not None, int8_t[:, ::1] out not None):
 
 # One extension, so that there is one pool of threads and one chosen variant.
 include "kernels_fused.pxi"
+include "kernels_head.pxi"
+include "kernels_attention.pxi"

@@ -162,18 +162,6 @@ TARGET static void NAME(norm_row_backward)(const struct norm *n, ptrdiff_t m,
         NAME(row_backward)(n, m, dy, dx, dup, add, scratch, dgain, SQUARED_RELU);
 }
 
-TARGET static void NAME(rotate)(float *x, const float *cosines, const float *sines,
-                                ptrdiff_t half, float sign)
-{
-    for (ptrdiff_t i = 0; i < half; i += LANES) {
-        ptrdiff_t left = half - i;
-        v16 c = NAME(load)(cosines + i, left), s = NAME(load)(sines + i, left) * sign;
-        v16 a = NAME(load)(x + i, left), b = NAME(load)(x + half + i, left);
-        NAME(store)(x + i, left, a * c - b * s);
-        NAME(store)(x + half + i, left, b * c + a * s);
-    }
-}
-
 TARGET static float NAME(softmax)(float *logits, ptrdiff_t count, ptrdiff_t target,
                                   float scale)
 {
@@ -205,14 +193,6 @@ TARGET static float NAME(softmax)(float *logits, ptrdiff_t count, ptrdiff_t targ
     }
     logits[target] -= scale;
     return logf(sum) - (known - largest) + bad;
-}
-
-TARGET static void NAME(dequantise)(const int32_t *products, float row_scale,
-                                    const float *column_scale, ptrdiff_t count,
-                                    float *restrict x)
-{
-    for (ptrdiff_t i = 0; i < count; i++)
-        x[i] = (float)products[i] * row_scale * column_scale[i];
 }
 
 /* In 16 lanes of doubles, as long as a block is: see `square_sum`. */
@@ -247,8 +227,8 @@ TARGET static void NAME(adamw)(const struct adamw *a, ptrdiff_t start, ptrdiff_t
 }
 
 const struct fused_loops NAME(fused) = {
-    NAME(norm_rows),  NAME(norm_row_backward), NAME(rotate), NAME(softmax),
-    NAME(dequantise), NAME(sum_of_squares),    NAME(adamw),
+    NAME(norm_rows),  NAME(norm_row_backward), NAME(softmax),
+    NAME(sum_of_squares), NAME(adamw),
 };
 
 #undef PASTE_

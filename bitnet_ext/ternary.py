@@ -112,8 +112,8 @@ def quantise_weight(w_NK: NDArray[np.float32]) -> TernaryWeight:
     """
     w_NK = _matrix(w_NK, "weight")
     num_rows, num_columns = w_NK.shape
-    forward = _tiles(num_rows, num_columns)
-    backward = _tiles(num_columns, num_rows)
+    forward = tile_memory(num_rows, num_columns)
+    backward = tile_memory(num_columns, num_rows)
     status, scale = _kernels.quantise_weight(w_NK, forward, backward)
     _check(status)
     return TernaryWeight(
@@ -205,7 +205,7 @@ def pack_tokens(rows: QuantisedRows, *, threads: int = 1) -> PackedTokens:
         raise ValueError(
             f"rows must have one scale each, got {scale.shape} for {q_MK.shape}"
         )
-    tiles = _tiles(num_columns, num_rows)
+    tiles = tile_memory(num_columns, num_rows)
     _kernels.pack_tokens(q_MK, tiles, threads)
     return PackedTokens(tiles, scale.reshape(-1), num_columns)
 
@@ -289,7 +289,7 @@ def _destination(
 ) -> NDArray[np.float32]:
     """Return where a product of that shape goes; never a copy of what was given."""
     if out is None:
-        return _aligned(shape[0] * shape[1], np.float32).reshape(shape)
+        return aligned_memory(shape[0] * shape[1], np.float32).reshape(shape)
     if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
         raise ValueError(
             f"the product must go into contiguous float32 {shape}, "
@@ -298,7 +298,7 @@ def _destination(
     return out
 
 
-def _aligned(count: int, dtype: type[_Number]) -> NDArray[_Number]:
+def aligned_memory(count: int, dtype: type[_Number]) -> NDArray[_Number]:
     """Return memory that starts on a cache line: no load of a kernel takes two."""
     size = count * np.dtype(dtype).itemsize
     raw = np.empty(size + _LINE, dtype=np.uint8)
@@ -306,10 +306,10 @@ def _aligned(count: int, dtype: type[_Number]) -> NDArray[_Number]:
     return raw[start : start + size].view(dtype)
 
 
-def _tiles(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
+def tile_memory(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
     """Return memory for the tiles of a matrix; a kernel fills it to the last byte."""
     num_panels, num_k4 = -(-num_rows // _TILE_ROWS), -(-num_columns // _TILE_COLUMNS)
-    return _aligned(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, np.uint8)
+    return aligned_memory(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, np.uint8)
 
 
 def _check(status: int) -> None:

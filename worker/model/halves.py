@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bitnet_ext import fused
+from bitnet_ext.attention import Heads, attend, attend_backward
 from bitnet_ext.fused import Gate, NormInput
 from bitnet_ext.layout import ModelShape
 from worker.model.bitlinear import (
@@ -91,25 +91,18 @@ class _AttentionHalf(torch.autograd.Function):
     def forward(
         ctx: Any, x_BTH: Tensor, layer: Layer, cosines: Floats, sines: Floats
     ) -> Tensor:
-        ctx.layer, ctx.angles = layer, (cosines, sines)
+        ctx.layer = layer
         ctx.inner = _NormedProducts(
             NormInput(_matrix(x_BTH)),
             layer.attn_norm,
             (layer.to_qkv, layer.q, layer.k, layer.v),
             layer,
         )
-        heads = ctx.inner.products()
-        for turned in heads[:2]:
-            fused.rotate(turned, cosines, sines, threads=layer.threads)
-        ctx.heads = tuple(
-            torch.from_numpy(y)
-            .view(*x_BTH.shape[:2], -1, layer.shape.head_dim)
-            .requires_grad_(x_BTH.requires_grad)
-            for y in heads
-        )
-        ctx.mixed_BTH = _attend(layer.shape, *ctx.heads)
+        q, k, v = ctx.inner.products()
+        heads = Heads(q, k, v, cosines, sines)
+        ctx.attended = attend(heads, threads=layer.threads)
         ctx.outer = _NormedProducts(
-            NormInput(_matrix(ctx.mixed_BTH)),
+            NormInput(ctx.attended.mixed),
             layer.attn_sub_norm,
             (layer.to_output, layer.o),
             layer,
@@ -119,17 +112,12 @@ class _AttentionHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor, None, None, None]:
-        dmixed = ctx.outer.backward((_rows(dy_BTH),)).view(dy_BTH.shape)
-        dheads = tuple(
-            _rows(dhead.flatten(2))
-            for dhead in torch.autograd.grad(ctx.mixed_BTH, ctx.heads, dmixed)
+        dmixed = ctx.outer.backward((_rows(dy_BTH),))
+        dheads = attend_backward(
+            ctx.attended, dmixed.numpy(), threads=ctx.layer.threads
         )
-        for turned in dheads[:2]:
-            fused.rotate(
-                turned.numpy(), *ctx.angles, back=True, threads=ctx.layer.threads
-            )
         dx = dy_BTH.clone(memory_format=torch.contiguous_format)
-        ctx.inner.backward(dheads, add_to=dx)
+        ctx.inner.backward(tuple(map(torch.from_numpy, dheads)), add_to=dx)
         return dx, None, None, None
 
 
@@ -239,22 +227,6 @@ class _NormedProducts:
             if grad is not None:
                 _grad(weight).add_(grad)
         return input_gradient(self._ternary, dys, self._threads)
-
-
-def _attend(shape: ModelShape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention over heads (B, T, N, D), float32 (B, T, H).
-
-    It has a graph of its own where the heads need gradients.
-    """
-    with torch.set_grad_enabled(q.requires_grad):
-        mixed_BNTD = functional.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=shape.num_kv_heads != shape.num_heads,
-        )
-        return mixed_BNTD.transpose(1, 2).flatten(2)
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
