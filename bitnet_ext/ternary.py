@@ -15,28 +15,26 @@ groups of a row.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_ext import _kernels
+from bitnet_ext.isa import ISA_VARIABLE as ISA_VARIABLE
+from bitnet_ext.isa import active_isa as active_isa
+from bitnet_ext.isa import choose_isa as choose_isa
+from bitnet_ext.isa import supported_isas as supported_isas
+from bitnet_ext.memory import aligned, destination
 
-#: Name of a kernel variant; where it is set, no other runs.
-ISA_VARIABLE: Final = "BITNET_EXT_ISA"
 #: Longest row: with more, a sum of int8 times ternary could leave int32.
 MAX_COLUMNS: Final = 1 << 22
 #: Rows of dy that share a scale in `weight_gradient`.
 TOKENS: Final = 128
 
-_Number = TypeVar("_Number", bound=np.generic)
-
 _TILE_ROWS: Final = 32
 _TILE_COLUMNS: Final = 4
-#: Bytes of a cache line.
-_LINE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +163,7 @@ def matmul(
     _check_threads(threads)
     if accumulate and out is None:
         raise ValueError("out must be given where accumulate is")
-    out = _destination(out, (num_rows, weight.num_rows))
+    out = destination(out, (num_rows, weight.num_rows), np.float32)
     if not num_columns:
         if not accumulate:
             out.fill(0)
@@ -230,7 +228,7 @@ def weight_gradient(
     shape = dy_MN.shape[1], rows.num_columns
     if dy_MN.shape[0] != rows.scale.size:
         raise ValueError(f"dy must have {rows.scale.size} rows, got {dy_MN.shape[0]}")
-    into_NK = _destination(into_NK, shape)
+    into_NK = destination(into_NK, shape, np.float32)
     if not accumulate and not len(dy_MN):
         into_NK.fill(0)
     _check(
@@ -238,30 +236,6 @@ def weight_gradient(
             dy_MN, rows.scale, rows.tiles, into_NK, accumulate, threads
         )
     )
-
-
-def active_isa() -> str:
-    """Return the name of the kernel variant that runs."""
-    return _kernels.selected_isa()
-
-
-def supported_isas() -> list[str]:
-    """Return the variants that this machine can run, the fastest last."""
-    return _kernels.supported_isas()
-
-
-def choose_isa(name: str | None) -> None:
-    """Run the variant of that name from now on; None means the fastest.
-
-    Raises ValueError, naming the variants of this machine, for any other.
-    """
-    supported = supported_isas()
-    if name is not None and name not in supported:
-        raise ValueError(
-            f"{ISA_VARIABLE} must be one of {', '.join(supported)} on this machine, "
-            f"got {name!r}"
-        )
-    _kernels.select_isa(name or supported[-1])
 
 
 def _matrix(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
@@ -283,37 +257,12 @@ def _check_threads(threads: int) -> None:
         raise ValueError(f"threads must be at least 1, got {threads}")
 
 
-def _destination(
-    out: NDArray[np.float32] | None, shape: tuple[int, int]
-) -> NDArray[np.float32]:
-    """Return where a product of that shape goes; never a copy of what was given."""
-    if out is None:
-        return _aligned(shape[0] * shape[1], np.float32).reshape(shape)
-    if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise ValueError(
-            f"the product must go into contiguous float32 {shape}, "
-            f"got {out.dtype} {out.shape}"
-        )
-    return out
-
-
-def _aligned(count: int, dtype: type[_Number]) -> NDArray[_Number]:
-    """Return memory that starts on a cache line: no load of a kernel takes two."""
-    size = count * np.dtype(dtype).itemsize
-    raw = np.empty(size + _LINE, dtype=np.uint8)
-    start = -raw.ctypes.data % _LINE
-    return raw[start : start + size].view(dtype)
-
-
 def _tiles(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
     """Return memory for the tiles of a matrix; a kernel fills it to the last byte."""
     num_panels, num_k4 = -(-num_rows // _TILE_ROWS), -(-num_columns // _TILE_COLUMNS)
-    return _aligned(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, np.uint8)
+    return aligned(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, np.uint8)
 
 
 def _check(status: int) -> None:
     if status:
         raise MemoryError("a ternary kernel found no memory for its sums")
-
-
-choose_isa(os.environ.get(ISA_VARIABLE))
