@@ -19,6 +19,7 @@ from bitnet_ext.codecs import (
     encode,
     encode_into,
     encode_with_feedback,
+    fp32_payload,
     is_finite,
     payload_bytes,
 )
@@ -347,3 +348,16 @@ def test_other_types_are_refused():
         encode(Codec.FP32, np.zeros((3, 1), dtype=np.float32))
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         decode(Codec.FP32, b"", -1)
+
+
+def test_the_payload_of_fp32_may_be_a_view():
+    vector = normal(9)
+
+    view = fp32_payload(vector)
+
+    assert view.readonly
+    assert bytes(view) == encode(Codec.FP32, vector)
+    assert np.shares_memory(np.frombuffer(view, np.uint8), vector)
+    vector[3] = np.inf
+    with pytest.raises(NonFiniteError, match="vector must hold finite numbers"):
+        fp32_payload(vector)
