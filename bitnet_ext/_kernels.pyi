@@ -21,6 +21,18 @@ def multiply(
     accumulate: bool,
     threads: int,
 ) -> int: ...
+def narrow_tiles(
+    tiles: NDArray[np.uint8], num_rows: int, num_columns: int, blocks: NDArray[np.uint8]
+) -> None: ...
+def multiply_narrow(
+    q: NDArray[np.int8],
+    row_scale: Floats,
+    blocks: NDArray[np.uint8],
+    scale: float,
+    out: Floats,
+    accumulate: bool,
+    threads: int,
+) -> int: ...
 def pack_tokens(
     q: NDArray[np.int8], tiles: NDArray[np.uint8], threads: int
 ) -> None: ...

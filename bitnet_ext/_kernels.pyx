@@ -202,3 +202,4 @@ def quantise_weight(
 # One extension, so that there is one pool of threads and one chosen variant.
 include "kernels_fused.pxi"
 include "kernels_codec.pxi"
+include "kernels_gemv.pxi"
