@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext import _kernels
-from bitnet_ext.ternary import aligned_memory
+from bitnet_ext.isa import kernels as _kernels
+from bitnet_ext.memory import aligned
 
 Floats = NDArray[np.float32]
 
@@ -82,7 +82,7 @@ def _arrays(heads: Heads) -> tuple[Floats, Floats, Floats, Floats, Floats]:
 
 
 def _like(x: Floats) -> Floats:
-    return aligned_memory(x.size, np.float32).reshape(x.shape)
+    return aligned(x.size, np.float32).reshape(x.shape)
 
 
 def _check(status: int) -> None:

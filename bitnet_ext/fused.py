@@ -18,7 +18,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext import _kernels
+from bitnet_ext.isa import kernels as _kernels
 from bitnet_ext.ternary import QuantisedRows
 
 Floats = NDArray[np.float32]

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext import _kernels
-from bitnet_ext.ternary import TOKENS, aligned_memory, tile_memory
+from bitnet_ext.isa import kernels as _kernels
+from bitnet_ext.memory import aligned
+from bitnet_ext.ternary import TOKENS, tile_memory
 
 Floats = NDArray[np.float32]
 
@@ -107,7 +108,7 @@ def _tokens(num_tokens: int, num_words: int, num_hidden: int) -> _kernels.HeadTo
         np.empty(num_tokens, dtype=np.float32),
         np.empty(num_tokens, dtype=np.float32),
         _rows(num_tokens, num_hidden),
-        aligned_memory(num_blocks * 4 * _LEFT_ROWS, np.int8),
+        aligned(num_blocks * 4 * _LEFT_ROWS, np.int8),
         np.empty(groups, dtype=np.float32),
         np.empty(groups, dtype=np.int32),
     )
@@ -116,7 +117,7 @@ def _tokens(num_tokens: int, num_words: int, num_hidden: int) -> _kernels.HeadTo
 def _rows(num_rows: int, num_columns: int) -> NDArray[np.int8]:
     """Return memory for int8 rows of whole words of four."""
     width = 4 * -(-num_columns // 4)
-    return aligned_memory(num_rows * width, np.int8).reshape(num_rows, width)
+    return aligned(num_rows * width, np.int8).reshape(num_rows, width)
 
 
 def _check(status: int) -> None:

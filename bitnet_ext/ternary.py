@@ -15,29 +15,32 @@ groups of a row.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from functools import cached_property
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext import _kernels
-from bitnet_ext.errors import UnknownIsaError
+from bitnet_ext.isa import ISA_VARIABLE as ISA_VARIABLE
+from bitnet_ext.isa import active_isa as active_isa
+from bitnet_ext.isa import choose_isa as choose_isa
+from bitnet_ext.isa import kernels as _kernels
+from bitnet_ext.isa import supported_isas as supported_isas
+from bitnet_ext.memory import aligned, destination
 
-#: Name of a kernel variant; where it is set, no other runs.
-ISA_VARIABLE: Final = "BITNET_EXT_ISA"
 #: Longest row: with more, a sum of int8 times ternary could leave int32.
 MAX_COLUMNS: Final = 1 << 22
 #: Rows of dy that share a scale in `weight_gradient`.
 TOKENS: Final = 128
 
-_Number = TypeVar("_Number", bound=np.generic)
+#: Up to so many rows are multiplied by a weight at 2 bits a value, as in generation.
+FEW_ROWS: Final = 8
 
+#: Longest row of such products.
+_NARROW_COLUMNS: Final = 1 << 16
 _TILE_ROWS: Final = 32
 _TILE_COLUMNS: Final = 4
-#: Bytes of a cache line.
-_LINE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +55,15 @@ class QuantisedRows:
     group: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedTernary:
     """A ternary matrix (N, K) in the order in which the kernel reads it.
 
     Blocks of 32 rows by 4 columns, block after block along the columns, then the
     next 32 rows; a byte is the value plus one. Only kernels look inside.
     """
+
+    # No slots: `narrow` is kept once it was made.
 
     tiles: NDArray[np.uint8]
     num_rows: int
@@ -75,6 +80,14 @@ class PackedTernary:
         )
         kept = rows[: self.num_rows, : self.num_columns]
         return kept.astype(np.int8) - np.int8(1)
+
+    @cached_property
+    def narrow(self) -> NDArray[np.uint8]:
+        """The same at 2 bits a value, for products of few rows; made when asked for."""
+        blocks = -(-self.num_rows // 16) * -(-self.num_columns // 16)
+        narrow = aligned(64 * blocks, np.uint8)
+        _kernels.narrow_tiles(self.tiles, self.num_rows, self.num_columns, narrow)
+        return narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +179,14 @@ def matmul(
     _check_threads(threads)
     if accumulate and out is None:
         raise ValueError("out must be given where accumulate is")
-    out = _destination(out, (num_rows, weight.num_rows))
+    out = destination(out, (num_rows, weight.num_rows), np.float32)
     if not num_columns:
         if not accumulate:
             out.fill(0)
+        return out
+    few = num_rows <= FEW_ROWS and num_columns <= _NARROW_COLUMNS
+    if few and rows.scale.shape == (num_rows, 1):
+        _multiply_few(rows, weight, out, accumulate=accumulate, threads=threads)
         return out
     missing = -num_columns % _TILE_COLUMNS
     if missing:
@@ -186,6 +203,27 @@ def matmul(
     )
     _check(status)
     return out
+
+
+def _multiply_few(
+    rows: QuantisedRows,
+    weight: PackedTernary,
+    out: NDArray[np.float32],
+    *,
+    accumulate: bool,
+    threads: int,
+) -> None:
+    """The product of few rows, which reads a quarter of the bytes; the same bits."""
+    status = _kernels.multiply_narrow(
+        np.ascontiguousarray(rows.q),
+        np.ascontiguousarray(rows.scale),
+        weight.narrow,
+        weight.scale,
+        out,
+        accumulate,
+        threads,
+    )
+    _check(status)
 
 
 def pack_tokens(rows: QuantisedRows, *, threads: int = 1) -> PackedTokens:
@@ -231,7 +269,7 @@ def weight_gradient(
     shape = dy_MN.shape[1], rows.num_columns
     if dy_MN.shape[0] != rows.scale.size:
         raise ValueError(f"dy must have {rows.scale.size} rows, got {dy_MN.shape[0]}")
-    into_NK = _destination(into_NK, shape)
+    into_NK = destination(into_NK, shape, np.float32)
     if not accumulate and not len(dy_MN):
         into_NK.fill(0)
     _check(
@@ -239,30 +277,6 @@ def weight_gradient(
             dy_MN, rows.scale, rows.tiles, into_NK, accumulate, threads
         )
     )
-
-
-def active_isa() -> str:
-    """Return the name of the kernel variant that runs."""
-    return _kernels.selected_isa()
-
-
-def supported_isas() -> list[str]:
-    """Return the variants that this machine can run, the fastest last."""
-    return _kernels.supported_isas()
-
-
-def choose_isa(name: str | None) -> None:
-    """Run the variant of that name from now on; None means the fastest.
-
-    Raises UnknownIsaError, naming the variants of this machine, for any other.
-    """
-    supported = supported_isas()
-    if name is not None and name not in supported:
-        raise UnknownIsaError(
-            f"{ISA_VARIABLE} must be one of {', '.join(supported)} on this machine, "
-            f"got {name!r}"
-        )
-    _kernels.select_isa(name or supported[-1])
 
 
 def _matrix(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
@@ -284,38 +298,12 @@ def _check_threads(threads: int) -> None:
         raise ValueError(f"threads must be at least 1, got {threads}")
 
 
-def _destination(
-    out: NDArray[np.float32] | None, shape: tuple[int, int]
-) -> NDArray[np.float32]:
-    """Return where a product of that shape goes; never a copy of what was given."""
-    if out is None:
-        return aligned_memory(shape[0] * shape[1], np.float32).reshape(shape)
-    if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise ValueError(
-            f"the product must go into contiguous float32 {shape}, "
-            f"got {out.dtype} {out.shape}"
-        )
-    return out
-
-
-def aligned_memory(count: int, dtype: type[_Number]) -> NDArray[_Number]:
-    """Return memory that starts on a cache line: no load of a kernel takes two."""
-    size = count * np.dtype(dtype).itemsize
-    raw = np.empty(size + _LINE, dtype=np.uint8)
-    start = -raw.ctypes.data % _LINE
-    return raw[start : start + size].view(dtype)
-
-
 def tile_memory(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
     """Return memory for the tiles of a matrix; a kernel fills it to the last byte."""
     num_panels, num_k4 = -(-num_rows // _TILE_ROWS), -(-num_columns // _TILE_COLUMNS)
-    return aligned_memory(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, np.uint8)
+    return aligned(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, np.uint8)
 
 
 def _check(status: int) -> None:
     if status:
         raise MemoryError("a ternary kernel found no memory for its sums")
-
-
-# Empty counts as not set, as in every variable.
-choose_isa(os.environ.get(ISA_VARIABLE) or None)

@@ -49,9 +49,15 @@ def process_as_it_was(handlers) -> Iterator[None]:
     root.setLevel(level)
 
 
-def test_an_unknown_kernel_variant_is_one_line_and_status_2() -> None:
+@pytest.mark.parametrize(
+    ("program", "begin"),
+    [("worker", "bitnet-worker: error"), ("coordinator", "bitnet-coordinator")],
+)
+def test_an_unknown_kernel_variant_is_one_line_and_status_2(
+    program: str, begin: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "worker", "run"],
+        [sys.executable, "-m", program, "run"],
         env={**os.environ, "BITNET_EXT_ISA": "foo"},
         capture_output=True,
         text=True,
@@ -61,7 +67,7 @@ def test_an_unknown_kernel_variant_is_one_line_and_status_2() -> None:
 
     assert done.returncode == 2
     assert re.fullmatch(
-        "bitnet-worker: error: BITNET_EXT_ISA must be one of portable.* on this "
+        f"{begin}: BITNET_EXT_ISA must be one of portable.* on this "
         "machine, got 'foo'\n",
         done.stderr,
     )
