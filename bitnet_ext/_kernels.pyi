@@ -42,6 +42,9 @@ def weight_gradient(
     tiles: NDArray[np.uint8],
     into: Floats,
     accumulate: bool,
+    q: NDArray[np.int8] | None,
+    scale: Floats | None,
+    group: int,
     threads: int,
 ) -> int: ...
 def quantise_rows(

@@ -45,10 +45,15 @@ cdef extern from "kernels_core.h" nogil:
     void c_pack_tokens "pack_tokens"(
         const int8_t *q, Py_ssize_t num_m, Py_ssize_t num_k, uint8_t *tiles, int threads
     )
+    cdef struct rounded_rows:
+        int8_t *q
+        float *scale
+        Py_ssize_t group
+
     int c_weight_gradient "weight_gradient"(
         const float *dy, const float *token_scale, const uint8_t *tiles,
         Py_ssize_t num_m, Py_ssize_t num_n, Py_ssize_t num_k, float *out,
-        int accumulate, int threads
+        int accumulate, const rounded_rows *rows, int threads
     )
     int c_quantise_weight "quantise_weight"(
         const float *w, Py_ssize_t num_n, Py_ssize_t num_k, float *scale,
@@ -138,21 +143,41 @@ def weight_gradient(
     const uint8_t[::1] tiles not None,
     float[:, ::1] into not None,
     bint accumulate,
+    int8_t[:, ::1] q,
+    float[:, ::1] scale,
+    Py_ssize_t group,
     int threads,
 ):
-    """Write or add the gradient to `into` (N, K), for dy (M, N); return the status."""
+    """Write or add the gradient to `into` (N, K), for dy (M, N); return the status.
+
+    Where `q` (M, N) is given it gets the rows of dy, and `scale` (M, G) theirs.
+    """
     cdef Py_ssize_t num_m = dy.shape[0]
     cdef Py_ssize_t num_n = into.shape[0]
     cdef Py_ssize_t num_k = into.shape[1]
+    cdef rounded_rows rows
     cdef int status
     _must(dy.shape[1] == num_n and token_scale.shape[0] == num_m, "dy")
     _must(tiles.shape[0] == _up(num_k, TILE_N) * _up(num_m, 4) * TILE_BYTES, "tiles")
-    if num_m == 0 or num_n == 0 or num_k == 0:
+    if num_m == 0 or num_n == 0:
+        return 0
+    if q is not None:
+        _must(group > 0, "group")
+        _must(q.shape[0] == num_m and q.shape[1] == num_n, "q")
+        _must(
+            scale is not None and scale.shape[0] == num_m
+            and scale.shape[1] == _up(num_n, group),
+            "scale",
+        )
+        rows.q, rows.scale, rows.group = &q[0, 0], &scale[0, 0], group
+    if num_k == 0:
+        if q is not None:
+            quantise_rows(dy, group, q, scale)
         return 0
     with nogil:
         status = c_weight_gradient(
             &dy[0, 0], &token_scale[0], &tiles[0], num_m, num_n, num_k, &into[0, 0],
-            accumulate, threads,
+            accumulate, NULL if q is None else &rows, threads,
         )
     return status
 

@@ -87,10 +87,17 @@ void run_product(const struct product *p, int threads);
    (ceil(K / 32), ceil(M / 4), 32, 4). */
 void pack_tokens(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k, uint8_t *tiles,
                  int threads);
-/* out (N, K) (+)= transpose of dy (M, N) times tokens: packed int8 and a scale each. */
+/* Where rows go that are quantised in groups of columns. */
+struct rounded_rows {
+    int8_t *q;    /* (M, N) */
+    float *scale; /* (M, ceil(N / group)) */
+    ptrdiff_t group;
+};
+/* out (N, K) (+)= transpose of dy (M, N) times tokens: packed int8 and a scale each.
+   Writes the rows of dy as int8 too, unless `rows` is NULL. */
 int weight_gradient(const float *dy, const float *token_scale, const uint8_t *tiles,
                     ptrdiff_t num_m, ptrdiff_t num_n, ptrdiff_t num_k, float *out,
-                    int accumulate, int threads);
+                    int accumulate, const struct rounded_rows *rows, int threads);
 /* Memory for one call, at a cache line; kept for the next call. NULL: none left. */
 void *take_scratch(size_t size);
 void give_scratch(void *scratch);

@@ -122,7 +122,7 @@ static void norm_backward_item(void *context, ptrdiff_t item)
     struct norm_job *job = context;
     ptrdiff_t num_k = job->norm.num_k, m = item * ITEM_ROWS;
     ptrdiff_t end = least(m + ITEM_ROWS, job->norm.num_m);
-    float *scratch = malloc((size_t)num_k * sizeof *scratch);
+    float *scratch = malloc(2 * (size_t)num_k * sizeof *scratch);
     if (!scratch) {
         __atomic_store_n(&job->failed, NO_MEMORY, __ATOMIC_RELAXED);
         return;

@@ -42,7 +42,8 @@ struct fused_loops {
     /* y = gain * x * inverse for rows m..m + count, (count, K); writes `inverse`. */
     void (*norm_rows)(const struct norm *n, ptrdiff_t m, ptrdiff_t count, float *y);
     /* One row: dx from dy (K); adds to `dgain`, and to `dx` where `add`. With a gate
-       dx and dup are those of its two inputs, and may be the inputs themselves. */
+       dx and dup are those of its two inputs, and may be the inputs themselves.
+       `scratch` holds 2 * K numbers. */
     void (*norm_row_backward)(const struct norm *n, ptrdiff_t m, const float *dy,
                               float *dx, float *dup, int add, float *scratch,
                               float *dgain);

@@ -103,13 +103,14 @@ TARGET static void NAME(norm_rows)(const struct norm *n, ptrdiff_t m, ptrdiff_t 
     }
 }
 
+INLINE v16 NAME(sigmoid)(v16 x) { return 1.0f / (NAME(exponential)(-x) + 1.0f); }
+
 /* From the gradient of act(x) * up to those of x and up. */
-INLINE void NAME(gate_backward)(const float *x, const float *up, int gate, v16 d,
-                                float *dx, float *dup, ptrdiff_t left)
+INLINE void NAME(gate_backward)(const float *x, const float *up, int gate, v16 sigmoid,
+                                v16 d, float *dx, float *dup, ptrdiff_t left)
 {
     v16 a = NAME(load)(x, left), b = NAME(load)(up, left), act, slope;
     if (gate == SILU) {
-        v16 sigmoid = 1.0f / (NAME(exponential)(-a) + 1.0f);
         act = a * sigmoid;
         slope = sigmoid + act * (1.0f - sigmoid);
     } else {
@@ -121,18 +122,26 @@ INLINE void NAME(gate_backward)(const float *x, const float *up, int gate, v16 d
     NAME(store)(dup, left, d * act);
 }
 
-/* With x^ = x * inverse and d = gain * dy: dx = inverse * (d - x^ * mean(d * x^)). */
+/* With x^ = x * inverse and d = gain * dy: dx = inverse * (d - x^ * mean(d * x^)).
+   `scratch` keeps x^, and behind it sigmoids: an exponential and a division each. */
 INLINE void NAME(row_backward)(const struct norm *n, ptrdiff_t m, const float *dy,
                                float *dx, float *dup, int add, float *scratch,
                                float *dgain, int gate)
 {
     ptrdiff_t num_k = n->num_k;
     const float *x = n->x + m * num_k, *up = gate ? n->up + m * num_k : x;
-    float inverse = n->inverse[m];
+    float inverse = n->inverse[m], *sigmoids = scratch + num_k;
     v16 sums = {0};
     for (ptrdiff_t k = 0; k < num_k; k += LANES) {
         ptrdiff_t left = num_k - k;
-        v16 unit = NAME(input)(x + k, up + k, gate, left) * inverse;
+        v16 unit;
+        if (gate == SILU) {
+            v16 a = NAME(load)(x + k, left), sigmoid = NAME(sigmoid)(a);
+            NAME(store)(sigmoids + k, left, sigmoid);
+            unit = a * sigmoid * NAME(load)(up + k, left) * inverse;
+        } else {
+            unit = NAME(input)(x + k, up + k, gate, left) * inverse;
+        }
         v16 part = NAME(load)(dy + k, left) * unit;
         sums += part * NAME(load)(n->gain + k, left);
         NAME(store)(dgain + k, left, NAME(load)(dgain + k, left) + part);
@@ -144,7 +153,9 @@ INLINE void NAME(row_backward)(const struct norm *n, ptrdiff_t m, const float *d
         v16 d = NAME(load)(dy + k, left) * NAME(load)(n->gain + k, left);
         d = (d - NAME(load)(scratch + k, left) * mean) * inverse;
         if (gate)
-            NAME(gate_backward)(x + k, up + k, gate, d, dx + k, dup + k, left);
+            NAME(gate_backward)(x + k, up + k, gate,
+                                gate == SILU ? NAME(load)(sigmoids + k, left) : d, d,
+                                dx + k, dup + k, left);
         else
             NAME(store)(dx + k, left, add ? d + NAME(load)(dx + k, left) : d);
     }

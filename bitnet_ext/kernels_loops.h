@@ -56,6 +56,9 @@ TARGET static void NAME(quantise_rows)(const float *x, ptrdiff_t num_m, ptrdiff_
     for (ptrdiff_t m = 0; m < num_m; m++)
         for (ptrdiff_t k = 0; k < num_k; k += group) {
             ptrdiff_t count = num_k - k < group ? num_k - k : group;
+            /* The next group: the caches fetch it while this one is rounded. */
+            for (ptrdiff_t i = 0; i < count && m + 1 < num_m; i += 16)
+                __builtin_prefetch(x + m * num_k + k + group + i);
             *scale++ = NAME(quantise)(x + m * num_k + k, count, q + m * num_k + k);
         }
 }

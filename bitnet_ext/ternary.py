@@ -145,14 +145,26 @@ def quantise_rows(x_MK: NDArray[np.float32], group: int | None = None) -> Quanti
     and for a group that is not a positive multiple of 4.
     """
     x_MK = _matrix(x_MK, "rows")
-    num_rows, num_columns = x_MK.shape
+    rows = empty_rows(x_MK.shape[0], x_MK.shape[1], group)
+    _kernels.quantise_rows(x_MK, rows.group, rows.q, rows.scale)
+    return rows
+
+
+def empty_rows(
+    num_rows: int, num_columns: int, group: int | None = None
+) -> QuantisedRows:
+    """Return memory for rows; without `group` a row is one group.
+
+    Raises ValueError for a group that is not a positive multiple of 4.
+    """
     if group is None or group >= num_columns:
         group = max(num_columns, 1)
     _check_group(group, num_columns)
-    q = np.empty((num_rows, num_columns), dtype=np.int8)
-    scale = np.empty((num_rows, -(-num_columns // group)), dtype=np.float32)
-    _kernels.quantise_rows(x_MK, group, q, scale)
-    return QuantisedRows(q, scale, group)
+    return QuantisedRows(
+        np.empty((num_rows, num_columns), dtype=np.int8),
+        np.empty((num_rows, -(-num_columns // group)), dtype=np.float32),
+        group,
+    )
 
 
 def matmul(
@@ -254,13 +266,15 @@ def weight_gradient(
     into_NK: NDArray[np.float32],
     *,
     accumulate: bool = False,
+    dy_rows: QuantisedRows | None = None,
     threads: int = 1,
 ) -> None:
     """Write `dy.T @ rows` to `into` (N, K), or add it; for dy (M, N) and rows (M, K).
 
     dy times the scale of its row is rounded to int8, with a scale for each column
     and `TOKENS` rows; everything else is exact until groups are added in float32.
-    Raises ValueError when the shapes do not fit.
+    `dy_rows` (M, N), where it is given, gets what `quantise_rows` makes of dy: in the
+    same pass over memory. Raises ValueError when the shapes do not fit.
     """
     dy_MN = _matrix(dy_MN, "dy")
     if isinstance(rows, QuantisedRows):
@@ -274,7 +288,15 @@ def weight_gradient(
         into_NK.fill(0)
     _check(
         _kernels.weight_gradient(
-            dy_MN, rows.scale, rows.tiles, into_NK, accumulate, threads
+            dy_MN,
+            rows.scale,
+            rows.tiles,
+            into_NK,
+            accumulate,
+            None if dy_rows is None else dy_rows.q,
+            None if dy_rows is None else dy_rows.scale,
+            1 if dy_rows is None else dy_rows.group,
+            threads,
         )
     )
 

@@ -25,11 +25,7 @@ from bitnet_ext import fused
 from bitnet_ext.attention import Heads, attend, attend_backward
 from bitnet_ext.fused import Gate, NormInput
 from bitnet_ext.layout import ModelShape
-from worker.model.bitlinear import (
-    BitLinear,
-    input_gradient,
-    weight_gradients,
-)
+from worker.model.bitlinear import BitLinear, gradients
 
 Floats = NDArray[np.float32]
 
@@ -222,11 +218,13 @@ class _NormedProducts:
         return torch.from_numpy(dgate), torch.from_numpy(dup)
 
     def _backward_to_norm(self, dys: tuple[Tensor, ...]) -> Tensor:
-        grads = weight_gradients(self._linear, self._q, dys, self._weights)
+        dnormed, grads = gradients(
+            self._linear, self._ternary, self._q, dys, self._weights
+        )
         for weight, grad in zip(self._weights, grads, strict=True):
             if grad is not None:
                 _grad(weight).add_(grad)
-        return input_gradient(self._ternary, dys, self._threads)
+        return dnormed
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
