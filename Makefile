@@ -15,7 +15,7 @@ STATE ?= demo-state
 PORT ?= 0
 QUICK ?= 0
 
-.PHONY: help setup check test demo bench-kernels bench-train bench-codecs wheel lock vendor clean format
+.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs wheel lock vendor clean format
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -45,6 +45,9 @@ check: setup ## Lint, types and import rules: ruff, mypy --strict, import-linter
 
 test: setup ## Run every test
 	$(BIN)/pytest
+
+test-asan: setup ## Run the kernels' tests under AddressSanitizer and UBSan (needs gcc)
+	@$(BIN)/python -m tests.sanitised
 
 demo: setup ## Train on this machine: MINUTES=5 KILL=1 CORPUS=folder STATE=folder
 	@$(BIN)/bitnet-coordinator demo --minutes $(MINUTES) --state $(STATE) \

@@ -146,10 +146,11 @@ __attribute__((target("avx2"))) void narrow_avx2(const struct narrow *p,
 
 #define TARGET_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 
-/* Four units, each one row of q by one block: rows u / wide, blocks u % wide. Named
-   variables and assembly for the reasons of `kernels_gemm.c`. */
 /* Bytes that are asked for before they are read: a weight often comes from memory. */
 enum { AHEAD = 8192 };
+
+/* Four units, each one row of q by one block: rows u / wide, blocks u % wide. Named
+   variables and assembly for the reasons of `kernels_gemm.c`. */
 #define UNITS(DO) DO(0) DO(1) DO(2) DO(3)
 #define START(u)                                                                       \
     __m512i a##u = _mm512_setzero_si512(), b##u = a##u, c##u = a##u, d##u = a##u;
