@@ -34,7 +34,7 @@ from worker.generate import Sampling, generate
 from worker.model.transformer import BitNetModel
 from worker.settings import WorkerSettings, usable_cpus
 from worker.text import Tokenizer, is_installed
-from worker.trainer import TorchTrainer, use_threads
+from worker.trainer import DEVICES, TorchTrainer, find_device, use_threads
 
 PROGRAM: Final = "bitnet-worker"
 #: Sequences at a time, where nobody says otherwise.
@@ -69,20 +69,22 @@ def _complain(error: WorkerError, status: int) -> int:
     return status
 
 
-def _run(_arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     settings = WorkerSettings.from_env(os.environ)
+    device = find_device(arguments.device)
     configure_logging(settings.log_level)
     use_threads(settings.cpu_threads)
-    process.work(settings, TorchTrainer(settings.cpu_threads))
+    process.work(settings, TorchTrainer(settings.cpu_threads, device))
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     shape = preset_shape(arguments.preset, vocab_size=arguments.vocab_size)
+    device = find_device(arguments.device)
     results = []
     print(f"{'threads':>8} {'tokens/s':>10}")
     for threads in arguments.threads:
         use_threads(threads)
-        model = BitNetModel(shape, threads=threads)
+        model = BitNetModel(shape, threads=threads, device=device)
         speed = calibrate(model, arguments.batch_size, time.monotonic)
         print(f"{threads:>8} {speed:>10.0f}", flush=True)
         results.append({"threads": threads, "tokens_per_s": round(speed, 1)})
@@ -96,12 +98,12 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    device = find_device(arguments.device)
     use_threads(arguments.threads)
     weights = offline.load_weights(arguments.weights, arguments.preset)
     text = offline.load_text(arguments.corpus, arguments.shard)
-    score = offline.score(
-        weights, text, batch_size=arguments.batch_size, threads=arguments.threads
-    )
+    model = BitNetModel(weights.shape, threads=arguments.threads, device=device)
+    score = offline.score(model, weights, text, batch_size=arguments.batch_size)
     bits = offline.bits_per_byte(score.nats, text.text_bytes)
     print(f"shard          {text.shard_id}")
     print(f"tokens         {score.tokens}")
@@ -159,7 +161,7 @@ def _print_json(**fields: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add(commands, "run", _run, "train for a coordinator; reads BITNET_* only")
+    _add_device(_add(commands, "run", _run, "train for a coordinator; set by BITNET_*"))
     _describe_calibrate(
         _add(commands, "calibrate", _calibrate, "measure training speed")
     )
@@ -184,6 +186,7 @@ def _add(
 
 def _describe_calibrate(parser: argparse.ArgumentParser) -> None:
     _add_preset(parser)
+    _add_device(parser)
     parser.add_argument(
         "--threads",
         type=_list_of_threads,
@@ -196,6 +199,7 @@ def _describe_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _describe_eval(parser: argparse.ArgumentParser) -> None:
     _add_weights(parser)
+    _add_device(parser)
     parser.add_argument(
         "--corpus", type=Path, required=True, help="folder of a prepared corpus"
     )
@@ -227,6 +231,15 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, required=True, help="a published frame")
     _add_preset(parser)
     parser.add_argument("--threads", type=_threads, default=usable_cpus())
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="cpu",
+        help="cuda trains in plain PyTorch, without our kernels (default: cpu)",
+    )
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:

@@ -124,10 +124,13 @@ def load_text(corpus: Path, shard_id: str | None) -> Text:
     )
 
 
-def score(weights: Weights, text: Text, *, batch_size: int, threads: int) -> Score:
+def score(
+    model: BitNetModel, weights: Weights, text: Text, *, batch_size: int
+) -> Score:
     """Return the score of the weights on a shard, which must start with a document.
 
-    Raises SettingsError when they do not belong together.
+    `model` has the shape of the weights, and holds them afterwards.
+    Raises SettingsError when weights and text do not belong together.
     """
     if weights.shape.vocab_size != text.vocab_size:
         raise SettingsError(
@@ -139,7 +142,6 @@ def score(weights: Weights, text: Text, *, batch_size: int, threads: int) -> Sco
         check=lambda: None,
         clock=time.monotonic,
     )
-    model = BitNetModel(weights.shape, threads=threads)
     try:
         return evaluate(
             model, weights.flat, text.tokens, text.eot_id, batch_size, quiet

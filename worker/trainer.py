@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from bitnet_ext.layout import ModelShape
 from bitnet_ext.wire.messages import Task
 from worker import calibrate, evaluate, train
-from worker.errors import BadShardError
+from worker.errors import BadShardError, SettingsError
 from worker.evaluate import Score
 from worker.model.transformer import BitNetModel
 from worker.train import Hooks, Moments, TrainResult
+
+#: What a worker may compute on.
+DEVICES: Final = ("cpu", "cuda")
 
 
 class Trainer(Protocol):
@@ -59,11 +62,21 @@ def use_threads(num_threads: int) -> None:
         torch.set_num_interop_threads(1)
 
 
+def find_device(name: str) -> torch.device:
+    """Return one of DEVICES; raises SettingsError where torch does not find it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(
+            "--device cuda: this torch finds no CUDA device on this machine"
+        )
+    return torch.device(name)
+
+
 class TorchTrainer:
     """The Trainer of a real worker; `threads` goes to the ternary kernels."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: torch.device) -> None:
         self._threads = threads
+        self._device = device
         self._model: BitNetModel | None = None
 
     def calibrate(
@@ -106,5 +119,5 @@ class TorchTrainer:
     def _model_of(self, shape: ModelShape) -> BitNetModel:
         if self._model is None or self._model.shape != shape:
             self._model = None  # the old one goes before the new one needs its memory
-            self._model = BitNetModel(shape, threads=self._threads)
+            self._model = BitNetModel(shape, threads=self._threads, device=self._device)
         return self._model

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from bitnet_ext.layout import PRESETS
 from bitnet_ext.wire.verdicts import ErrorCode
@@ -290,6 +291,21 @@ def test_calibrate_prints_a_table_and_json(capsys) -> None:
     assert [row["threads"] for row in result["results"]] == [1, 2]
     assert all(row["tokens_per_s"] > 0 for row in result["results"])
     assert (result["preset"], result["vocab_size"]) == ("tiny", 64)
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "eval"])
+def test_a_device_that_torch_does_not_find_is_one_line(
+    capsys, frame, corpus, monkeypatch, verb
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = ("--weights", frame, "--corpus", corpus) if verb == "eval" else ()
+
+    line = fails(capsys, verb, "--preset", "tiny", *given, "--device", "cuda")
+
+    assert line == (
+        "bitnet-worker: error: --device cuda: this torch finds no CUDA device on this "
+        "machine"
+    )
 
 
 def test_run_with_wrong_settings_is_one_line(capsys, monkeypatch) -> None:
