@@ -158,7 +158,7 @@ def test_adamw_makes_the_step_of_the_kernel(step) -> None:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 9])
 @pytest.mark.parametrize(
-    ("by_torch", "most"), [(True, 1e-5), (False, 0.01)], ids=["torch", "kernels"]
+    ("by_torch", "most"), [(True, 1e-5), (False, 0.02)], ids=["torch", "kernels"]
 )
 def test_a_step_in_parts_is_the_same_step(by_torch, most, micro_batch) -> None:
     whole_nats, whole = gradient(by_torch=by_torch)
