@@ -4,6 +4,7 @@ Map of the package:
 
 - `layout`: ModelShape -> ordered segments of the flat vector, and its hash
 - `ternary`: int8 activations x packed ternary weights (the door to the C kernels)
+- `operands`: what those products take
 - `fused`: what surrounds those products in a training step: norms, gate, AdamW, ...
 - `packing`: ternary values at 2 bits each, or five to a byte
 - `codecs`: how a flat vector becomes payload bytes (fp32, block int8 with error
