@@ -4,6 +4,7 @@ Map of the package:
 
 - `layout`: ModelShape -> ordered segments of the flat vector, and its hash
 - `ternary`: int8 activations x packed ternary weights (the door to the C kernels)
+- `operands`: what those products take
 - `fused`: what surrounds those products in a training step: norms, gate, AdamW, ...
 - `head`: logits, softmax and both gradients of the head in int8
 - `attention`: causal attention with its rotary embedding

@@ -46,7 +46,7 @@ NAME(sink_move)(struct sink *sink, size_t size)
         NAME(stream)(sink->line, at, lines);
         sink->line += lines * LINE, at += lines * LINE;
     }
-    if (at != sink->buffer)
+    if (at != sink->buffer && at != end)
         memcpy(sink->buffer, at, LINE);
     sink->held = (size_t)(end - at);
 }

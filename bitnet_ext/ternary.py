@@ -15,8 +15,6 @@ groups of a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -28,6 +26,11 @@ from bitnet_ext.isa import choose_isa as choose_isa
 from bitnet_ext.isa import kernels as _kernels
 from bitnet_ext.isa import supported_isas as supported_isas
 from bitnet_ext.memory import aligned, destination
+from bitnet_ext.operands import TILE_COLUMNS, TILE_ROWS
+from bitnet_ext.operands import PackedTernary as PackedTernary
+from bitnet_ext.operands import PackedTokens as PackedTokens
+from bitnet_ext.operands import QuantisedRows as QuantisedRows
+from bitnet_ext.operands import TernaryWeight as TernaryWeight
 
 #: Longest row: with more, a sum of int8 times ternary could leave int32.
 MAX_COLUMNS: Final = 1 << 22
@@ -39,83 +42,6 @@ FEW_ROWS: Final = 8
 
 #: Longest row of such products.
 _NARROW_COLUMNS: Final = 1 << 16
-_TILE_ROWS: Final = 32
-_TILE_COLUMNS: Final = 4
-
-
-@dataclass(frozen=True, slots=True)
-class QuantisedRows:
-    """Rows of int8 with their scales; a value is `q * scale` of its group."""
-
-    #: int8 (M, K), from -127 to 127.
-    q: NDArray[np.int8]
-    #: float32 (M, G), G = ceil(K / group).
-    scale: NDArray[np.float32]
-    #: Columns that share a scale; the last group of a row may hold fewer.
-    group: int
-
-
-@dataclass(frozen=True)
-class PackedTernary:
-    """A ternary matrix (N, K) in the order in which the kernel reads it.
-
-    Blocks of 32 rows by 4 columns, block after block along the columns, then the
-    next 32 rows; a byte is the value plus one. Only kernels look inside.
-    """
-
-    # No slots: `narrow` is kept once it was made.
-
-    tiles: NDArray[np.uint8]
-    num_rows: int
-    num_columns: int
-    #: The value of +1; a float32.
-    scale: float
-
-    def values(self) -> NDArray[np.int8]:
-        """Return the values -1, 0, 1 as int8 (N, K)."""
-        num_k4 = -(-self.num_columns // _TILE_COLUMNS)
-        tiles = self.tiles.reshape(-1, num_k4, _TILE_ROWS, _TILE_COLUMNS)
-        rows = tiles.transpose(0, 2, 1, 3).reshape(
-            tiles.shape[0] * _TILE_ROWS, num_k4 * _TILE_COLUMNS
-        )
-        kept = rows[: self.num_rows, : self.num_columns]
-        return kept.astype(np.int8) - np.int8(1)
-
-    @cached_property
-    def narrow(self) -> NDArray[np.uint8]:
-        """The same at 2 bits a value, for products of few rows; made when asked for."""
-        blocks = -(-self.num_rows // 16) * -(-self.num_columns // 16)
-        narrow = aligned(64 * blocks, np.uint8)
-        _kernels.narrow_tiles(self.tiles, self.num_rows, self.num_columns, narrow)
-        return narrow
-
-
-@dataclass(frozen=True, slots=True)
-class TernaryWeight:
-    """One weight (N, K) for both directions, with one scale."""
-
-    #: (N, K): takes rows of K columns to rows of N.
-    forward: PackedTernary
-    #: (K, N): takes rows of N columns back to rows of K.
-    backward: PackedTernary
-
-    @property
-    def scale(self) -> float:
-        """The mean of |w|, at least 1e-5; NaN where the weight is not finite."""
-        return self.forward.scale
-
-
-@dataclass(frozen=True, slots=True)
-class PackedTokens:
-    """Quantised rows (M, K) in the order in which weight gradients read them.
-
-    The tiles of `PackedTernary`, of the transpose; a byte is the value plus 128.
-    """
-
-    tiles: NDArray[np.uint8]
-    #: float32 (M,): one scale for each row.
-    scale: NDArray[np.float32]
-    num_columns: int
 
 
 def quantise_weight(w_NK: NDArray[np.float32]) -> TernaryWeight:
@@ -200,13 +126,13 @@ def matmul(
     if few and rows.scale.shape == (num_rows, 1):
         _multiply_few(rows, weight, out, accumulate=accumulate, threads=threads)
         return out
-    missing = -num_columns % _TILE_COLUMNS
+    missing = -num_columns % TILE_COLUMNS
     if missing:
         q_MK = np.pad(q_MK, ((0, 0), (0, missing)))
     status = _kernels.multiply(
         q_MK,
         np.ascontiguousarray(rows.scale),
-        -(-rows.group // _TILE_COLUMNS),
+        -(-rows.group // TILE_COLUMNS),
         weight.tiles,
         weight.scale,
         out,
@@ -311,7 +237,7 @@ def _matrix(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
 
 def _check_group(group: int, num_columns: int) -> None:
     """Groups start where tiles do; one that holds the whole row may be any size."""
-    if group < 1 or (group < num_columns and group % _TILE_COLUMNS):
+    if group < 1 or (group < num_columns and group % TILE_COLUMNS):
         raise ValueError(f"group must be a positive multiple of 4, got {group}")
 
 
@@ -322,8 +248,8 @@ def _check_threads(threads: int) -> None:
 
 def tile_memory(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
     """Return memory for the tiles of a matrix; a kernel fills it to the last byte."""
-    num_panels, num_k4 = -(-num_rows // _TILE_ROWS), -(-num_columns // _TILE_COLUMNS)
-    return aligned(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, np.uint8)
+    num_panels, num_k4 = -(-num_rows // TILE_ROWS), -(-num_columns // TILE_COLUMNS)
+    return aligned(num_panels * num_k4 * TILE_ROWS * TILE_COLUMNS, np.uint8)
 
 
 def _check(status: int) -> None:
