@@ -149,7 +149,10 @@ def train(
 
 
 class LocalSteps:
-    """AdamW on the flat vector of a model; the moments given to it are updated."""
+    """AdamW on the flat vector of a model; the moments given to it are updated.
+
+    Gradients are zeros before a step and after it.
+    """
 
     def __init__(
         self, model: BitNetModel, moments: Moments, hyper: HyperParameters
@@ -158,6 +161,7 @@ class LocalSteps:
         self._model = model
         self._hyper = hyper
         self._stretches = _stretches(model)
+        model.flat.grads.zero_()
 
     def step(self, batch: Batch, rate: float) -> float:
         """Make one step and return the loss before it, in nats a token.
@@ -165,7 +169,6 @@ class LocalSteps:
         Raises NonFiniteLossError before anything is changed.
         """
         flat = self._model.flat
-        flat.grads.zero_()
         loss = self._model.loss(batch.inputs, batch.targets)
         torch.autograd.backward(loss)
         nats = loss.item()
