@@ -197,7 +197,7 @@ def adamw(
     *,
     threads: int = 1,
 ) -> None:
-    """Make one step of AdamW on vectors of one length; all but `grads` change."""
+    """Make one step of AdamW on vectors of one length; zeros are left in `grads`."""
     _kernels.adamw_step(
         values,
         grads,

@@ -11,6 +11,8 @@ typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 /* Adding 1.5 * 2^23 leaves the nearest integer in the low bits. */
 #define ROUNDER 12582912.0f
+/* Numbers by which long walks ask memory for what they will need. */
+enum { AHEAD = 512 };
 
 #define TARGET
 #define LEVEL portable

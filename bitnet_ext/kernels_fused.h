@@ -19,10 +19,10 @@ struct norm {
     int gate;
 };
 
-/* AdamW on a stretch of numbers that share their decay. */
+/* AdamW on a stretch of numbers that share their decay. Leaves zeros for gradients: to
+   write them while they are at hand costs less than another pass. */
 struct adamw {
-    float *value, *mean, *square;
-    const float *grad;
+    float *value, *mean, *square, *grad;
     /* factor on the gradient (clip), 1 - rate * decay, rate over the correction of
        the mean, one over the root of the correction of the square. */
     float clip, keep, rate, root;

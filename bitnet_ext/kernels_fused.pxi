@@ -15,7 +15,7 @@ cdef extern from "kernels_fused.h" nogil:
         float *value
         float *mean
         float *square
-        const float *grad
+        float *grad
         float clip
         float keep
         float rate
@@ -224,7 +224,7 @@ def square_sum(const float[::1] x not None, int threads):
 
 def adamw_step(
     float[::1] value not None,
-    const float[::1] grad not None,
+    float[::1] grad not None,
     float[::1] mean not None,
     float[::1] square not None,
     float clip,
@@ -236,7 +236,7 @@ def adamw_step(
     float eps,
     int threads,
 ):
-    """Update value, mean and square, all of one length."""
+    """Update value, mean and square, all of one length; write zeros to grad."""
     cdef adamw a
     cdef Py_ssize_t count = value.shape[0]
     _must(grad.shape[0] == count, "grad")

@@ -76,6 +76,8 @@ INLINE void NAME(norm_row)(const struct norm *n, const float *x, const float *up
     ptrdiff_t num_k = n->num_k;
     v16 sums = {0};
     for (ptrdiff_t k = 0; k < num_k; k += LANES) {
+        __builtin_prefetch(x + num_k + k); /* the next row */
+        __builtin_prefetch(up + num_k + k);
         v16 value = NAME(input)(x + k, up + k, gate, num_k - k);
         sums += value * value;
         NAME(store)(y + k, num_k - k, value);
@@ -135,6 +137,9 @@ INLINE void NAME(row_backward)(const struct norm *n, ptrdiff_t m, const float *d
     for (ptrdiff_t k = 0; k < num_k; k += LANES) {
         ptrdiff_t left = num_k - k;
         v16 unit;
+        __builtin_prefetch(x + num_k + k); /* the next row */
+        __builtin_prefetch(up + num_k + k);
+        __builtin_prefetch(dy + num_k + k);
         if (gate == SILU) {
             v16 a = NAME(load)(x + k, left), sigmoid = NAME(sigmoid)(a);
             NAME(store)(sigmoids + k, left, sigmoid);
@@ -211,9 +216,11 @@ TARGET static double NAME(sum_of_squares)(const float *x, ptrdiff_t count)
 {
     double lanes[LANES] = {0}, sum = 0;
     ptrdiff_t i = 0;
-    for (; i + LANES <= count; i += LANES)
+    for (; i + LANES <= count; i += LANES) {
+        __builtin_prefetch(x + i + AHEAD);
         for (int lane = 0; lane < LANES; lane++)
             lanes[lane] += (double)x[i + lane] * (double)x[i + lane];
+    }
     for (int lane = 0; i < count; i++, lane++)
         lanes[lane] += (double)x[i] * (double)x[i];
     for (int lane = 0; lane < LANES; lane++)
@@ -225,8 +232,7 @@ TARGET static void NAME(adamw)(const struct adamw *a, ptrdiff_t start, ptrdiff_t
 {
     struct adamw all = *a;
     float *restrict value = all.value + start, *restrict mean = all.mean + start;
-    float *restrict square = all.square + start;
-    const float *restrict grad = all.grad + start;
+    float *restrict square = all.square + start, *restrict grad = all.grad + start;
     for (ptrdiff_t i = 0; i < count; i++) {
         float g = grad[i] * all.clip;
         float m = mean[i] + (g - mean[i]) * (1.0f - all.beta1);
@@ -234,6 +240,7 @@ TARGET static void NAME(adamw)(const struct adamw *a, ptrdiff_t start, ptrdiff_t
         mean[i] = m;
         square[i] = v;
         value[i] = value[i] * all.keep - all.rate * m / (sqrtf(v) * all.root + all.eps);
+        grad[i] = 0.0f;
     }
 }
 
