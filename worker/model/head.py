@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -59,12 +60,16 @@ def head_dtype() -> torch.dtype:
     Zen 4 at twice. So all are timed, once in a process; what rounds more must win
     clearly to be worth it.
     """
-    best, best_s = torch.float32, _product_s(torch.float32)
+    return choose_dtype(_product_s)
+
+
+def choose_dtype(product_s: Callable[[torch.dtype], float]) -> torch.dtype:
+    """Return the type of the products by the seconds of one in each type."""
+    fp32_s = product_s(torch.float32)
+    best, best_s = torch.float32, fp32_s
     for dtype, products in ((torch.bfloat16, 3), (torch.int8, 1)):
         # int8 replaces one of the three products, so its time is that of all three.
-        seconds = (
-            products * _product_s(dtype) + (3 - products) * _product_s(torch.float32)
-        ) / 3
+        seconds = (products * product_s(dtype) + (3 - products) * fp32_s) / 3
         if seconds * MIN_GAIN < best_s:
             best, best_s = dtype, seconds
     return best
