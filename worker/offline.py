@@ -137,11 +137,7 @@ def score(
             f"the weights have a vocabulary of {weights.shape.vocab_size}, "
             f"the corpus one of {text.vocab_size}"
         )
-    quiet = Hooks(
-        progress=lambda _tokens, _seconds: None,
-        check=lambda: None,
-        clock=time.monotonic,
-    )
+    quiet = Hooks.quiet(time.monotonic)
     try:
         return evaluate(
             model, weights.flat, text.tokens, text.eot_id, batch_size, quiet

@@ -18,6 +18,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from bitnet_ext.layout import UnknownPresetError, preset_shape
+from bitnet_ext.ternary import ISA_VARIABLE
 from bitnet_ext.wire.messages import ID_PATTERN
 from worker.errors import SettingsError
 
@@ -35,7 +36,12 @@ class WorkerSettings:
     api_key: str = field(repr=False)
     name: str
     worker_id: str
+    #: Threads to train with; to try first where they are not `fixed_threads`.
     cpu_threads: int
+    #: Whether the operator set them.
+    fixed_threads: bool
+    #: Variant of the kernels that the operator set; None: try what is fastest.
+    isa: str | None
     #: None: the coordinator decides.
     heartbeat_s: float | None
     #: From the signal to the end of the process.
@@ -61,6 +67,8 @@ class WorkerSettings:
             name=name,
             worker_id=_worker_id(given, name),
             cpu_threads=_threads(given, "BITNET_CPU_THREADS"),
+            fixed_threads="BITNET_CPU_THREADS" in given,
+            isa=chosen_isa(given),
             heartbeat_s=_seconds(given, "BITNET_HEARTBEAT_SECONDS"),
             shutdown_s=_seconds(given, "BITNET_SHUTDOWN_SECONDS") or 30.0,
             beacon=_beacon(given, "BITNET_HEALTH_BEACON"),
@@ -68,6 +76,11 @@ class WorkerSettings:
             preset=_preset(given, "BITNET_MODEL_PRESET"),
             allow_synthetic_shards=_flag(given, "BITNET_ALLOW_SYNTHETIC_SHARDS"),
         )
+
+
+def chosen_isa(env: Mapping[str, str]) -> str | None:
+    """Return the variant of the kernels that was set; `bitnet_ext` has checked it."""
+    return env.get(ISA_VARIABLE) or None
 
 
 def usable_cpus() -> int:

@@ -50,6 +50,11 @@ class Hooks:
     #: Monotonic seconds.
     clock: Callable[[], float]
 
+    @classmethod
+    def quiet(cls, clock: Callable[[], float]) -> Hooks:
+        """Return the hooks of work that nobody watches or ends."""
+        return cls(progress=lambda *_: None, check=lambda: None, clock=clock)
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:

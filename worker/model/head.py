@@ -59,9 +59,14 @@ def head_dtype() -> torch.dtype:
     no faster without. So all are timed, once in a process; what rounds more must win
     clearly to be worth it.
     """
-    best, best_s = torch.float32, _head_s(torch.float32)
+    return choose_dtype(_head_s)
+
+
+def choose_dtype(head_s: Callable[[torch.dtype], float]) -> torch.dtype:
+    """Return the type for the head by the seconds that a head takes in each."""
+    best, best_s = torch.float32, head_s(torch.float32)
     for dtype in (torch.bfloat16, torch.int8):
-        seconds = _head_s(dtype)
+        seconds = head_s(dtype)
         if seconds * MIN_GAIN < best_s:
             best, best_s = dtype, seconds
     return best

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bitnet_ext.layout import PRESETS
+from bitnet_ext.ternary import supported_isas
 from bitnet_ext.wire.verdicts import ErrorCode
 from tests.unit.worker.fleet import ENV, published
 from tests.unit.worker.shapes import (
@@ -28,6 +29,7 @@ from tests.unit.worker.shapes import (
     silent_hooks,
 )
 from tests.unit.worker.stand_in import Reply, refuses
+from worker import cli, settings
 from worker.cli import main
 from worker.evaluate import evaluate
 from worker.generate import Sampling, generate
@@ -286,9 +288,11 @@ def test_calibrate_prints_a_table_and_json(capsys) -> None:
 
     heading, one, two, last = lines
     result = json.loads(last)
-    assert heading.split() == ["threads", "tokens/s"]
+    assert heading.split() == ["threads", "variant", "micro-batch", "tokens/s"]
     assert [one.split()[0], two.split()[0]] == ["1", "2"]
     assert [row["threads"] for row in result["results"]] == [1, 2]
+    assert {row["isa"] for row in result["results"]} <= set(supported_isas())
+    assert {row["micro_batch"] for row in result["results"]} <= {1, 2}
     assert all(row["tokens_per_s"] > 0 for row in result["results"])
     assert (result["preset"], result["vocab_size"]) == ("tiny", 64)
 
@@ -306,6 +310,27 @@ def test_a_device_that_torch_does_not_find_is_one_line(
         "bitnet-worker: error: --device cuda: this torch finds no CUDA device on this "
         "machine"
     )
+
+
+def test_what_the_operator_set_is_not_tuned(monkeypatch) -> None:
+    """The worker tries threads and variants only where nobody chose."""
+    given = []
+    monkeypatch.setattr(cli.process, "work", lambda _, trainer: given.append(trainer))
+    monkeypatch.setattr(cli, "supported_isas", lambda: ["portable", "avx2", "quick"])
+    monkeypatch.setattr(settings, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(cli, "use_threads", lambda _: None)
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BITNET_COORDINATOR_URL", "http://127.0.0.1:1")
+
+    main(["run"])
+    monkeypatch.setenv("BITNET_CPU_THREADS", "3")
+    monkeypatch.setenv("BITNET_EXT_ISA", "portable")
+    main(["run"])
+
+    free, fixed = given
+    assert (free.threads, free.variants) == ((4, 2, 1), ("quick", "avx2"))
+    assert (fixed.threads, fixed.variants) == ((3,), ("portable",))
 
 
 def test_run_with_wrong_settings_is_one_line(capsys, monkeypatch) -> None:
