@@ -1,12 +1,12 @@
 """The two halves of a layer, each one node of the autograd graph.
 
-    attention     x + o(q(norm(attend(rotate(Wqkv q(norm(x)))))))
+    attention     x + o(q(norm(attend(Wqkv q(norm(x))))))
     feed-forward  x + down(q(norm(act(gate q(norm(x))) * up q(norm(x)))))
 
 with q() the int8 rows of the ternary products. What a half keeps for its gradient is
-its input, the int8 rows, one number a row for each norm, and either the heads or
-gate and up. Gradients of the weights are added straight to their `grad`, views into
-the flat vector, so no gradient of a weight is ever a tensor of its own.
+its input, the int8 rows, one number a row for each norm, and either the heads with what
+they gathered, or gate and up. Gradients of the weights are added straight to their
+`grad`, views into the flat vector, so none is ever a tensor of its own.
 
 Letters in shapes: B sequences, T tokens, H hidden, N heads, D width of a head,
 F width of the feed-forward, M = B * T.
