@@ -171,6 +171,7 @@ def _run_columns(
     budget = settings.token_budget
     if budget is None:
         budget = TOKENS_PER_PARAMETER * num_params(shape)
+    _check_schedule(settings.plan, budget)
     return {
         "run_id": f"r-{fleet.rng.token(4).hex()}",
         "state": RUNNING,
@@ -183,6 +184,15 @@ def _run_columns(
         "plan_json": msgspec.json.encode(settings.plan).decode(),
         "token_budget": budget or None,
     }
+
+
+def _check_schedule(plan: TrainingPlan, budget: int) -> None:
+    """Refuse a schedule that ends before the run does: at rate zero nothing learns."""
+    if plan.schedule_tokens and not 0 < budget <= plan.schedule_tokens:
+        raise StartError(
+            f"BITNET_COORD_SCHEDULE_TOKENS must be 0 or at least the token budget, "
+            f"{budget or 'which is without end'}, got {plan.schedule_tokens}"
+        )
 
 
 def _add_root(

@@ -81,6 +81,24 @@ def test_a_budget_that_is_set_is_kept(world: World):
     assert world.run_row().token_budget == 5
 
 
+@pytest.mark.parametrize("budget", [0, 200_001])
+def test_a_schedule_that_ends_before_its_run_is_refused(world: World, budget):
+    plan = TrainingPlan(warmup_tokens=10, schedule_tokens=200_000)
+    settings = RunSettings(preset="tiny", seed=3, plan=plan, token_budget=budget)
+
+    with pytest.raises(StartError, match=r"SCHEDULE_TOKENS must .* got 200000"):
+        make_run(world, settings)
+
+
+def test_a_schedule_may_end_with_its_run(world: World):
+    plan = TrainingPlan(warmup_tokens=10, schedule_tokens=200_000)
+
+    make_run(world, RunSettings(preset="tiny", seed=3, plan=plan, token_budget=200_000))
+
+    stored = msgspec.json.decode(world.run_row().plan_json, type=TrainingPlan)
+    assert stored == plan
+
+
 def test_the_first_weights_come_from_the_seed(world: World):
     ensure_run(world.fleet, world.fleet.manifest, SETTINGS)
 
