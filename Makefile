@@ -15,7 +15,7 @@ STATE ?= demo-state
 PORT ?= 0
 QUICK ?= 0
 
-.PHONY: help setup check test demo bench-kernels bench-train bench-codecs wheel lock vendor clean format
+.PHONY: help setup check test demo bench-kernels bench-train bench-codecs bench-curves wheel lock vendor clean format
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -61,6 +61,9 @@ bench-train: setup ## Time whole training steps next to torch: QUICK=1
 
 bench-codecs: setup ## Time packing and codecs next to memcpy: QUICK=1
 	@$(BIN)/python -m tests.bench.bench_codecs $(BENCH_OPTIONS)
+
+bench-curves: setup ## Compare losses of 300 steps with plain PyTorch's: QUICK=1 for 60
+	@$(BIN)/python -m tests.bench.curves $(BENCH_OPTIONS)
 
 wheel: setup ## Build the wheel into dist/
 	bash ci/wheel.sh
