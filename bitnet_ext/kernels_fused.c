@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-
 enum { LANES = 16 };
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
@@ -14,26 +13,8 @@ typedef int32_t i16 __attribute__((vector_size(64)));
 /* Numbers by which long walks ask memory for what they will need. */
 enum { AHEAD = 512 };
 
-#define TARGET
-#define LEVEL portable
-#include "kernels_fused_loops.h"
-#undef TARGET
-#undef LEVEL
-
-#if defined(__x86_64__)
-#define TARGET __attribute__((target("avx2")))
-#define LEVEL avx2
-#include "kernels_fused_loops.h"
-#undef TARGET
-#undef LEVEL
-
-#define TARGET                                                                          \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
-#define LEVEL avx512
-#include "kernels_fused_loops.h"
-#undef TARGET
-#undef LEVEL
-#endif
+#define LOOPS "kernels_fused_loops.h"
+#include "kernels_levels.h"
 
 const struct fused_loops *active_fused(void)
 {

@@ -1,55 +1,20 @@
 /* Walks the tokens of a head in items that keep to themselves, group by group. */
 #include "kernels_head.h"
 
+#include "kernels_bits.h"
 #include "kernels_fused.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
-/* Adding 1.5 * 2^23 leaves the nearest integer, halves to even, in the low bits. */
-#define ROUNDER 12582912.0f
-#define SIZE_MASK 0x7fffffff
-#define INFINITE 0x7f800000
 /* Tokens whose logits and int8 rows stay in L2 together. */
 enum { ITEM_TOKENS = 4 * LEFT_ROWS };
 /* Columns that one call quantises, as in `kernels_gradient.c`. */
 enum { ITEM_COLUMNS = 4 * LEFT_ROWS };
 
-static inline __attribute__((always_inline)) int32_t bits_of(float x)
-{
-    int32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-static inline __attribute__((always_inline)) float float_of(int32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-#define TARGET
-#define LEVEL portable
-#include "kernels_head_loops.h"
-#undef TARGET
-#undef LEVEL
-
-#if defined(__x86_64__)
-#define TARGET __attribute__((target("avx2")))
-#define LEVEL avx2
-#include "kernels_head_loops.h"
-#undef TARGET
-#undef LEVEL
-
-#define TARGET                                                                          \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
-#define LEVEL avx512
-#include "kernels_head_loops.h"
-#undef TARGET
-#undef LEVEL
-#endif
+#define LOOPS "kernels_head_loops.h"
+#include "kernels_levels.h"
 
 static const struct head_loops *active_head(void)
 {
