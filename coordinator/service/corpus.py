@@ -175,11 +175,17 @@ def _write_all(
     content = tokenizer.to_json()
     _write_durably(folder / TOKENIZER_NAME, content)
     shards = _write_shards(folder, tokenizer, training, held_out, recipe, tell)
+    tokenizer_sha256 = hashlib.sha256(content).hexdigest()
     manifest = Manifest(
         vocab_size=tokenizer.vocab_size,
         eot_id=tokenizer.eot_id,
-        tokenizer_sha256=hashlib.sha256(content).hexdigest(),
-        corpus_sha256=corpus_hash(shards),
+        tokenizer_sha256=tokenizer_sha256,
+        corpus_sha256=corpus_hash(
+            shards,
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
+            tokenizer_sha256=tokenizer_sha256,
+        ),
         shards=shards,
         held_out_gzip_bytes=_gzip_bytes(held_out),
         created_at=now,

@@ -2,7 +2,7 @@
 
 Orphans of a crash are removed; a damaged newest version stops the start; leases get
 time to be renewed. A run is made when there is a corpus and no run, and replaced by
-a fresh one (hard reset) when its weights do not fit the configured model.
+a fresh one (hard reset) only when a preset is named that its weights do not fit.
 """
 
 from __future__ import annotations
@@ -91,21 +91,28 @@ def ensure_run(
     settings: RunSettings,
     initial: Initial = initial_weights,
 ) -> bool:
-    """Make the run of a corpus where there is none, or where it no longer fits.
+    """Make the run of a corpus where there is none, or where another model is named.
 
     Blocking. Returns whether one was made. Raises StartError when the corpus is not
-    the one that the run was started with.
+    the one that the run was started with, and when the run no longer fits its own
+    preset: a run is only ever replaced where the settings name a preset.
     """
     run = fleet.store.read_now(runs.newest_run)
+    if run is not None:
+        # First of all: a mistake in the name of a folder must not end a run.
+        check_corpus(run, manifest, fleet.corpus)
     if manifest is None:
-        if run is not None:
-            check_corpus(run, manifest, fleet.corpus)
         return False
     preset = settings.preset or (DEFAULT_PRESET if run is None else run.preset)
     shape = preset_shape(preset, vocab_size=manifest.vocab_size)
     if run is not None and run.layout_hash == layout_hash(shape).hex():
-        check_corpus(run, manifest, fleet.corpus)
         return False
+    if run is not None and settings.preset is None:
+        raise StartError(
+            f"the weights of run {run.run_id} do not fit preset {preset} as it is in "
+            f"this version of the program: go back to the version that made them, or "
+            f"give the run up for a fresh one with BITNET_COORD_PRESET or --preset"
+        )
     settings = replace(settings, preset=preset)
     _make_run(fleet, settings, manifest, shape, initial, replaces=run)
     return True
@@ -120,9 +127,10 @@ def check_corpus(run: RunRow, manifest: Manifest | None, folder: Path) -> None:
         )
     if run.corpus_hash != manifest.corpus_sha256:
         raise StartError(
-            f"run {run.run_id} trains on corpus {run.corpus_hash[:12]}, the corpus "
-            f"folder holds {manifest.corpus_sha256[:12]}; put the first one back, or "
-            f"use another data folder"
+            f"run {run.run_id} trains on corpus {run.corpus_hash[:12]}, but {folder} "
+            f"holds {manifest.corpus_sha256[:12]}; put the first one back or name its "
+            f"folder, or begin anew on this one with another data folder "
+            f"(BITNET_COORD_DATA or --data)"
         )
 
 

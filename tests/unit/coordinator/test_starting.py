@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -315,6 +316,32 @@ def test_another_corpus_is_refused_and_nothing_changes(world: World):
 
     assert caught.value.exit_code == 2
     assert world.everything() == before
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", None])
+def test_a_corpus_with_another_vocabulary_never_ends_a_run(world: World, preset):
+    make_run(world)
+    run = world.run_row()
+    world.fleet.manifest = write_corpus(world.fleet.corpus, vocab_size=24)
+    before = world.everything()
+
+    with pytest.raises(StartError, match="another data folder") as caught:
+        make_run(world, replace(SETTINGS, preset=preset))
+
+    assert caught.value.exit_code == 2
+    for hashed in (run.corpus_hash, world.fleet.the_manifest().corpus_sha256):
+        assert hashed[:12] in str(caught.value)
+    assert world.everything() == before
+
+
+def test_a_run_that_no_longer_fits_is_kept_until_a_preset_is_named(running: World):
+    before = running.everything()
+
+    with pytest.raises(StartError, match="BITNET_COORD_PRESET") as caught:
+        make_run(running, replace(SETTINGS, preset=None))
+
+    assert caught.value.exit_code == 2
+    assert running.everything() == before
 
 
 def test_a_run_whose_corpus_is_gone_stops_the_start(world: World):
