@@ -17,6 +17,7 @@ from bitnet_ext.wire.messages import Count, Id, Positive, Sha256
 from coordinator.domain.errors import FleetError
 
 MANIFEST_NAME: Final = "manifest.json"
+TOKENIZER_NAME: Final = "tokenizer.json"
 MANIFEST_VERSION: Final = 1
 #: The one shard that no worker ever trains on.
 HELD_OUT_ID: Final = "heldout-00000"

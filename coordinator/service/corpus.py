@@ -28,6 +28,7 @@ from bitnet_ext.layout import DEFAULT_VOCAB_SIZE
 from coordinator.domain.manifest import (
     HELD_OUT_ID,
     MANIFEST_NAME,
+    TOKENIZER_NAME,
     Manifest,
     Shard,
     corpus_hash,
@@ -48,7 +49,6 @@ from coordinator.service.documents import (
     split,
 )
 
-TOKENIZER_NAME: Final = "tokenizer.json"
 MIN_SHARD_TOKENS: Final = 1024
 #: A shard is built in memory: 4 GiB.
 MAX_SHARD_TOKENS: Final = 2**30

@@ -41,6 +41,7 @@ from bitnet_ext.wire.verdicts import FailCode, WorkerPhase
 from coordinator.domain.manifest import (
     HELD_OUT_ID,
     MANIFEST_NAME,
+    TOKENIZER_NAME,
     Manifest,
     Shard,
     corpus_hash,
@@ -93,7 +94,9 @@ def write_corpus(
     folder.joinpath("tokenized").mkdir(parents=True, exist_ok=True)
     named = {HELD_OUT_ID: 100} | {f"train-{n:05d}": s for n, s in enumerate(sizes)}
     shards = [_write_shard(folder, name, size) for name, size in named.items()]
-    tokenizer = "ab" * 32
+    content = b"a tokenizer that nothing reads"
+    (folder / "tokenized" / TOKENIZER_NAME).write_bytes(content)
+    tokenizer = hashlib.sha256(content).hexdigest()
     manifest = Manifest(
         vocab_size=vocab_size,
         eot_id=0,

@@ -138,6 +138,16 @@ def test_orphans_go_and_everything_with_a_row_stays(running: World):
     assert len(before) == 6  # two versions of two blobs, two payloads
 
 
+def test_a_folder_among_the_blobs_is_left_alone(running: World):
+    path = running.fleet.blobs.path(BlobKind.PUBLISHED, "lost+found")
+    path.mkdir()
+
+    reconcile(running.fleet)
+
+    assert path.is_dir()
+    assert "lost+found" not in running.fleet.blobs.names(BlobKind.PUBLISHED)
+
+
 def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     if how == "missing":
