@@ -16,6 +16,7 @@ from coordinator.domain.errors import RefusedError, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import ManifestError
 from coordinator.domain.plan import TrainingPlan
+from coordinator.service.grace import extend_leases
 from coordinator.service.starting import (
     RunSettings,
     ensure_run,
@@ -202,11 +203,21 @@ def test_an_older_damaged_version_does_not_stop_the_start(running: World):
     reconcile(running.fleet)
 
 
+def test_looking_at_the_data_folder_moves_no_lease(running: World):
+    running.claimed()
+    running.clock.advance(29.0)
+    before = running.everything()
+
+    reconcile(running.fleet)
+
+    assert running.everything() == before
+
+
 def test_every_lease_gets_time_to_be_renewed(running: World):
     task = running.claimed()
     running.clock.advance(1000.0)
 
-    reconcile(running.fleet)
+    extend_leases(running.fleet)
 
     assert running.task(task.task_id).expires_at == START + 1030.0
     assert running.heartbeat(task, tokens_done=1).lease == "held"
@@ -218,20 +229,45 @@ def test_the_time_to_renew_goes_by_the_heartbeat_of_each_worker(running: World):
     slow, usual = running.claimed("w1"), running.claimed("w2")
     running.clock.advance(29.0)
 
-    reconcile(running.fleet)
+    extend_leases(running.fleet)
 
     now = running.clock.now()
     assert running.task(slow.task_id).expires_at == now + 6 * 60.0
     assert running.task(usual.task_id).expires_at == now + 30.0
 
 
+def test_a_start_gives_half_a_minute_beyond_the_hard_limit(running: World):
+    running.register("w1", heartbeat_s=60.0)
+    running.set_speed("w1", 8.0)
+    task = running.claimed()  # 480 tokens, 60 s: a limit of 240 s
+    running.clock.advance(239.0)
+
+    extend_leases(running.fleet)
+
+    assert running.task(task.task_id).hard_at == START + 239.0 + 30.0
+
+
+def test_starting_again_and_again_keeps_no_lease_over_an_hour(running: World):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()
+    for _ in range(360):
+        running.clock.advance(20.0)
+        extend_leases(running.fleet)
+        if running.heartbeat(task, cpu_s=running.clock.now()).lease == "lost":
+            break
+
+    assert running.clock.now() - START == 3600.0
+
+
 def test_a_second_start_at_once_changes_nothing(running: World):
     running.train_round(0.5)
     running.claimed()
     reconcile(running.fleet)
+    extend_leases(running.fleet)
     before = running.everything()
 
     reconcile(running.fleet)
+    extend_leases(running.fleet)
 
     assert running.everything() == before
 
