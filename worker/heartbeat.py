@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from bitnet_ext.wire.messages import HeartbeatRequest, Task
+from bitnet_ext.wire.messages import MAX_HEARTBEAT_S, HeartbeatRequest, Task
 from bitnet_ext.wire.verdicts import LeaseState, WorkerPhase
 from worker.client import Client
 from worker.errors import CoordinatorError, LeaseLostError
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 FIRST_INTERVAL_S: Final = 5.0
 #: Whatever the coordinator says, a worker neither floods it nor falls silent.
 MIN_INTERVAL_S: Final = 0.1
-MAX_INTERVAL_S: Final = 60.0
 
 
 class Lease:
@@ -141,7 +140,7 @@ class Heartbeat:
         else:
             answered = True
             self.draining = answer.drain
-            wished_s = min(answer.heartbeat_s, MAX_INTERVAL_S)
+            wished_s = min(answer.heartbeat_s, MAX_HEARTBEAT_S)
             self.interval_s = max(wished_s, MIN_INTERVAL_S)
             if lease is not None and answer.lease is LeaseState.HELD:
                 lease.renew(sent_at_s, answer.lease_s)

@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
-from bitnet_ext.wire.messages import HeartbeatAnswer
+from bitnet_ext.wire.messages import MAX_HEARTBEAT_S, HeartbeatAnswer
 from bitnet_ext.wire.verdicts import ErrorCode, LeaseState, WorkerPhase
 from tests.unit.worker.shapes import a_task
 from tests.unit.worker.stand_in import HANG_UP, Reply, refuses, says
 from worker.errors import LeaseLostError
-from worker.heartbeat import MAX_INTERVAL_S, MIN_INTERVAL_S, Heartbeat, Lease
+from worker.heartbeat import MIN_INTERVAL_S, Heartbeat, Lease
 
 
 def answer(**changes) -> Reply:
@@ -162,7 +162,7 @@ def test_the_answer_sets_drain_and_interval(coordinator, heartbeat) -> None:
     assert (heartbeat.draining, heartbeat.interval_s) == (False, MIN_INTERVAL_S)
 
     heartbeat.beat()
-    assert heartbeat.interval_s == MAX_INTERVAL_S
+    assert heartbeat.interval_s == MAX_HEARTBEAT_S
 
 
 def test_the_beacon_follows_tokens_and_bytes_not_beats(
