@@ -10,7 +10,7 @@ from typing import Final
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.verdicts import TaskState
-from coordinator.domain.errors import FleetError
+from coordinator.domain.errors import FleetError, RefusedError
 from coordinator.service.adopting import adopt_corpus
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
 from coordinator.service.returning import sweep_leases
@@ -33,6 +33,8 @@ async def every(
     while True:
         try:
             await act()
+        except RefusedError as error:  # a full disk, mostly
+            log.error("%s failed: %s", name, error, extra={"event": "sweep.failed"})
         except Exception:
             log.exception("%s failed", name, extra={"event": "sweep.failed"})
         await asyncio.sleep(seconds)
