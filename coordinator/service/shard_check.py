@@ -46,7 +46,7 @@ def check_shards(corpus: Path, manifest: Manifest) -> dict[str, Stamp]:
         len(manifest.shards),
         extra={"event": "corpus.checking", "num_bytes": num_bytes},
     )
-    stamps = {shard.shard_id: _check(corpus, shard) for shard in manifest.shards}
+    stamps = {shard.shard_id: check_shard(corpus, shard) for shard in manifest.shards}
     log.info(
         "checked %d shards",
         len(manifest.shards),
@@ -59,7 +59,8 @@ def check_shards(corpus: Path, manifest: Manifest) -> dict[str, Stamp]:
     return stamps
 
 
-def _check(corpus: Path, shard: Shard) -> Stamp:
+def check_shard(corpus: Path, shard: Shard) -> Stamp:
+    """Hash one shard; return its stamp. Blocking; raises StartError as above."""
     try:
         path = find_shard(corpus, shard.shard_id).path
         with path.open("rb", buffering=0) as file:
