@@ -345,7 +345,8 @@ def _refuse_in_use(corpus: Path, protected_hash: str | None) -> None:
     if load_manifest(path).corpus_sha256 == protected_hash:
         raise CorpusInUseError(
             f"{tokenized_folder(corpus)} is the corpus of the running run; "
-            "finish the run first, or prepare another folder"
+            "finish the run first (`bitnet-coordinator train-for 1`, while workers can "
+            "still score its last version), or prepare another folder"
         )
 
 

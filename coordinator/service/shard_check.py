@@ -49,7 +49,7 @@ def check_shards(corpus: Path, manifest: Manifest) -> dict[str, Stamp]:
         extra={"event": "corpus.checking", "num_bytes": num_bytes},
     )
     _check_tokenizer(corpus / TOKENIZED / TOKENIZER_NAME, manifest.tokenizer_sha256)
-    stamps = {shard.shard_id: _check(corpus, shard) for shard in manifest.shards}
+    stamps = {shard.shard_id: check_shard(corpus, shard) for shard in manifest.shards}
     log.info(
         "checked %d shards",
         len(manifest.shards),
@@ -74,7 +74,8 @@ def _check_tokenizer(path: Path, sha256: str) -> None:
     _compare(path, "SHA-256", sha256, found)
 
 
-def _check(corpus: Path, shard: Shard) -> Stamp:
+def check_shard(corpus: Path, shard: Shard) -> Stamp:
+    """Hash one shard; return its stamp. Blocking; raises StartError as above."""
     try:
         path = find_shard(corpus, shard.shard_id).path
         with path.open("rb", buffering=0) as file:

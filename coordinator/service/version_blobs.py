@@ -71,6 +71,22 @@ def read_state(blobs: Blobs, version: int) -> ServerState:
     return ServerState(version=version, weights=weights, momentum=momentum)
 
 
+def remake_published(blobs: Blobs, version: int) -> Written:
+    """Write the published frame of a version anew from its server state. Blocking.
+
+    The same bytes as the first time. Raises FrameError or PayloadError when the state
+    is damaged, OSError when it is gone or nothing can be written.
+    """
+    header, _ = decode_frame(blobs.read(BlobKind.STATE, version_blob(version)))
+    state = read_state(blobs, version)
+    return _write(
+        blobs,
+        BlobKind.PUBLISHED,
+        replace(header, kind=FrameKind.WEIGHTS, num_elements=len(state.weights)),
+        state.weights,
+    )
+
+
 def remove_version(blobs: Blobs, version: int) -> None:
     """Remove both blobs of a version. Blocking."""
     for kind in (BlobKind.PUBLISHED, BlobKind.STATE):

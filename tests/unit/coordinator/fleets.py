@@ -330,12 +330,17 @@ class World:
         request = ReleaseRequest(worker_id=worker_id, lease_id=task.lease_id)
         return self.do(release(self.fleet, task.task_id, request))
 
-    def fail(self, task: Task, worker_id: str = "w1") -> TaskAnswer:
+    def fail(
+        self,
+        task: Task,
+        worker_id: str = "w1",
+        code: FailCode = FailCode.OUT_OF_MEMORY,
+    ) -> TaskAnswer:
         """Say that a task cannot be done."""
         request = FailRequest(
             worker_id=worker_id,
             lease_id=task.lease_id,
-            code=FailCode.OUT_OF_MEMORY,
+            code=code,
             message="too large",
         )
         return self.do(fail(self.fleet, task.task_id, request))

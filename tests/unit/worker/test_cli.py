@@ -183,7 +183,9 @@ def test_a_file_that_is_no_frame_of_the_preset_is_named(
     more = ("--corpus", corpus) if verb == "eval" else ()
     given = (verb, "--weights", frame, *more, "--preset")
 
-    assert "no vocabulary gives preset 'small'" in fails(capsys, *given, "small")
+    assert "are of preset tiny, not of small" in fails(capsys, *given, "small")
+    frame.write_bytes(published(replace(SMALL, num_layers=7)))
+    assert "of another model than preset tiny" in fails(capsys, *given, "tiny")
     frame.write_bytes(published()[:-1])
     assert f"{frame}: frame must have" in fails(capsys, *given, "tiny")
     frame.write_bytes(b"")
