@@ -20,7 +20,9 @@ PORTABLE: Final = "portable"
 #: Least steps that are timed, unless the first one settles it.
 MIN_STEPS: Final = 2
 #: A first step so many times slower than the best so far settles it.
-CLEARLY_WORSE: Final = 1.5
+CLEARLY_WORSE: Final = 2.0
+#: So many times faster than a likelier setup, another takes its place: less is noise.
+MIN_GAIN: Final = 1.05
 #: Nothing is tried that would not be done so long after the start; the first setup
 #: takes what it takes.
 MAX_SECONDS: Final = 15.0
@@ -116,8 +118,12 @@ def _following(values: Sequence[T], best: T, tried: set[T]) -> T | None:
 
 
 def fastest(trials: Sequence[Trial]) -> Trial:
-    """Return the trial with the shortest step; of equals the one tried first."""
-    return min(trials, key=lambda trial: trial.step_s)
+    """Return the trial with the shortest step; of near equals the one tried first."""
+    best = trials[0]
+    for trial in trials:
+        if trial.step_s * MIN_GAIN < best.step_s:
+            best = trial
+    return best
 
 
 def is_settled(seconds: Sequence[float], to_beat_s: float | None) -> bool:

@@ -65,7 +65,7 @@ def test_the_model_is_left_in_the_fastest_setup() -> None:
 
 
 def test_a_setup_that_is_clearly_worse_gets_one_step() -> None:
-    looks = (0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 2.0)
+    looks = (0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 2.1)
 
     found = calibrate(
         loaded_model(), 4, choices(4, 2, 1), silent_hooks(clock=ticking(*looks))

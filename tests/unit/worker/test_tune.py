@@ -126,11 +126,14 @@ def test_nothing_begins_that_would_end_after_the_time_is_up() -> None:
     assert next_setup(CHOICES, trials[:1], MAX_SECONDS) is None
 
 
-def test_of_equals_the_one_that_was_tried_first_is_kept() -> None:
+@pytest.mark.parametrize(("gain", "chosen"), [(1.0, 0), (1.04, 0), (1.06, 1)])
+def test_a_setup_must_win_by_more_than_noise_to_replace_a_likelier(
+    gain, chosen
+) -> None:
     setups = [Setup(variant="a", threads=n, micro_batch=1) for n in (2, 1)]
-    trials = [Trial(setup, (0.5, 0.4)) for setup in setups]
+    trials = [Trial(setups[0], (0.5, 0.4)), Trial(setups[1], (0.4 / gain, 0.6))]
 
-    assert fastest(trials).setup is setups[0]
+    assert fastest(trials) is trials[chosen]
 
 
 def test_a_trial_counts_by_its_fastest_step_and_promises_its_mean() -> None:
