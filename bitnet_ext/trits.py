@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext import _kernels
+from bitnet_ext.isa import kernels as _kernels
 
 BLOCK: Final = 256
 #: Largest size of a block: decoded numbers stay far from overflow.
@@ -52,20 +52,27 @@ def num_bytes(num_elements: int) -> int:
 
 
 def encode(
-    vector: Vector, residual: Vector | None, payload: Payload, lost: Vector | None
+    vector: Vector,
+    minus: Vector | None,
+    residual: Vector | None,
+    payload: Payload,
+    lost: Vector | None,
 ) -> int:
-    """Write the payload of `vector + residual`, and what it rounds away; a status.
+    """Write the payload of `vector - minus + residual`, and what it rounds away.
 
-    All vectors are float32 (n,). On a status other than 0 what was written is void.
+    All vectors are float32 (n,); `lost` may be `residual`. Returns a status: where it
+    is not 0, what was written is void.
     """
     sizes = payload[: 2 * _num_blocks(vector.size)].view("<u2")
     packed = payload[2 * len(sizes) :]
     for start in range(0, vector.size, _STRETCH):
         part = slice(start, start + _STRETCH)
         whole = vector[part]
-        if residual is not None:
-            # An overflow becomes an infinity, which is looked for right after.
-            with np.errstate(over="ignore", invalid="ignore"):
+        # An overflow becomes an infinity, which is looked for right after.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if minus is not None:
+                whole = whole - minus[part]
+            if residual is not None:
                 whole = whole + residual[part]
         if _kernels.check_fp32(np.ascontiguousarray(whole).view(np.uint8)):
             return _NOT_FINITE
@@ -159,7 +166,7 @@ def _sums(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
 def _as_bf16(vector: Vector) -> Vector:
     """Return the nearest numbers that bf16 has."""
     bits = np.empty(vector.size, dtype=np.uint16)
-    _kernels.to_bf16(vector, bits)
+    _kernels.to_half(vector, bits, True)
     return _sizes(bits)
 
 

@@ -1,21 +1,34 @@
-"""Times real training steps at boot: a first guess of speed, never a deadline."""
+"""Times real training steps at boot: chooses how to train, and guesses the speed.
+
+The speed is a first guess, never a deadline. What to try, and what is best, is ruled
+by `worker.tune`; here is what that costs in time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 
 from bitnet_ext.layout import SegmentKind
+from bitnet_ext.ternary import choose_isa
 from bitnet_ext.wire.messages import HyperParameters
 from worker.model.flatten import segment_of
 from worker.model.transformer import BitNetModel
-from worker.train import Batch, LocalSteps, Moments
+from worker.train import Batch, Hooks, LocalSteps, Moments
+from worker.tune import (
+    MIN_STEPS,
+    TORCH,
+    Choices,
+    Setup,
+    Trial,
+    fastest,
+    is_settled,
+    tune,
+)
 
 MIN_SECONDS: Final = 1.0
-MIN_STEPS: Final = 2
 
 # The numbers do not matter for the time; they only have to stay finite.
 _HYPER: Final = HyperParameters(
@@ -29,29 +42,98 @@ _HYPER: Final = HyperParameters(
 )
 
 
-def calibrate(model: BitNetModel, batch_size: int, clock: Callable[[], float]) -> float:
-    """Return tokens per second of forward, backward and AdamW on random tokens.
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was tried, and how many tokens each step had."""
 
-    Runs for at least MIN_SECONDS of `clock` (monotonic seconds) and MIN_STEPS
-    steps. The weights of the model are overwritten.
+    trials: list[Trial]
+    num_tokens: int
+
+    @property
+    def setup(self) -> Setup:
+        """The fastest."""
+        return fastest(self.trials).setup
+
+    @property
+    def tokens_per_s(self) -> float:
+        """What to expect of the fastest."""
+        return self.num_tokens / fastest(self.trials).mean_s
+
+    def __str__(self) -> str:
+        tried = "; ".join(
+            f"{trial.setup}: {self.num_tokens / trial.step_s:.0f}"
+            for trial in self.trials
+        )
+        return f"{self.setup}: {self.tokens_per_s:.0f} tokens/s; tried {tried}"
+
+
+def calibrate(
+    model: BitNetModel, batch_size: int, choices: Choices, hooks: Hooks
+) -> Calibration:
+    """Time steps of forward, backward and AdamW on random tokens; keep the best setup.
+
+    Each setup runs for at least MIN_SECONDS and MIN_STEPS steps, unless it is clearly
+    worse than another. The weights of the model are overwritten. Raises what
+    `hooks.check` raises.
     """
     random = torch.Generator().manual_seed(0)
     _fill(model, random)
-    steps = LocalSteps(model, Moments.zeros(model.shape), _HYPER)
+    steps = LocalSteps(model, Moments.zeros(model.shape).copy(model.device), _HYPER)
     batch = _random_batch(model, batch_size, random)
-    started_s = clock()
-    num_steps, elapsed_s = 0, 0.0
-    while num_steps < MIN_STEPS or elapsed_s < MIN_SECONDS:
+
+    def measure(setup: Setup, to_beat_s: float | None) -> tuple[float, ...]:
+        arrange(model, setup)
+        return _time_steps(steps, batch, to_beat_s, hooks)
+
+    trials = tune(choices, measure, hooks.clock)
+    arrange(model, fastest(trials).setup)
+    return Calibration(trials, batch.num_tokens)
+
+
+def arrange(model: BitNetModel, setup: Setup) -> None:
+    """Let a model make its steps in this way from now on."""
+    use_threads(setup.threads)
+    model.threads = setup.threads
+    model.micro_batch = setup.micro_batch
+    model.plain = setup.variant == TORCH
+    if not model.plain:
+        choose_isa(setup.variant)
+
+
+def use_threads(num_threads: int) -> None:
+    """Let torch use so many threads in this process.
+
+    One thread between operators: the loop trains one model at a time. torch lets
+    that be set once, before any work.
+    """
+    torch.set_num_threads(num_threads)
+    if torch.get_num_interop_threads() != 1:
+        torch.set_num_interop_threads(1)
+
+
+def _time_steps(
+    steps: LocalSteps, batch: Batch, to_beat_s: float | None, hooks: Hooks
+) -> tuple[float, ...]:
+    """Return the seconds of each step."""
+    seconds: list[float] = []
+    now_s = hooks.clock()
+    while len(seconds) < MIN_STEPS or sum(seconds) < MIN_SECONDS:
+        hooks.check()
+        began_s = now_s
         steps.step(batch, _HYPER.lr_start)
-        num_steps += 1
-        elapsed_s = clock() - started_s
-    return num_steps * batch.num_tokens / elapsed_s
+        now_s = hooks.clock()
+        seconds.append(now_s - began_s)
+        hooks.progress(len(seconds) * batch.num_tokens, seconds[-1])
+        if is_settled(seconds, to_beat_s):
+            break
+    return tuple(seconds)
 
 
 def _fill(model: BitNetModel, random: torch.Generator) -> None:
     """Fill the weights with small noise, the gains with ones."""
     flat = model.flat
-    flat.values.normal_(std=0.02, generator=random)
+    noise = torch.empty(flat.values.shape).normal_(std=0.02, generator=random)
+    flat.load(noise.numpy())
     for segment in flat.segments:
         if segment.kind is SegmentKind.NORM:
             segment_of(flat.values, segment).fill_(1.0)
@@ -64,4 +146,4 @@ def _random_batch(
     inputs, targets = (
         torch.randint(model.shape.vocab_size, size, generator=random) for _ in range(2)
     )
-    return Batch(inputs, targets, int(np.prod(size)))
+    return Batch(inputs, targets, inputs.numel())

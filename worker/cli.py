@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import msgspec
+import torch
 
 from bitnet_ext.layout import (
     DEFAULT_VOCAB_SIZE,
@@ -25,16 +26,17 @@ from bitnet_ext.layout import (
     UnknownPresetError,
     preset_shape,
 )
-from bitnet_ext.ternary import active_isa
+from bitnet_ext.ternary import supported_isas
 from bitnet_ext.wire.log import configure_logging
-from worker import offline, process
-from worker.calibrate import calibrate
+from worker import offline, process, tune
+from worker.calibrate import use_threads
 from worker.errors import SettingsError, WorkerError
 from worker.generate import Sampling, generate
 from worker.model.transformer import BitNetModel
-from worker.settings import WorkerSettings, usable_cpus
+from worker.settings import WorkerSettings, chosen_isa, usable_cpus
 from worker.text import Tokenizer, is_installed
-from worker.trainer import TorchTrainer, use_threads
+from worker.train import Hooks
+from worker.trainer import DEVICES, TorchTrainer, find_device
 
 PROGRAM: Final = "bitnet-worker"
 #: Sequences at a time, where nobody says otherwise.
@@ -69,39 +71,62 @@ def _complain(error: WorkerError, status: int) -> int:
     return status
 
 
-def _run(_arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     settings = WorkerSettings.from_env(os.environ)
+    device = find_device(arguments.device)
     configure_logging(settings.log_level)
     use_threads(settings.cpu_threads)
-    process.work(settings, TorchTrainer(settings.cpu_threads))
+    most = settings.cpu_threads
+    threads = (most,) if settings.fixed_threads else tune.halvings(most)
+    trainer = TorchTrainer(threads, _variants(device, settings.isa), device)
+    process.work(settings, trainer)
+
+
+def _variants(device: torch.device, isa: str | None) -> tuple[str, ...]:
+    """Return how steps may be computed there; `isa` is what the operator set."""
+    if device.type != "cpu":
+        return (tune.TORCH,)
+    return (isa,) if isa else tune.variants(supported_isas())
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     shape = preset_shape(arguments.preset, vocab_size=arguments.vocab_size)
+    device = find_device(arguments.device)
+    variants = _variants(device, chosen_isa(os.environ))
     results = []
-    print(f"{'threads':>8} {'tokens/s':>10}")
+    print(f"{'threads':>8} {'variant':>12} {'micro-batch':>12} {'tokens/s':>10}")
     for threads in arguments.threads:
-        use_threads(threads)
-        model = BitNetModel(shape, threads=threads)
-        speed = calibrate(model, arguments.batch_size, time.monotonic)
-        print(f"{threads:>8} {speed:>10.0f}", flush=True)
-        results.append({"threads": threads, "tokens_per_s": round(speed, 1)})
+        trainer = TorchTrainer((threads,), variants, device)
+        hooks = Hooks.quiet(time.monotonic)
+        found = trainer.calibrate(shape, arguments.batch_size, hooks)
+        setup, speed = found.setup, found.tokens_per_s
+        print(
+            f"{threads:>8} {setup.variant:>12} {setup.micro_batch:>12} {speed:>10.0f}",
+            flush=True,
+        )
+        results.append(
+            {
+                "threads": threads,
+                "isa": setup.variant,
+                "micro_batch": setup.micro_batch,
+                "tokens_per_s": round(speed, 1),
+            }
+        )
     _print_json(
         preset=arguments.preset,
         vocab_size=arguments.vocab_size,
         batch_size=arguments.batch_size,
-        isa=active_isa(),
         results=results,
     )
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    device = find_device(arguments.device)
     use_threads(arguments.threads)
     weights = offline.load_weights(arguments.weights, arguments.preset)
     text = offline.load_text(arguments.corpus, arguments.shard)
-    score = offline.score(
-        weights, text, batch_size=arguments.batch_size, threads=arguments.threads
-    )
+    model = BitNetModel(weights.shape, threads=arguments.threads, device=device)
+    score = offline.score(model, weights, text, batch_size=arguments.batch_size)
     bits = offline.bits_per_byte(score.nats, text.text_bytes)
     print(f"shard          {text.shard_id}")
     print(f"tokens         {score.tokens}")
@@ -159,7 +184,7 @@ def _print_json(**fields: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add(commands, "run", _run, "train for a coordinator; reads BITNET_* only")
+    _add_device(_add(commands, "run", _run, "train for a coordinator; set by BITNET_*"))
     _describe_calibrate(
         _add(commands, "calibrate", _calibrate, "measure training speed")
     )
@@ -184,6 +209,7 @@ def _add(
 
 def _describe_calibrate(parser: argparse.ArgumentParser) -> None:
     _add_preset(parser)
+    _add_device(parser)
     parser.add_argument(
         "--threads",
         type=_list_of_threads,
@@ -196,6 +222,7 @@ def _describe_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _describe_eval(parser: argparse.ArgumentParser) -> None:
     _add_weights(parser)
+    _add_device(parser)
     parser.add_argument(
         "--corpus", type=Path, required=True, help="folder of a prepared corpus"
     )
@@ -227,6 +254,15 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, required=True, help="a published frame")
     _add_preset(parser)
     parser.add_argument("--threads", type=_threads, default=usable_cpus())
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="cpu",
+        help="cuda trains in plain PyTorch, without our kernels (default: cpu)",
+    )
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:

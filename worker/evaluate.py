@@ -114,10 +114,11 @@ def _score(
         ]
     hidden_BTH = model(torch.from_numpy(inputs))
     # Only positions that count go through the head, the costly part.
-    scored_BT = torch.from_numpy(targets != NO_TARGET)
+    targets_BT = torch.from_numpy(targets).to(model.device)
+    scored_BT = targets_BT != NO_TARGET
     nats = functional.cross_entropy(
         model.logits(hidden_BTH[scored_BT]),
-        torch.from_numpy(targets)[scored_BT],
+        targets_BT[scored_BT],
         reduction="none",
     )
     return nats.sum(dtype=torch.float64).item(), len(nats)

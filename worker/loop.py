@@ -19,6 +19,7 @@ from typing import Final
 from bitnet_ext.layout import ModelShape
 from bitnet_ext.wire.messages import ClaimRequest, FailRequest, ReleaseRequest
 from bitnet_ext.wire.verdicts import FailCode, WorkerPhase
+from worker.calibrate import Calibration
 from worker.client import IDLE_S, NoWork
 from worker.errors import (
     CoordinatorError,
@@ -31,6 +32,7 @@ from worker.errors import (
 )
 from worker.heartbeat import MIN_INTERVAL_S, Lease
 from worker.registration import Run, read_run, refusal, register_request
+from worker.train import Hooks
 from worker.work import Kit, Work
 
 log = logging.getLogger(__name__)
@@ -50,9 +52,9 @@ class Worker:
         self._on_registered: Callable[[], None] | None = on_registered
         #: None: register before the next claim.
         self._run: Run | None = None
-        #: The model that was timed last, and its tokens per second.
+        #: The model that was timed last, and what came of it.
         self._timed: ModelShape | None = None
-        self._tokens_per_s: float | None = None
+        self._calibration: Calibration | None = None
         #: Tries in a row that came to nothing.
         self._num_troubles = 0
 
@@ -109,18 +111,28 @@ class Worker:
     def _calibrate(self, run: Run) -> None:
         kit = self._kit
         kit.heartbeat.phase = WorkerPhase.CALIBRATING
-        speed = kit.trainer.calibrate(run.shape, run.batch_size, kit.clock)
-        self._timed, self._tokens_per_s = run.shape, speed
+        hooks = Hooks(
+            progress=lambda _tokens, _seconds: kit.heartbeat.light(),
+            check=kit.shutdown.check,
+            clock=kit.clock,
+        )
+        found = kit.trainer.calibrate(run.shape, run.batch_size, hooks)
+        self._timed, self._calibration = run.shape, found
         kit.heartbeat.light()
         log.info(
-            "calibrated: %.0f tokens/s",
-            speed,
-            extra={"event": "worker.calibrated", "tokens_per_s": round(speed, 1)},
+            "tuned: %s",
+            found,
+            extra={
+                "event": "worker.tuned",
+                "isa": found.setup.variant,
+                "threads": found.setup.threads,
+                "tokens_per_s": round(found.tokens_per_s, 1),
+            },
         )
 
     def _register(self) -> Run:
         settings = self._kit.settings
-        request = register_request(settings, tokens_per_s=self._tokens_per_s)
+        request = register_request(settings, self._calibration)
         try:
             answer = self._kit.retry.until_answered(
                 partial(self._kit.client.register, request), self._kit.shutdown.check

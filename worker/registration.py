@@ -13,6 +13,7 @@ from bitnet_ext.ternary import active_isa
 from bitnet_ext.wire import PROTOCOL_VERSION
 from bitnet_ext.wire.messages import RegisterAnswer, RegisterRequest
 from bitnet_ext.wire.verdicts import ErrorCode
+from worker.calibrate import Calibration
 from worker.errors import ProtocolError, RefusedError, SettingsError
 from worker.settings import WorkerSettings
 
@@ -43,9 +44,10 @@ class Run:
 
 
 def register_request(
-    settings: WorkerSettings, *, tokens_per_s: float | None = None
+    settings: WorkerSettings, calibration: Calibration | None = None
 ) -> RegisterRequest:
-    """Return the request; with `tokens_per_s` after calibration."""
+    """Return the request; once calibrated, with the speed and what was chosen."""
+    tokens_per_s = calibration.tokens_per_s if calibration else None
     return RegisterRequest(
         protocol_version=PROTOCOL_VERSION,
         worker_id=settings.worker_id,
@@ -53,8 +55,8 @@ def register_request(
         preset=settings.preset,
         package_version=version("bitnet-fleet"),
         cpu_model=cpu_model(),
-        isa=active_isa(),
-        threads=settings.cpu_threads,
+        isa=calibration.setup.variant if calibration else active_isa(),
+        threads=calibration.setup.threads if calibration else settings.cpu_threads,
         heartbeat_s=settings.heartbeat_s,
         calibrated_tokens_per_s=tokens_per_s,
         target_task_tokens=(

@@ -26,6 +26,7 @@ from bitnet_ext.layout import ModelShape, SegmentKind, num_params, segments
 from bitnet_ext.wire.messages import HyperParameters, Task
 from bitnet_ext.wire.verdicts import FailCode
 from worker.errors import TaskError
+from worker.model import plain
 from worker.model.transformer import NO_TARGET, BitNetModel
 
 #: Keeps the factor of a gradient of zeros finite.
@@ -49,6 +50,11 @@ class Hooks:
     #: Monotonic seconds.
     clock: Callable[[], float]
 
+    @classmethod
+    def quiet(cls, clock: Callable[[], float]) -> Hooks:
+        """Return the hooks of work that nobody watches or ends."""
+        return cls(progress=lambda *_: None, check=lambda: None, clock=clock)
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -60,7 +66,7 @@ class Moments:
     #: Running mean of the gradient, and of its square.
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    #: Steps so far, one number for each segment.
+    #: Steps so far, one number for each segment; on the CPU.
     step: Tensor
 
     @classmethod
@@ -71,9 +77,13 @@ class Moments:
             torch.zeros(size), torch.zeros(size), torch.zeros(len(segments(shape)))
         )
 
-    def copy(self) -> Moments:
-        """Return moments that share no memory with these."""
-        return Moments(self.exp_avg.clone(), self.exp_avg_sq.clone(), self.step.clone())
+    def copy(self, device: torch.device | None = None) -> Moments:
+        """Return moments that share no memory with these, vectors on `device`."""
+        return Moments(
+            self.exp_avg.to(device, copy=True),
+            self.exp_avg_sq.to(device, copy=True),
+            self.step.clone(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +134,14 @@ def train(
     num_tokens = _stretch_length(tokens, task)
     started_s = hooks.clock()
     model.flat.load(base)
-    steps = LocalSteps(model, moments.copy(), task.hyper)
+    steps = LocalSteps(model, moments.copy(model.device), task.hyper)
     losses, nats, num_targets, tokens_done = [], 0.0, 0, 0
     for index, batch in enumerate(batches(tokens, num_tokens, task)):
         hooks.check()
         step_started_s = hooks.clock()
         rate = learning_rate(task.hyper, index, task.num_steps)
         losses.append(steps.step(batch, rate))
-        batch_targets = int((batch.targets != NO_TARGET).sum())
+        batch_targets = _num_targets(batch.targets)
         nats += losses[-1] * batch_targets
         num_targets += batch_targets
         tokens_done += batch.num_tokens
@@ -149,7 +159,12 @@ def train(
 
 
 class LocalSteps:
-    """AdamW on the flat vector of a model; the moments given to it are updated."""
+    """AdamW on the flat vector of a model; the moments given to it are updated.
+
+    At most `model.micro_batch` sequences go through the model at a time; whatever
+    it is, a step is the same but for rounding. Gradients are zeros before a step and
+    after it.
+    """
 
     def __init__(
         self, model: BitNetModel, moments: Moments, hyper: HyperParameters
@@ -158,6 +173,7 @@ class LocalSteps:
         self._model = model
         self._hyper = hyper
         self._stretches = _stretches(model)
+        model.flat.grads.zero_()
 
     def step(self, batch: Batch, rate: float) -> float:
         """Make one step and return the loss before it, in nats a token.
@@ -165,25 +181,41 @@ class LocalSteps:
         Raises NonFiniteLossError before anything is changed.
         """
         flat = self._model.flat
-        flat.grads.zero_()
-        loss = self._model.loss(batch.inputs, batch.targets)
-        torch.autograd.backward(loss)
-        nats = loss.item()
+        nats = sum(self._backward(*part) for part in self._parts(batch))
         self._update(self._clip(nats), rate)
         flat.mark_changed()
         return nats
 
+    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield inputs, targets and the share of all targets of each micro-batch."""
+        size = self._model.micro_batch or len(batch.inputs)
+        num_targets = max(1, _num_targets(batch.targets))
+        for first in range(0, len(batch.inputs), size):
+            part = slice(first, first + size)
+            inputs, targets = batch.inputs[part], batch.targets[part]
+            yield inputs, targets, _num_targets(targets) / num_targets
+
+    def _backward(self, inputs: Tensor, targets: Tensor, share: float) -> float:
+        """Add the gradient of `share` of the loss; return that much of it."""
+        loss = self._model.loss(inputs, targets)
+        torch.autograd.backward(loss, torch.full_like(loss, share))
+        return share * loss.item()
+
     def _clip(self, loss: float) -> float:
         """Return the factor to the largest norm allowed; refuse what is not finite."""
         # One number that is finite only when all of them are.
-        norm = fused.norm_of(
-            self._model.flat.grads.numpy(), threads=self._model.threads
-        )
+        norm = self._norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLossError(
                 f"training diverged: loss {loss}, gradient norm {norm}"
             )
         return min(1.0, self._hyper.clip_norm / max(norm, _TINY))
+
+    def _norm(self) -> float:
+        grads = self._model.flat.grads
+        if self._model.plain:
+            return float(torch.linalg.vector_norm(grads))
+        return fused.norm_of(grads.numpy(), threads=self._model.threads)
 
     def _update(self, clip: float, rate: float) -> None:
         """Make the step of AdamW with the gradient times `clip`."""
@@ -199,14 +231,18 @@ class LocalSteps:
                 step=int(moments.step[index]),
                 clip=clip,
             )
-            fused.adamw(
-                flat.values[stretch].numpy(),
-                flat.grads[stretch].numpy(),
-                moments.exp_avg[stretch].numpy(),
-                moments.exp_avg_sq[stretch].numpy(),
-                how,
-                threads=self._model.threads,
+            vectors = (
+                flat.values[stretch],
+                flat.grads[stretch],
+                moments.exp_avg[stretch],
+                moments.exp_avg_sq[stretch],
             )
+            if self._model.plain:
+                plain.adamw(*vectors, how)
+                continue
+            value, grad, mean, square = (vector.numpy() for vector in vectors)
+            threads = self._model.threads
+            fused.adamw(value, grad, mean, square, how, threads=threads)
 
 
 def _stretches(model: BitNetModel) -> list[tuple[int, slice, bool]]:
@@ -224,6 +260,10 @@ def _stretches(model: BitNetModel) -> list[tuple[int, slice, bool]]:
         else:
             found.append((index, part, decays))
     return found
+
+
+def _num_targets(targets: Tensor) -> int:
+    return int((targets != NO_TARGET).sum())
 
 
 def learning_rate(hyper: HyperParameters, index: int, num_steps: int) -> float:
@@ -286,7 +326,7 @@ def _pseudo_gradient(
     base: NDArray[np.float32], model: BitNetModel
 ) -> NDArray[np.float32]:
     """Return base minus trained, known to be finite."""
-    difference: NDArray[np.float32] = base - model.flat.values.numpy()
+    difference: NDArray[np.float32] = base - model.flat.values.cpu().numpy()
     if not np.isfinite(difference).all():
         raise NonFiniteLossError("training diverged: weights are not finite")
     return difference

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -12,19 +12,24 @@ from numpy.typing import NDArray
 from bitnet_ext.layout import ModelShape
 from bitnet_ext.wire.messages import Task
 from worker import calibrate, evaluate, train
-from worker.errors import BadShardError
+from worker.calibrate import Calibration
+from worker.errors import BadShardError, SettingsError
 from worker.evaluate import Score
 from worker.model.transformer import BitNetModel
 from worker.train import Hooks, Moments, TrainResult
+from worker.tune import Choices, halvings
+
+#: What a worker may compute on.
+DEVICES: Final = ("cpu", "cuda")
 
 
 class Trainer(Protocol):
     """What the loop needs of a model; arrays are those of `worker.train`."""
 
     def calibrate(
-        self, shape: ModelShape, batch_size: int, clock: Callable[[], float]
-    ) -> float:
-        """Return tokens per second of real steps."""
+        self, shape: ModelShape, batch_size: int, hooks: Hooks
+    ) -> Calibration:
+        """Time real steps in some setups; what follows uses the fastest."""
 
     def train(
         self,
@@ -48,29 +53,39 @@ class Trainer(Protocol):
         """Score a version on a stream of documents."""
 
 
-def use_threads(num_threads: int) -> None:
-    """Let torch use so many threads in this process.
-
-    One thread between operators: the loop trains one model at a time. torch lets
-    that be set once, before any work.
-    """
-    torch.set_num_threads(num_threads)
-    if torch.get_num_interop_threads() != 1:
-        torch.set_num_interop_threads(1)
+def find_device(name: str) -> torch.device:
+    """Return one of DEVICES; raises SettingsError where torch does not find it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(
+            "--device cuda: this torch finds no CUDA device on this machine"
+        )
+    return torch.device(name)
 
 
 class TorchTrainer:
-    """The Trainer of a real worker; `threads` goes to the ternary kernels."""
+    """The Trainer of a real worker.
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    `threads` and `variants` may be tried, the likeliest first (`worker.tune`).
+    """
+
+    def __init__(
+        self, threads: Sequence[int], variants: Sequence[str], device: torch.device
+    ) -> None:
+        self.threads = threads
+        self.variants = variants
+        self._device = device
         self._model: BitNetModel | None = None
 
     def calibrate(
-        self, shape: ModelShape, batch_size: int, clock: Callable[[], float]
-    ) -> float:
-        """Return tokens per second of real steps."""
-        return calibrate.calibrate(self._model_of(shape), batch_size, clock)
+        self, shape: ModelShape, batch_size: int, hooks: Hooks
+    ) -> Calibration:
+        """Time real steps in some setups; what follows uses the fastest."""
+        choices = Choices(
+            variants=self.variants,
+            threads=self.threads,
+            micro_batches=halvings(batch_size),
+        )
+        return calibrate.calibrate(self._model_of(shape), batch_size, choices, hooks)
 
     def train(
         self,
@@ -106,5 +121,7 @@ class TorchTrainer:
     def _model_of(self, shape: ModelShape) -> BitNetModel:
         if self._model is None or self._model.shape != shape:
             self._model = None  # the old one goes before the new one needs its memory
-            self._model = BitNetModel(shape, threads=self._threads)
+            self._model = BitNetModel(
+                shape, threads=self.threads[0], device=self._device
+            )
         return self._model

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from bitnet_ext.codecs import Codec, decode, encode_with_feedback, is_finite
 from bitnet_ext.frames import frame_bytes
+from bitnet_ext.outer import Part
 from coordinator.domain import muon, sizing
 from coordinator.domain.initial import initial_vector
 from coordinator.domain.muon import OptimiserState, gradient_step
-from coordinator.domain.outer_step import outer_step
+from coordinator.domain.outer_step import add_parts, merge_weights, outer_step
 from coordinator.domain.plan import TrainingPlan, hyper_parameters
 from coordinator.domain.rounds import ClaimedWork, stops_waiting_at
-from coordinator.service.closing import merged
 from tests.sim import setting as costs
 from tests.sim.alone import step_sizes
 from tests.sim.net import SEQ_LEN, Net
@@ -339,35 +339,45 @@ class Fleet:
     def _apply(self, claims: list[Claim]) -> None:
         """Train what came back, merge it and publish the next version."""
         codec = Codec(self._recipe.plan.codec)
-        payloads = [
-            (codec, memoryview(self._payload(claim, gradient)))
-            for claim, gradient in zip(claims, self._train(claims), strict=True)
-        ]
         tokens = [claim.stretch.num * SEQ_LEN for claim in claims]
-        mean = merged(iter(payloads), tokens, self._net.num_params)
+        parts = [
+            Part(codec, self._payload(claim, gradient), share)
+            for claim, gradient, share in zip(
+                claims, self._train(claims), merge_weights(tokens), strict=True
+            )
+        ]
         self._spend(costs.DECODE * len(claims) * self._net.num_params)
-        state = self._stepped(mean)
+        state = self._stepped(parts)
         self.tokens += sum(tokens)
-        if is_finite(state.weights) and is_finite(state.momentum):
+        if state is not None:
             self._state = state
             self._publish()
 
-    def _stepped(self, mean: Vector) -> OptimiserState:
-        """Return the next state of the coordinator, and let that take its time."""
+    def _stepped(self, parts: list[Part]) -> OptimiserState | None:
+        """Return the next state of the coordinator, and let that take its time.
+
+        None where it is not finite.
+        """
         plan, state, num_params = self._recipe.plan, self._state, self._net.num_params
         if self._recipe.kind == "gradient":
+            mean = np.zeros_like(state.weights)
+            add_parts(parts, mean)
             self._spend(muon.flop(self._net.segments) + costs.ADAMW * num_params)
             sizes = step_sizes(plan, self.tokens, self.counts.num_rounds + 1)
-            return gradient_step(state, mean, self._net.segments, sizes)
+            new = gradient_step(state, mean, self._net.segments, sizes)
+            return new if is_finite(new.weights) else None
         self._spend(costs.NESTEROV * num_params)
-        weights, momentum = outer_step(
-            state.weights,
-            state.momentum,
-            mean,
+        after = np.empty_like(state.weights), np.empty_like(state.momentum)
+        fine = outer_step(
+            (state.weights, state.momentum),
+            parts,
+            after,
             rate=plan.outer_rate,
             decay=plan.outer_momentum,
         )
-        return OptimiserState(weights=weights, momentum=momentum, square=state.square)
+        weights, momentum = after
+        new = OptimiserState(weights=weights, momentum=momentum, square=state.square)
+        return new if fine else None
 
     def _spend(self, flop: float) -> None:
         """Let the coordinator's optimiser take its time."""

@@ -21,14 +21,20 @@ class FlatParameters:
     """Moves the parameters of `module` into `values`, their gradients into `grads`.
 
     Both are float32 tensors of `bitnet_ext.layout.num_params(shape)` numbers, in
-    the order of `segments(shape)`. The values are not initialised: `load` them.
+    the order of `segments(shape)`, on `device`. The values are not initialised:
+    `load` them.
     Raises ValueError when names or shapes of the module differ from the layout.
     """
 
-    def __init__(self, module: nn.Module, shape: ModelShape) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        shape: ModelShape,
+        device: torch.device | str = "cpu",
+    ) -> None:
         check_layout(module, shape)
         self.segments = segments(shape)
-        self.values = torch.empty(num_params(shape), dtype=torch.float32)
+        self.values = torch.empty(num_params(shape), dtype=torch.float32, device=device)
         self.grads = torch.zeros_like(self.values)
         self.parameters = tuple(self._bind(module, part) for part in self.segments)
 
@@ -51,7 +57,10 @@ class FlatParameters:
                 f"weights must be float32 of shape {expected}, "
                 f"got {weights.dtype} of shape {weights.shape}"
             )
-        np.copyto(self.values.numpy(), weights)
+        if self.values.device.type == "cpu":
+            np.copyto(self.values.numpy(), weights)
+        else:  # by way of a copy: torch warns of arrays that are read-only
+            self.values.copy_(torch.from_numpy(weights.copy()))
         self.mark_changed()
 
     def mark_changed(self) -> None:

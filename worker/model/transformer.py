@@ -19,12 +19,15 @@ from torch.nn import functional
 
 from bitnet_ext.fused import Gate
 from bitnet_ext.layout import ModelShape
+from worker.model import plain
 from worker.model.bitlinear import BitLinear
 from worker.model.flatten import FlatParameters
 from worker.model.halves import Floats, attention_half, feed_forward_half, final_norm
 from worker.model.head import NO_TARGET, head_dtype, head_loss, lookup
 
 __all__ = ["NO_TARGET", "BitNetModel", "Block", "Rotary"]
+
+_CPU: Final = torch.device("cpu")
 
 _GATES: Final = {"silu": Gate.SILU, "relu2": Gate.SQUARED_RELU}
 
@@ -33,23 +36,46 @@ class BitNetModel(nn.Module):
     """The whole model over `flat`, the vector that holds all of its parameters.
 
     `threads` is for our own kernels; torch has its own setting. `precise` takes the
-    gradients of weights in fp32 instead of int8.
+    gradients of weights in fp32 instead of int8. A `plain` model is computed by torch
+    alone, as it is on any `device` but the CPU. `threads`, `plain` and `micro_batch`
+    may be changed between two steps.
     """
 
     def __init__(
-        self, shape: ModelShape, *, threads: int = 1, precise: bool = False
+        self,
+        shape: ModelShape,
+        *,
+        threads: int = 1,
+        precise: bool = False,
+        device: torch.device = _CPU,
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.threads = threads
+        self.device = device
+        self.plain = device.type != "cpu"
+        #: Sequences of a local step that are trained at a time; None: all.
+        self.micro_batch: int | None = None
         with torch.device("meta"):  # only names and shapes: `flat` has the memory
             self.embeddings = _parameter(shape.vocab_size, shape.hidden_size)
             self.layers = nn.ModuleList(
-                Block(shape, threads, precise) for _ in range(shape.num_layers)
+                Block(shape, precise) for _ in range(shape.num_layers)
             )
             self.final_norm = _parameter(shape.hidden_size)
         self.rotary = Rotary(shape)
-        self.flat = FlatParameters(self, shape)
+        self.flat = FlatParameters(self, shape, device)
+        self.threads = threads
+
+    @property
+    def threads(self) -> int:
+        """The most threads that one of our kernels uses."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, threads: int) -> None:
+        self._threads = threads
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.use_threads(threads)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Return the hidden states after the final norm, float32 (B, T, H).
@@ -57,9 +83,13 @@ class BitNetModel(nn.Module):
         `ids_BT` is int64 with T up to `shape.seq_len`. State t depends on the
         tokens up to and including t alone.
         """
-        x_BTH = lookup(ids_BT, self.embeddings)
+        ids_BT = ids_BT.to(self.device)
+        look_up = plain.lookup if self.plain else lookup
+        x_BTH = look_up(ids_BT, self.embeddings)
         for layer in self.layers:
-            x_BTH = layer(x_BTH, self.rotary)
+            x_BTH = layer(x_BTH, self.rotary, self.plain)
+        if self.plain:
+            return plain.final_norm(x_BTH, self.final_norm, self.shape.rms_norm_eps)
         return final_norm(x_BTH, self.final_norm, self.shape, self.threads)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -69,10 +99,13 @@ class BitNetModel(nn.Module):
     def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the mean cross-entropy (nats) over all targets but NO_TARGET."""
         hidden_MH = self(ids_BT).view(-1, self.shape.hidden_size)
+        targets_M = targets_BT.to(self.device).reshape(-1)
+        if self.plain:
+            return plain.head_loss(hidden_MH, self.embeddings, targets_M)
         return head_loss(
             hidden_MH,
             self.embeddings,
-            targets_BT.reshape(-1),
+            targets_M,
             head_dtype(),
             self.threads,
         )
@@ -81,7 +114,7 @@ class BitNetModel(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, shape: ModelShape, threads: int, precise: bool) -> None:
+    def __init__(self, shape: ModelShape, precise: bool) -> None:
         super().__init__()
         hidden, wide, kv = shape.hidden_size, shape.intermediate_size, shape.kv_size
         self.shape = shape
@@ -96,20 +129,29 @@ class Block(nn.Module):
         self.up = _parameter(wide, hidden)
         self.ffn_sub_norm = _parameter(wide)
         self.down = _parameter(hidden, wide)
-        self.threads = threads
+        self.threads = 1
         self.gate_kind = _GATES[shape.hidden_act]
 
         def linear() -> BitLinear:
-            return BitLinear(threads=threads, precise=precise, adds_to_grad=True)
+            return BitLinear(precise=precise, adds_to_grad=True)
 
         self.to_qkv = linear()
         self.to_output = linear()
         self.to_gate_up = linear()
         self.to_down = linear()
 
-    def forward(self, x_BTH: Tensor, rotary: Rotary) -> Tensor:
+    def use_threads(self, threads: int) -> None:
+        """Let the kernels of this layer use so many threads."""
+        self.threads = threads
+        for linear in (self.to_qkv, self.to_output, self.to_gate_up, self.to_down):
+            linear.threads = threads
+
+    def forward(self, x_BTH: Tensor, rotary: Rotary, by_torch: bool) -> Tensor:
         """Return the residual stream after this layer, (B, T, H)."""
         cosines, sines = rotary.angles(x_BTH.shape[1])
+        if by_torch:
+            x_BTH = plain.attention_half(x_BTH, self, cosines, sines)
+            return plain.feed_forward_half(x_BTH, self)
         x_BTH = attention_half(x_BTH, self, cosines, sines)
         return feed_forward_half(x_BTH, self)
 

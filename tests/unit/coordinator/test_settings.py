@@ -66,6 +66,7 @@ BAD = [
     ("HEARTBEAT_S", "0"),
     ("HEARTBEAT_S", "nan"),
     ("HEARTBEAT_S", "inf"),
+    ("HEARTBEAT_S", "60.1"),
     ("HEARTBEAT_S", "soon"),
     ("KEEP_VERSIONS", "0"),
     ("LOG_LEVEL", "loud"),

@@ -27,6 +27,7 @@ from bitnet_ext.wire.messages import (
 from bitnet_ext.wire.verdicts import LeaseState, SubmissionState
 from tests.unit.worker.shapes import EOT, SMALL, a_task, random_tokens, seeded_weights
 from tests.unit.worker.stand_in import KEY, Reply, Request, StandIn, says
+from worker.calibrate import Calibration
 from worker.client import Client
 from worker.evaluate import Score
 from worker.heartbeat import Heartbeat
@@ -35,6 +36,7 @@ from worker.retry import Retry
 from worker.settings import WorkerSettings
 from worker.shutdown import Shutdown
 from worker.train import Moments, TrainResult
+from worker.tune import Setup, Trial
 from worker.work import Kit
 
 NUM_TOKENS = 128
@@ -70,9 +72,12 @@ class FakeTrainer:
         self.num_steps = 0
         self._clock = clock
 
-    def calibrate(self, shape, batch_size, clock) -> float:
+    def calibrate(self, shape, batch_size, hooks) -> Calibration:
         self.calibrated.append(shape)
-        return 1000.0
+        hooks.check()
+        hooks.progress(1000, 1.0)
+        setup = Setup(variant="avx2", threads=3, micro_batch=2)
+        return Calibration([Trial(setup, (1.0,))], 1000)
 
     def train(self, shape, base, moments, tokens, task, hooks) -> TrainResult:
         self.started_from.append(moments)

@@ -15,8 +15,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from bitnet_ext.layout import PRESETS
+from bitnet_ext.ternary import supported_isas
 from bitnet_ext.wire.verdicts import ErrorCode
 from tests.unit.worker.fleet import ENV, published
 from tests.unit.worker.shapes import (
@@ -27,6 +29,7 @@ from tests.unit.worker.shapes import (
     silent_hooks,
 )
 from tests.unit.worker.stand_in import Reply, refuses
+from worker import cli, settings
 from worker.cli import main
 from worker.evaluate import evaluate
 from worker.generate import Sampling, generate
@@ -49,9 +52,15 @@ def process_as_it_was(handlers) -> Iterator[None]:
     root.setLevel(level)
 
 
-def test_an_unknown_kernel_variant_is_one_line_and_status_2() -> None:
+@pytest.mark.parametrize(
+    ("program", "begin"),
+    [("worker", "bitnet-worker: error"), ("coordinator", "bitnet-coordinator")],
+)
+def test_an_unknown_kernel_variant_is_one_line_and_status_2(
+    program: str, begin: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "worker", "run"],
+        [sys.executable, "-m", program, "run"],
         env={**os.environ, "BITNET_EXT_ISA": "foo"},
         capture_output=True,
         text=True,
@@ -61,7 +70,7 @@ def test_an_unknown_kernel_variant_is_one_line_and_status_2() -> None:
 
     assert done.returncode == 2
     assert re.fullmatch(
-        "bitnet-worker: error: BITNET_EXT_ISA must be one of portable.* on this "
+        f"{begin}: BITNET_EXT_ISA must be one of portable.* on this "
         "machine, got 'foo'\n",
         done.stderr,
     )
@@ -174,7 +183,9 @@ def test_a_file_that_is_no_frame_of_the_preset_is_named(
     more = ("--corpus", corpus) if verb == "eval" else ()
     given = (verb, "--weights", frame, *more, "--preset")
 
-    assert "no vocabulary gives preset 'small'" in fails(capsys, *given, "small")
+    assert "are of preset tiny, not of small" in fails(capsys, *given, "small")
+    frame.write_bytes(published(replace(SMALL, num_layers=7)))
+    assert "of another model than preset tiny" in fails(capsys, *given, "tiny")
     frame.write_bytes(published()[:-1])
     assert f"{frame}: frame must have" in fails(capsys, *given, "tiny")
     frame.write_bytes(b"")
@@ -279,11 +290,49 @@ def test_calibrate_prints_a_table_and_json(capsys) -> None:
 
     heading, one, two, last = lines
     result = json.loads(last)
-    assert heading.split() == ["threads", "tokens/s"]
+    assert heading.split() == ["threads", "variant", "micro-batch", "tokens/s"]
     assert [one.split()[0], two.split()[0]] == ["1", "2"]
     assert [row["threads"] for row in result["results"]] == [1, 2]
+    assert {row["isa"] for row in result["results"]} <= set(supported_isas())
+    assert {row["micro_batch"] for row in result["results"]} <= {1, 2}
     assert all(row["tokens_per_s"] > 0 for row in result["results"])
     assert (result["preset"], result["vocab_size"]) == ("tiny", 64)
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "eval"])
+def test_a_device_that_torch_does_not_find_is_one_line(
+    capsys, frame, corpus, monkeypatch, verb
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = ("--weights", frame, "--corpus", corpus) if verb == "eval" else ()
+
+    line = fails(capsys, verb, "--preset", "tiny", *given, "--device", "cuda")
+
+    assert line == (
+        "bitnet-worker: error: --device cuda: this torch finds no CUDA device on this "
+        "machine"
+    )
+
+
+def test_what_the_operator_set_is_not_tuned(monkeypatch) -> None:
+    """The worker tries threads and variants only where nobody chose."""
+    given = []
+    monkeypatch.setattr(cli.process, "work", lambda _, trainer: given.append(trainer))
+    monkeypatch.setattr(cli, "supported_isas", lambda: ["portable", "avx2", "quick"])
+    monkeypatch.setattr(settings, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(cli, "use_threads", lambda _: None)
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BITNET_COORDINATOR_URL", "http://127.0.0.1:1")
+
+    main(["run"])
+    monkeypatch.setenv("BITNET_CPU_THREADS", "3")
+    monkeypatch.setenv("BITNET_EXT_ISA", "portable")
+    main(["run"])
+
+    free, fixed = given
+    assert (free.threads, free.variants) == ((4, 2, 1), ("quick", "avx2"))
+    assert (fixed.threads, fixed.variants) == ((3,), ("portable",))
 
 
 def test_run_with_wrong_settings_is_one_line(capsys, monkeypatch) -> None:

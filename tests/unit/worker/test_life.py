@@ -7,6 +7,7 @@ import pytest
 
 from bitnet_ext.frames import decode_frame
 from bitnet_ext.layout import layout_hash
+from bitnet_ext.ternary import active_isa
 from bitnet_ext.wire.verdicts import (
     ErrorCode,
     FailCode,
@@ -23,6 +24,7 @@ from tests.unit.worker.shapes import SMALL
 from tests.unit.worker.stand_in import HANG_UP, Reply, refuses, says
 from worker.errors import ProtocolError, SettingsError, StoppedError
 from worker.loop import TROUBLE_S
+from worker.settings import usable_cpus
 
 
 def test_it_registers_calibrates_and_registers_again_with_its_speed(fleet) -> None:
@@ -34,10 +36,27 @@ def test_it_registers_calibrates_and_registers_again_with_its_speed(fleet) -> No
     assert first["calibrated_tokens_per_s"] is None
     assert second["calibrated_tokens_per_s"] == 1000.0
     assert second["target_task_tokens"] == 600_000
+    assert first["isa"] == active_isa()
+    assert first["threads"] == usable_cpus()
+    assert (second["isa"], second["threads"]) == ("avx2", 3)
     assert first["worker_id"] == second["worker_id"] == "box-1"
     assert fleet.trainer.calibrated == [SMALL]
     assert fleet.num_registered == 1
     assert fleet.beacon.exists()
+
+
+def test_it_says_how_it_is_tuned_with_the_figures_of_all(fleet, caplog) -> None:
+    fleet.hands_out()
+
+    with caplog.at_level("INFO"):
+        fleet.turns(1)
+
+    (said,) = (r for r in caplog.records if getattr(r, "event", "") == "worker.tuned")
+    assert said.getMessage() == (
+        "tuned: avx2, threads 3, micro-batch 2: 1000 tokens/s; "
+        "tried avx2, threads 3, micro-batch 2: 1000"
+    )
+    assert (said.isa, said.threads, said.tokens_per_s) == ("avx2", 3, 1000.0)
 
 
 def test_it_beats_as_often_as_the_registration_says(fleet) -> None:

@@ -29,6 +29,8 @@ def test_what_is_not_set_has_a_default() -> None:
     assert got.coordinator_url == "https://coordinator:5000"
     assert got.worker_id == got.name == "box-1"
     assert got.cpu_threads == usable_cpus()
+    assert not got.fixed_threads
+    assert got.isa is None
     assert got.heartbeat_s is None
     assert got.shutdown_s == 30.0
     assert got.beacon == Path(tempfile.gettempdir()) / BEACON_NAME
@@ -41,6 +43,7 @@ def test_every_variable_is_effective(tmp_path) -> None:
     got = read(
         BITNET_WORKER_ID="id-7",
         BITNET_CPU_THREADS="3",
+        BITNET_EXT_ISA="portable",
         BITNET_HEARTBEAT_SECONDS="2.5",
         BITNET_SHUTDOWN_SECONDS="12",
         BITNET_HEALTH_BEACON=str(tmp_path / "alive"),
@@ -55,6 +58,8 @@ def test_every_variable_is_effective(tmp_path) -> None:
         name="box-1",
         worker_id="id-7",
         cpu_threads=3,
+        fixed_threads=True,
+        isa="portable",
         heartbeat_s=2.5,
         shutdown_s=12.0,
         beacon=tmp_path / "alive",
@@ -65,7 +70,9 @@ def test_every_variable_is_effective(tmp_path) -> None:
 
 
 def test_an_empty_variable_is_not_set() -> None:
-    assert read(BITNET_CPU_THREADS="", BITNET_LOG_LEVEL=" ") == read()
+    assert (
+        read(BITNET_CPU_THREADS="", BITNET_EXT_ISA="", BITNET_LOG_LEVEL=" ") == read()
+    )
 
 
 def test_the_name_of_the_machine_is_the_default_name(monkeypatch) -> None:
@@ -92,6 +99,7 @@ def test_the_name_of_the_machine_is_the_default_name(monkeypatch) -> None:
         ("BITNET_CPU_THREADS", "two"),
         ("BITNET_HEARTBEAT_SECONDS", "0"),
         ("BITNET_HEARTBEAT_SECONDS", "nan"),
+        ("BITNET_HEARTBEAT_SECONDS", "60.1"),
         ("BITNET_SHUTDOWN_SECONDS", "-1"),
         ("BITNET_SHUTDOWN_SECONDS", "3601"),
         ("BITNET_HEALTH_BEACON", "/"),
