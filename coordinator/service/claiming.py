@@ -244,7 +244,12 @@ class _Claim:
             claimed_at=self._now,
             progress_at=self._now,
             expires_at=self._now + ttl,
-            hard_at=leases.first_hard_at(self._now, predicted),
+            hard_at=leases.first_hard_at(
+                self._now,
+                predicted,
+                round_s=plan_of(run).round_s,
+                fixed_size=task.fixed_size,
+            ),
             predicted_s=predicted,
         )
         if live is not None:
