@@ -15,6 +15,7 @@ from bitnet_ext.wire.verdicts import ErrorCode, TaskState
 from coordinator.domain import leases
 from coordinator.domain.errors import RefusedError
 from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.grace import awake
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.rows import TaskRow
@@ -27,7 +28,7 @@ async def release(fleet: Fleet, task_id: str, request: ReleaseRequest) -> TaskAn
 
     Raises RefusedError: unknown_task, lease_lost.
     """
-    now = fleet.clock.now()
+    now = await awake(fleet)
 
     def give_back(connection: Connection) -> TaskAnswer:
         task = held_task(connection, task_id, request.lease_id, now)
@@ -53,7 +54,7 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
 
     Raises RefusedError: unknown_task, lease_lost.
     """
-    now = fleet.clock.now()
+    now = await awake(fleet)
 
     def give_up(connection: Connection) -> TaskAnswer:
         task = held_task(connection, task_id, request.lease_id, now)
@@ -70,10 +71,11 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
 
 async def sweep_leases(fleet: Fleet) -> int:
     """End every lease that has run out; return how many."""
-    now = fleet.clock.now()
+    now = await awake(fleet)
     count = await fleet.store.write(
         lambda connection: expire_overdue(connection, fleet, now)
     )
+    fleet.swept_at = now
     if count:
         _ring(fleet)
     return count
