@@ -15,6 +15,7 @@ from bitnet_ext.wire.verdicts import ErrorCode, FailCode, TaskState
 from coordinator.domain import leases
 from coordinator.domain.errors import RefusedError
 from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.grace import awake
 from coordinator.service.own_files import look_after
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
@@ -28,7 +29,7 @@ async def release(fleet: Fleet, task_id: str, request: ReleaseRequest) -> TaskAn
 
     Raises RefusedError: unknown_task, lease_lost.
     """
-    now = fleet.clock.now()
+    now = await awake(fleet)
 
     def give_back(connection: Connection) -> TaskAnswer:
         task = held_task(connection, task_id, request.lease_id, now)
@@ -55,13 +56,13 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
     Where a file of ours is to blame, it does not count as an attempt. Raises
     RefusedError: unknown_task, lease_lost.
     """
-    if await _is_our_fault(fleet, task_id, request):
+    now = await awake(fleet)
+    if await _is_our_fault(fleet, task_id, request, now):
         why = f"{request.code}: {request.message}"
         given_back = ReleaseRequest(
             worker_id=request.worker_id, lease_id=request.lease_id, reason=why
         )
         return await release(fleet, task_id, given_back)
-    now = fleet.clock.now()
 
     def give_up(connection: Connection) -> TaskAnswer:
         task = held_task(connection, task_id, request.lease_id, now)
@@ -76,9 +77,10 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
     return answer
 
 
-async def _is_our_fault(fleet: Fleet, task_id: str, request: FailRequest) -> bool:
+async def _is_our_fault(
+    fleet: Fleet, task_id: str, request: FailRequest, now: float
+) -> bool:
     """Return whether a file that a worker could not use is broken, or was."""
-    now = fleet.clock.now()
     task = await fleet.store.read(
         lambda connection: held_task(connection, task_id, request.lease_id, now)
     )
@@ -93,10 +95,11 @@ async def _is_our_fault(fleet: Fleet, task_id: str, request: FailRequest) -> boo
 
 async def sweep_leases(fleet: Fleet) -> int:
     """End every lease that has run out; return how many."""
-    now = fleet.clock.now()
+    now = await awake(fleet)
     count = await fleet.store.write(
         lambda connection: expire_overdue(connection, fleet, now)
     )
+    fleet.swept_at = now
     if count:
         _ring(fleet)
     return count
