@@ -87,7 +87,7 @@ class Fleet:
     keep_versions: int
     #: The prepared corpus; None until there is one.
     manifest: Manifest | None = None
-    #: When leases were last looked at; None before that.
+    #: When leases were last looked at, `Clock.monotonic`; None before that.
     swept_at: float | None = None
     #: Held while leases get the grace that a sleep of this process has cost them.
     waking: asyncio.Lock = field(default_factory=asyncio.Lock)

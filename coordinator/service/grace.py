@@ -42,12 +42,15 @@ async def awake(fleet: Fleet) -> float:
             if _slept(fleet):
                 now = fleet.clock.now()
                 await fleet.store.write(lambda c: _give_grace(c, fleet, now))
-                fleet.swept_at = now
+                fleet.swept_at = fleet.clock.monotonic()
     return fleet.clock.now()
 
 
 def _slept(fleet: Fleet) -> bool:
-    return fleet.swept_at is not None and fleet.clock.now() - fleet.swept_at > SLEPT_S
+    return (
+        fleet.swept_at is not None
+        and fleet.clock.monotonic() - fleet.swept_at > SLEPT_S
+    )
 
 
 def _give_grace(connection: Connection, fleet: Fleet, now: float) -> None:

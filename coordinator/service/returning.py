@@ -99,7 +99,7 @@ async def sweep_leases(fleet: Fleet) -> int:
     count = await fleet.store.write(
         lambda connection: expire_overdue(connection, fleet, now)
     )
-    fleet.swept_at = now
+    fleet.swept_at = fleet.clock.monotonic()
     if count:
         _ring(fleet)
     return count
