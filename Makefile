@@ -15,7 +15,7 @@ STATE ?= demo-state
 PORT ?= 0
 QUICK ?= 0
 
-.PHONY: help setup check test demo bench-kernels bench-train bench-codecs bench-curves wheel lock vendor clean format
+.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-curves bench-learning wheel lock vendor clean format
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -46,6 +46,9 @@ check: setup ## Lint, types and import rules: ruff, mypy --strict, import-linter
 test: setup ## Run every test
 	$(BIN)/pytest
 
+test-asan: setup ## Run the kernels' tests under AddressSanitizer and UBSan (needs gcc)
+	@$(BIN)/python -m tests.sanitised
+
 demo: setup ## Train on this machine: MINUTES=5 KILL=1 CORPUS=folder STATE=folder
 	@$(BIN)/bitnet-coordinator demo --minutes $(MINUTES) --state $(STATE) \
 	    --port $(PORT) $(if $(filter 1,$(KILL)),--kill) \
@@ -64,6 +67,14 @@ bench-codecs: setup ## Time packing and codecs next to memcpy: QUICK=1
 
 bench-curves: setup ## Compare losses of 300 steps with plain PyTorch's: QUICK=1 for 60
 	@$(BIN)/python -m tests.bench.curves $(BENCH_OPTIONS)
+
+# Results of single runs stay here, so that a study that was broken off goes on.
+RESULTS ?= bench-learning
+SEEDS ?=
+
+bench-learning: setup ## Simulate a fleet next to one worker: SEEDS="100 101" CORPUS=folder QUICK=1
+	@$(BIN)/python -m tests.sim.bench_learning $(BENCH_OPTIONS) \
+	    --seeds "$(SEEDS)" --corpus "$(CORPUS)" --results "$(RESULTS)"
 
 wheel: setup ## Build the wheel into dist/
 	bash ci/wheel.sh

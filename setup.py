@@ -26,7 +26,7 @@ extensions = [
     Extension(
         "bitnet_ext._kernels",
         ["bitnet_ext/_kernels.pyx", *sorted(glob("bitnet_ext/kernels_*.c"))],
-        depends=sorted(glob("bitnet_ext/kernels_*.h")),
+        depends=sorted(glob("bitnet_ext/kernels_*.h") + glob("bitnet_ext/*.pxi")),
         define_macros=[
             ("Py_LIMITED_API", LIMITED_API),
             ("CYTHON_LIMITED_API", "1"),

@@ -4,13 +4,20 @@ Map of the package:
 
 - `layout`: ModelShape -> ordered segments of the flat vector, and its hash
 - `ternary`: int8 activations x packed ternary weights (the door to the C kernels)
+- `operands`: what those products take
 - `fused`: what surrounds those products in a training step: norms, gate, AdamW, ...
-- `packing`: 2-bit packing of ternary values
+- `head`: logits, softmax and both gradients of the head in int8
+- `attention`: causal attention with its rotary embedding
+- `packing`: ternary values at 2 bits each, or five to a byte
 - `codecs`: how a flat vector becomes payload bytes (fp32, block int8 with error
-  feedback), bf16 conversion, finite checks
+  feedback); finite checks
+- `half`: bf16 and fp16 conversion
+- `outer`: the coordinator's step from submissions to new weights, in one pass
+- `isa`: which variant of the kernels runs
+- `memory`: where their results go
 - `errors`: what importing the kernels can end with
 - `frames`: header + payload + SHA-256, the only binary format on wire and disk
-- `reference`: the plain NumPy twin of every kernel
+- `reference`, `reference_head`, `reference_attention`: plain NumPy twins of the kernels
 - `wire`: messages, verdicts and errors that both processes speak
 
 It imports NumPy and the standard library (msgspec in `wire`), never torch.

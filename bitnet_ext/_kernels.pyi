@@ -21,6 +21,18 @@ def multiply(
     accumulate: bool,
     threads: int,
 ) -> int: ...
+def narrow_tiles(
+    tiles: NDArray[np.uint8], num_rows: int, num_columns: int, blocks: NDArray[np.uint8]
+) -> None: ...
+def multiply_narrow(
+    q: NDArray[np.int8],
+    row_scale: Floats,
+    blocks: NDArray[np.uint8],
+    scale: float,
+    out: Floats,
+    accumulate: bool,
+    threads: int,
+) -> int: ...
 def pack_tokens(
     q: NDArray[np.int8], tiles: NDArray[np.uint8], threads: int
 ) -> None: ...
@@ -30,6 +42,9 @@ def weight_gradient(
     tiles: NDArray[np.uint8],
     into: Floats,
     accumulate: bool,
+    q: NDArray[np.int8] | None,
+    scale: Floats | None,
+    group: int,
     threads: int,
 ) -> int: ...
 def quantise_rows(
@@ -40,18 +55,34 @@ def quantise_weight(
 ) -> tuple[int, float]: ...
 def encode_int8(
     x: Floats,
+    minus: Floats | None,
     residual: Floats | None,
     payload: NDArray[np.uint8],
-    new_residual: Floats | None,
+    lost: Floats | None,
 ) -> int: ...
+def decode_int8(payload: NDArray[np.uint8], out: Floats) -> int: ...
 def check_int8(payload: NDArray[np.uint8], count: int) -> int: ...
 def add_int8(payload: NDArray[np.uint8], weight: float, into: Floats) -> None: ...
 def check_fp32(values: NDArray[np.uint8]) -> int: ...
 def add_fp32(values: NDArray[np.uint8], weight: float, into: Floats) -> None: ...
-def to_bf16(x: Floats, out: NDArray[np.uint16]) -> None: ...
-def from_bf16(x: NDArray[np.uint16], out: Floats) -> None: ...
-def pack(values: NDArray[np.int8], out: NDArray[np.uint8]) -> int: ...
-def unpack(codes: NDArray[np.uint8], out: NDArray[np.int8]) -> int: ...
+def to_half(x: Floats, out: NDArray[np.uint16], is_bf16: bool) -> int: ...
+def from_half(x: NDArray[np.uint16], out: Floats, is_bf16: bool) -> int: ...
+def pack2(values: NDArray[np.int8], out: NDArray[np.uint8]) -> int: ...
+def unpack2(codes: NDArray[np.uint8], out: NDArray[np.int8]) -> int: ...
+def pack3(values: NDArray[np.int8], out: NDArray[np.uint8]) -> int: ...
+def unpack3(codes: NDArray[np.uint8], out: NDArray[np.int8]) -> int: ...
+def most_parts() -> int: ...
+def outer_step(
+    payloads: list[NDArray[np.uint8]],
+    are_int8: list[bool],
+    shares: Floats,
+    mean: Floats | None,
+    before: tuple[Floats, Floats],
+    rate: float,
+    decay: float,
+    after: tuple[Floats, Floats],
+    threads: int,
+) -> tuple[int, bool]: ...
 def norm_quantise(
     x: Floats,
     up: Floats | None,
@@ -79,9 +110,6 @@ def norm_backward(
     dgain: Floats,
     threads: int,
 ) -> int: ...
-def rotate_rows(
-    x: Floats, cosines: Floats, sines: Floats, sign: float, threads: int
-) -> None: ...
 def softmax_backward_fp32(
     logits: Floats,
     targets: NDArray[np.int64],
@@ -91,15 +119,6 @@ def softmax_backward_fp32(
 ) -> int: ...
 def softmax_backward_bf16(
     logits: NDArray[np.uint16],
-    targets: NDArray[np.int64],
-    scale: float,
-    nats: Floats,
-    threads: int,
-) -> int: ...
-def softmax_backward_int32(
-    products: NDArray[np.int32],
-    row_scale: Floats,
-    column_scale: Floats,
     targets: NDArray[np.int64],
     scale: float,
     nats: Floats,
@@ -121,3 +140,70 @@ def adamw_step(
     threads: int,
 ) -> None: ...
 def add_rows(x: Floats, ids: NDArray[np.int64], into: Floats) -> None: ...
+
+class HeadTable:
+    def __init__(
+        self,
+        values: Floats,
+        word_scale: Floats,
+        q: NDArray[np.int8],
+        forward: NDArray[np.uint8],
+        backward: NDArray[np.uint8],
+        threads: int,
+    ) -> None: ...
+
+class HeadTokens:
+    def __init__(
+        self,
+        num_v: int,
+        num_h: int,
+        at_target: Floats,
+        scale: Floats,
+        q: NDArray[np.int8],
+        blocks: NDArray[np.int8],
+        word_scale: Floats,
+        start: NDArray[np.int32],
+    ) -> None: ...
+
+def head_loss(
+    table: HeadTable,
+    tokens: HeadTokens,
+    hidden: Floats,
+    targets: NDArray[np.int64],
+    scale: float,
+    nats: Floats,
+    dhidden: Floats,
+    threads: int,
+) -> int: ...
+def head_table_gradient(
+    tokens: HeadTokens,
+    hidden: Floats,
+    targets: NDArray[np.int64],
+    factor: float,
+    into: Floats,
+    threads: int,
+) -> int: ...
+def attend(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    cosines: Floats,
+    sines: Floats,
+    mixed: Floats,
+    lse: Floats,
+    threads: int,
+) -> int: ...
+def attend_backward(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    cosines: Floats,
+    sines: Floats,
+    mixed: Floats,
+    lse: Floats,
+    dmixed: Floats,
+    dq: Floats,
+    dk: Floats,
+    dv: Floats,
+    threads: int,
+) -> int: ...

@@ -11,7 +11,9 @@ cdef extern from "kernels_core.h" nogil:
     cdef enum:
         TILE_N
         TILE_BYTES
-        BLOCK
+        LEFT_ROWS
+        LEFT_BYTES
+        TOKENS
 
     cdef struct product:
         const int8_t *q
@@ -30,21 +32,8 @@ cdef extern from "kernels_core.h" nogil:
         void (*quantise_rows)(
             const float *, Py_ssize_t, Py_ssize_t, Py_ssize_t, int8_t *, float *
         ) noexcept nogil
-        int (*encode_int8)(
-            const float *, const float *, Py_ssize_t, uint8_t *, float *
-        ) noexcept nogil
-        int (*check_int8)(const uint8_t *, Py_ssize_t) noexcept nogil
-        void (*add_int8)(const uint8_t *, Py_ssize_t, float, float *) noexcept nogil
-        int (*check_fp32)(const uint8_t *, Py_ssize_t) noexcept nogil
-        void (*add_fp32)(const uint8_t *, Py_ssize_t, float, float *) noexcept nogil
-        void (*to_bf16)(const float *, Py_ssize_t, uint16_t *) noexcept nogil
-        void (*from_bf16)(const uint16_t *, Py_ssize_t, float *) noexcept nogil
-        int (*pack)(
-            const int8_t *, Py_ssize_t, Py_ssize_t, uint8_t *
-        ) noexcept nogil
-        int (*unpack)(
-            const uint8_t *, Py_ssize_t, Py_ssize_t, int8_t *
-        ) noexcept nogil
+        int (*to_bf16)(const float *, Py_ssize_t, uint16_t *) noexcept nogil
+        int (*from_bf16)(const uint16_t *, Py_ssize_t, float *) noexcept nogil
 
     int isa_count()
     const char *isa_name(int index)
@@ -56,10 +45,15 @@ cdef extern from "kernels_core.h" nogil:
     void c_pack_tokens "pack_tokens"(
         const int8_t *q, Py_ssize_t num_m, Py_ssize_t num_k, uint8_t *tiles, int threads
     )
+    cdef struct rounded_rows:
+        int8_t *q
+        float *scale
+        Py_ssize_t group
+
     int c_weight_gradient "weight_gradient"(
         const float *dy, const float *token_scale, const uint8_t *tiles,
         Py_ssize_t num_m, Py_ssize_t num_n, Py_ssize_t num_k, float *out,
-        int accumulate, int threads
+        int accumulate, const rounded_rows *rows, int threads
     )
     int c_quantise_weight "quantise_weight"(
         const float *w, Py_ssize_t num_n, Py_ssize_t num_k, float *scale,
@@ -149,21 +143,41 @@ def weight_gradient(
     const uint8_t[::1] tiles not None,
     float[:, ::1] into not None,
     bint accumulate,
+    int8_t[:, ::1] q,
+    float[:, ::1] scale,
+    Py_ssize_t group,
     int threads,
 ):
-    """Write or add the gradient to `into` (N, K), for dy (M, N); return the status."""
+    """Write or add the gradient to `into` (N, K), for dy (M, N); return the status.
+
+    Where `q` (M, N) is given it gets the rows of dy, and `scale` (M, G) theirs.
+    """
     cdef Py_ssize_t num_m = dy.shape[0]
     cdef Py_ssize_t num_n = into.shape[0]
     cdef Py_ssize_t num_k = into.shape[1]
+    cdef rounded_rows rows
     cdef int status
     _must(dy.shape[1] == num_n and token_scale.shape[0] == num_m, "dy")
     _must(tiles.shape[0] == _up(num_k, TILE_N) * _up(num_m, 4) * TILE_BYTES, "tiles")
-    if num_m == 0 or num_n == 0 or num_k == 0:
+    if num_m == 0 or num_n == 0:
+        return 0
+    if q is not None:
+        _must(group > 0, "group")
+        _must(q.shape[0] == num_m and q.shape[1] == num_n, "q")
+        _must(
+            scale is not None and scale.shape[0] == num_m
+            and scale.shape[1] == _up(num_n, group),
+            "scale",
+        )
+        rows.q, rows.scale, rows.group = &q[0, 0], &scale[0, 0], group
+    if num_k == 0:
+        if q is not None:
+            quantise_rows(dy, group, q, scale)
         return 0
     with nogil:
         status = c_weight_gradient(
             &dy[0, 0], &token_scale[0], &tiles[0], num_m, num_n, num_k, &into[0, 0],
-            accumulate, threads,
+            accumulate, NULL if q is None else &rows, threads,
         )
     return status
 
@@ -213,120 +227,9 @@ def quantise_weight(
     return status, scale
 
 
-def encode_int8(
-    const float[::1] x not None,
-    const float[::1] residual,
-    uint8_t[::1] payload not None,
-    float[::1] new_residual,
-):
-    """Write the payload and, where given, the new residual; return the status."""
-    cdef Py_ssize_t count = x.shape[0]
-    cdef const float *old = NULL
-    cdef float *new = NULL
-    cdef int status
-    _must(payload.shape[0] == count + 4 * _up(count, BLOCK), "payload")
-    _must(residual is None or residual.shape[0] == count, "residual")
-    _must(new_residual is None or new_residual.shape[0] == count, "new_residual")
-    if count == 0:
-        return 0
-    if residual is not None:
-        old = &residual[0]
-    if new_residual is not None:
-        new = &new_residual[0]
-    with nogil:
-        status = active_loops().encode_int8(&x[0], old, count, &payload[0], new)
-    return status
-
-
-def check_int8(const uint8_t[::1] payload not None, Py_ssize_t count):
-    """Return the status of the int8 payload of `count` values."""
-    cdef int status
-    _must(count >= 0 and payload.shape[0] == count + 4 * _up(count, BLOCK), "payload")
-    if count == 0:
-        return 0
-    with nogil:
-        status = active_loops().check_int8(&payload[0], count)
-    return status
-
-
-def add_int8(
-    const uint8_t[::1] payload not None, float weight, float[::1] into not None
-):
-    """Add weight times the decoded values to `into`."""
-    cdef Py_ssize_t count = into.shape[0]
-    _must(payload.shape[0] == count + 4 * _up(count, BLOCK), "payload")
-    if count == 0:
-        return
-    with nogil:
-        active_loops().add_int8(&payload[0], count, weight, &into[0])
-
-
-def check_fp32(const uint8_t[::1] values not None):
-    """Return the status of float32 values, given as bytes."""
-    cdef int status
-    _must(values.shape[0] % 4 == 0, "values")
-    if values.shape[0] == 0:
-        return 0
-    with nogil:
-        status = active_loops().check_fp32(&values[0], values.shape[0] // 4)
-    return status
-
-
-def add_fp32(
-    const uint8_t[::1] values not None, float weight, float[::1] into not None
-):
-    """Add weight times the values, given as bytes, to `into`."""
-    cdef Py_ssize_t count = into.shape[0]
-    _must(values.shape[0] == 4 * count, "values")
-    if count == 0:
-        return
-    with nogil:
-        active_loops().add_fp32(&values[0], count, weight, &into[0])
-
-
-def to_bf16(const float[::1] x not None, uint16_t[::1] out not None):
-    """Write the bf16 bits of x."""
-    _must(out.shape[0] == x.shape[0], "out")
-    if x.shape[0] == 0:
-        return
-    with nogil:
-        active_loops().to_bf16(&x[0], x.shape[0], &out[0])
-
-
-def from_bf16(const uint16_t[::1] x not None, float[::1] out not None):
-    """Write the floats of bf16 bits."""
-    _must(out.shape[0] == x.shape[0], "out")
-    if x.shape[0] == 0:
-        return
-    with nogil:
-        active_loops().from_bf16(&x[0], x.shape[0], &out[0])
-
-
-def pack(const int8_t[:, ::1] values not None, uint8_t[:, ::1] out not None):
-    """Write 2-bit codes (N, ceil(K / 4)) of values (N, K); return the status."""
-    cdef Py_ssize_t num_n = values.shape[0]
-    cdef Py_ssize_t num_k = values.shape[1]
-    cdef int status
-    _must(out.shape[0] == num_n and out.shape[1] == _up(num_k, 4), "out")
-    if num_n == 0 or num_k == 0:
-        return 0
-    with nogil:
-        status = active_loops().pack(&values[0, 0], num_n, num_k, &out[0, 0])
-    return status
-
-
-def unpack(const uint8_t[:, ::1] codes not None, int8_t[:, ::1] out not None):
-    """Write values (N, K) of 2-bit codes (N, ceil(K / 4)); return the status."""
-    cdef Py_ssize_t num_n = out.shape[0]
-    cdef Py_ssize_t num_k = out.shape[1]
-    cdef int status
-    _must(codes.shape[0] == num_n and codes.shape[1] == _up(num_k, 4), "codes")
-    if num_n == 0 or num_k == 0:
-        return 0
-    with nogil:
-        status = active_loops().unpack(&codes[0, 0], num_n, num_k, &out[0, 0])
-    return status
-
-
 # One extension, so that there is one pool of threads and one chosen variant.
 include "kernels_fused.pxi"
+include "kernels_head.pxi"
+include "kernels_attention.pxi"
+include "kernels_codec.pxi"
+include "kernels_gemv.pxi"

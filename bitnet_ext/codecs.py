@@ -6,7 +6,7 @@
 
 A payload that decodes holds finite numbers only, and nothing is returned or written
 before all of it was looked at. With error feedback, what one payload rounds away is
-part of the next.
+part of the next. `encode_into` does all of it in one pass, and allocates nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext import _kernels
+from bitnet_ext.isa import kernels as _kernels
+from bitnet_ext.memory import aligned, check_contiguous, destination
 
 #: Numbers that share a scale in an int8 payload; the last block may hold fewer.
 BLOCK: Final = 256
@@ -67,7 +68,9 @@ def encode(codec: Codec, vector: Vector) -> bytes:
 
     Raises NonFiniteError when a number is not finite or too large for the codec.
     """
-    return _encode(codec, _flat(vector, "vector"), None, None)
+    payload = aligned(payload_bytes(codec, vector.size), np.uint8)
+    encode_into(codec, vector, payload)
+    return payload.tobytes()
 
 
 def encode_with_feedback(
@@ -79,32 +82,71 @@ def encode_with_feedback(
     new residual replaces the old one only once the payload has been accepted. It is
     None where the codec loses nothing. Raises NonFiniteError as `encode` does.
     """
-    vector = _flat(vector, "vector")
-    if residual is not None:
-        residual = _flat(residual, "residual")
-        if residual.shape != vector.shape:
-            raise ValueError(
-                f"residual must have {vector.size} numbers, got {residual.size}"
-            )
-    lost = None if codec is Codec.FP32 else np.empty_like(vector)
-    return _encode(codec, vector, residual, lost), lost
+    lost = None if codec is Codec.FP32 else aligned(vector.size, np.float32)
+    payload = aligned(payload_bytes(codec, vector.size), np.uint8)
+    encode_into(codec, vector, payload, residual=residual, lost=lost)
+    return payload.tobytes(), lost
 
 
-def decode(codec: Codec, payload: Bytes, num_elements: int) -> Vector:
-    """Return the numbers of a payload, float32 (n,): a new array, writable.
+def encode_into(
+    codec: Codec,
+    vector: Vector,
+    payload: NDArray[np.uint8],
+    *,
+    minus: Vector | None = None,
+    residual: Vector | None = None,
+    lost: Vector | None = None,
+) -> None:
+    """Write the payload of `vector - minus + residual` to `payload`, uint8.
+
+    All vectors are float32 (n,); what is None is left out. `lost` gets what is
+    rounded away, and may be `residual` itself. Raises NonFiniteError as `encode`
+    does; `payload` and `lost` are then undefined. Raises ValueError for another
+    length or type.
+    """
+    vector = flat(vector, "vector")
+    minus = _like(minus, vector, "minus")
+    residual = _like(residual, vector, "residual")
+    length = payload_bytes(codec, vector.size)
+    check_contiguous(payload, "payload", (length,), np.uint8)
+    if lost is not None:
+        check_contiguous(lost, "lost", vector.shape, np.float32)
+    match codec:
+        case Codec.FP32:
+            _write_fp32(vector, minus, residual, payload)
+            check_status(_kernels.check_fp32(payload), "vector")
+            if lost is not None:
+                lost.fill(0)
+        case Codec.INT8:
+            status = _kernels.encode_int8(vector, minus, residual, payload, lost)
+            check_status(status, "vector")
+
+
+def fp32_payload(vector: Vector) -> memoryview:
+    """Return what `encode` gives for `fp32`, without a copy: a view of the vector."""
+    vector = flat(vector, "vector")
+    check_status(_kernels.check_fp32(vector.view(np.uint8)), "vector")
+    return vector.view(np.uint8).data.toreadonly()
+
+
+def decode(
+    codec: Codec, payload: Bytes, num_elements: int, *, out: Vector | None = None
+) -> Vector:
+    """Return the numbers of a payload, float32 (n,): in `out`, or in a new array.
 
     Raises PayloadError when the length is wrong or a byte is one that no encoder
     writes (-128; a scale that is negative, subnormal or above MAX_SCALE), and
-    NonFiniteError for a NaN or an infinity.
+    NonFiniteError for a NaN or an infinity; `out` is then undefined.
     """
-    data = _checked(codec, payload, num_elements)
+    data = of_length(codec, payload, num_elements)
+    out = destination(out, (num_elements,), np.float32)
     match codec:
         case Codec.FP32:
-            return data.view("<f4").astype(np.float32)
+            check_status(_kernels.check_fp32(data), "payload")
+            out.view(np.uint8)[:] = data
         case Codec.INT8:
-            vector = np.zeros(num_elements, dtype=np.float32)
-            _kernels.add_int8(data, 1.0, vector)
-            return vector
+            check_status(_kernels.decode_int8(data, out), "payload")
+    return out
 
 
 def decode_add(codec: Codec, payload: Bytes, into: Vector, weight: float) -> None:
@@ -126,26 +168,12 @@ def decode_add(codec: Codec, payload: Bytes, into: Vector, weight: float) -> Non
 
 def is_finite(vector: Vector) -> bool:
     """Return whether no number is NaN or infinite; float32 of any shape."""
-    flat = _flat(vector.reshape(-1), "vector")
-    return not _kernels.check_fp32(flat.view(np.uint8))
+    numbers = flat(vector.reshape(-1), "vector")
+    return not _kernels.check_fp32(numbers.view(np.uint8))
 
 
-def to_bf16(vector: Vector) -> NDArray[np.uint16]:
-    """Return the bf16 bits of float32 (n,): to nearest, halves to even; NaN stays."""
-    vector = _flat(vector, "vector")
-    bits = np.empty(vector.size, dtype=np.uint16)
-    _kernels.to_bf16(vector, bits)
-    return bits
-
-
-def from_bf16(bits: NDArray[np.uint16]) -> Vector:
-    """Return the float32 (n,) of bf16 bits; exact."""
-    vector = np.empty(bits.size, dtype=np.float32)
-    _kernels.from_bf16(np.ascontiguousarray(bits), vector)
-    return vector
-
-
-def _flat(vector: Vector, name: str) -> Vector:
+def flat(vector: Vector, name: str) -> Vector:
+    """Return a vector as kernels read it; raises ValueError for another type."""
     if vector.ndim != 1 or vector.dtype != np.float32:
         raise ValueError(
             f"{name} must be a float32 vector, got {vector.dtype} {vector.shape}"
@@ -153,34 +181,47 @@ def _flat(vector: Vector, name: str) -> Vector:
     return np.ascontiguousarray(vector)
 
 
-def _encode(
-    codec: Codec, vector: Vector, residual: Vector | None, lost: Vector | None
-) -> bytes:
-    match codec:
-        case Codec.FP32:
-            whole = vector if residual is None else vector + residual
-            _check(_kernels.check_fp32(whole.view(np.uint8)), "vector")
-            return whole.astype("<f4", copy=False).tobytes()
-        case Codec.INT8:
-            payload = np.empty(payload_bytes(codec, vector.size), dtype=np.uint8)
-            status = _kernels.encode_int8(vector, residual, payload, lost)
-            _check(status, "vector")
-            return payload.tobytes()
+def _like(vector: Vector | None, other: Vector, name: str) -> Vector | None:
+    if vector is None:
+        return None
+    vector = flat(vector, name)
+    if vector.shape != other.shape:
+        raise ValueError(f"{name} must have {other.size} numbers, got {vector.size}")
+    return vector
 
 
-def _checked(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uint8]:
-    """Return the bytes of a payload that is wholly in order."""
+def _write_fp32(
+    vector: Vector,
+    minus: Vector | None,
+    residual: Vector | None,
+    payload: NDArray[np.uint8],
+) -> None:
+    if minus is not None:
+        vector = vector - minus
+    if residual is not None:
+        vector = vector + residual
+    payload[:] = vector.astype("<f4", copy=False).view(np.uint8)
+
+
+def of_length(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uint8]:
+    """Return the bytes of a payload; raises PayloadError for another length."""
     data = np.frombuffer(payload, dtype=np.uint8)
     if data.size != payload_bytes(codec, num_elements):
         raise PayloadError(
             f"payload must have {payload_bytes(codec, num_elements)} bytes for "
             f"{num_elements} numbers of {codec}, got {data.size}"
         )
+    return data
+
+
+def _checked(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uint8]:
+    """Return the bytes of a payload that is wholly in order."""
+    data = of_length(codec, payload, num_elements)
     match codec:
         case Codec.FP32:
-            _check(_kernels.check_fp32(data), "payload")
+            check_status(_kernels.check_fp32(data), "payload")
         case Codec.INT8:
-            _check(_kernels.check_int8(data, num_elements), "payload")
+            check_status(_kernels.check_int8(data, num_elements), "payload")
     return data
 
 
@@ -188,7 +229,7 @@ def _checked(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uint
 _NOT_FINITE, _TOO_LARGE = 2, 3
 
 
-def _check(status: int, name: str) -> None:
+def check_status(status: int, name: str) -> None:
     """Raise what a status of the kernels means."""
     if status == _NOT_FINITE:
         raise NonFiniteError(f"{name} must hold finite numbers only")

@@ -1,11 +1,11 @@
 """What surrounds the matrix products of a training step: the door to its C kernels.
 
-RMSNorm (also behind a gate) fused with the activation quantiser, its gradient, the
-rotary embedding, softmax with cross-entropy, AdamW. Everything is float32, works in
+RMSNorm (also behind a gate) fused with the activation quantiser, its gradient,
+softmax with cross-entropy, AdamW. Everything is float32, works in
 one pass over memory, and gives the same bits on every CPU and number of threads.
 What is not finite goes through visibly.
 
-Letters in shapes: M rows, K columns, T positions, V vocabulary. Arrays are
+Letters in shapes: M rows, K columns, V vocabulary. Arrays are
 C-contiguous; ValueError names the one whose length is wrong.
 """
 
@@ -18,7 +18,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext import _kernels
+from bitnet_ext.isa import kernels as _kernels
 from bitnet_ext.ternary import QuantisedRows
 
 Floats = NDArray[np.float32]
@@ -151,23 +151,6 @@ def gated_norm_backward(
     return x_MK, up_MK
 
 
-def rotate(
-    x: Floats,
-    cosines: Floats,
-    sines: Floats,
-    *,
-    back: bool = False,
-    threads: int = 1,
-) -> None:
-    """Turn heads in place by the angle of their position, or back by it.
-
-    `x` is float32 (M, heads * 2 * half), `cosines` and `sines` are (T, half); row m
-    stands at position m % T. Number i of a head's first half pairs with number i of
-    its second.
-    """
-    _kernels.rotate_rows(x, cosines, sines, -1.0 if back else 1.0, threads)
-
-
 def softmax_backward(
     logits_MV: NDArray[np.float32] | NDArray[np.uint16],
     targets_M: NDArray[np.int64],
@@ -195,28 +178,6 @@ def softmax_backward(
     return float(nats_M.sum(dtype=np.float64))
 
 
-def softmax_backward_of_products(
-    products_MV: NDArray[np.int32],
-    scales: tuple[Floats, Floats],
-    targets_M: NDArray[np.int64],
-    scale: float,
-    *,
-    threads: int = 1,
-) -> tuple[float, Floats]:
-    """Return what `softmax_backward` does for int8 rows times an int8 table.
-
-    The logits are the int32 products times the scales of rows (M) and table (V).
-    Also returned is the gradient, float32 (M, V), in the memory of the products.
-    """
-    nats_M = np.empty(len(products_MV), dtype=np.float32)
-    row_M, column_V = (part.reshape(-1) for part in scales)
-    status = _kernels.softmax_backward_int32(
-        products_MV, row_M, column_V, targets_M, scale, nats_M, threads
-    )
-    _check(status)
-    return float(nats_M.sum(dtype=np.float64)), products_MV.view(np.float32)
-
-
 def norm_of(x: Floats, *, threads: int = 1) -> float:
     """Return the Euclidean length of a vector; not finite where any number isn't.
 
@@ -236,7 +197,7 @@ def adamw(
     *,
     threads: int = 1,
 ) -> None:
-    """Make one step of AdamW on vectors of one length; all but `grads` change."""
+    """Make one step of AdamW on vectors of one length; zeros are left in `grads`."""
     _kernels.adamw_step(
         values,
         grads,

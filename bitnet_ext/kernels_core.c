@@ -1,5 +1,6 @@
 /* Chooses the variants for this machine, and drives the kernels through a product. */
-#include "kernels_core.h"
+#include "kernels_codec.h"
+#include "kernels_gemv.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -8,17 +9,20 @@
 struct variant {
     const char *name;
     const struct loops *loops;
+    const struct codecs *codecs;
     panel_kernel *panels;
+    narrow_kernel *narrow;
     panel_kernel *any_byte; /* for tiles of any byte, and no -128 in the left operand */
 };
 
 /* Best last. */
 static const struct variant variants[] = {
-    {"portable", &loops_portable, panels_portable, panels_portable},
+    {"portable", &loops_portable, &codecs_portable, panels_portable, narrow_portable, panels_portable},
 #if defined(__x86_64__)
-    {"avx2", &loops_avx2, panels_avx2, panels_avx2_any},
-    {"avxvnni", &loops_avx2, panels_avxvnni, panels_avxvnni},
-    {"avx512vnni", &loops_avx512, panels_avx512vnni, panels_avx512vnni},
+    {"avx2", &loops_avx2, &codecs_avx2, panels_avx2, narrow_avx2, panels_avx2_any},
+    {"avxvnni", &loops_avx2, &codecs_avx2, panels_avxvnni, narrow_avx2, panels_avxvnni},
+    {"avx512vnni", &loops_avx512, &codecs_avx512, panels_avx512vnni, narrow_avx512vnni,
+     panels_avx512vnni},
 #endif
 };
 
@@ -32,7 +36,7 @@ int isa_supported(int index)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2");
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
     switch (index) {
     case 1:
         return avx2;
@@ -52,6 +56,10 @@ int isa_active(void) { return __atomic_load_n(&active, __ATOMIC_RELAXED); }
 void isa_select(int index) { __atomic_store_n(&active, index, __ATOMIC_RELAXED); }
 
 const struct loops *active_loops(void) { return variants[isa_active()].loops; }
+
+const struct codecs *active_codecs(void) { return variants[isa_active()].codecs; }
+
+narrow_kernel *active_narrow(void) { return variants[isa_active()].narrow; }
 
 /* One item of work: rows that stay in L2 by panels that stay in L2. */
 enum { ITEM_ROWS = 96, ITEM_PANELS = 8 };

@@ -54,16 +54,9 @@ struct loops {
                        uint8_t offset, uint8_t *tiles, ptrdiff_t panel_step);
     double (*sum_of_sizes)(const float *w, ptrdiff_t count);
     void (*ternary_strip)(const float *w, ptrdiff_t num_k, float half, uint8_t *codes);
-    int (*encode_int8)(const float *x, const float *residual, ptrdiff_t count,
-                       uint8_t *payload, float *new_residual);
-    int (*check_int8)(const uint8_t *payload, ptrdiff_t count);
-    void (*add_int8)(const uint8_t *payload, ptrdiff_t count, float weight, float *into);
-    int (*check_fp32)(const uint8_t *values, ptrdiff_t count);
-    void (*add_fp32)(const uint8_t *values, ptrdiff_t count, float weight, float *into);
-    void (*to_bf16)(const float *x, ptrdiff_t count, uint16_t *out);
-    void (*from_bf16)(const uint16_t *x, ptrdiff_t count, float *out);
-    int (*pack)(const int8_t *values, ptrdiff_t num_n, ptrdiff_t num_k, uint8_t *out);
-    int (*unpack)(const uint8_t *codes, ptrdiff_t num_n, ptrdiff_t num_k, int8_t *out);
+    /* NOT_FINITE where a result is not; it is written all the same. */
+    int (*to_bf16)(const float *x, ptrdiff_t count, uint16_t *out);
+    int (*from_bf16)(const uint16_t *x, ptrdiff_t count, float *out);
 };
 
 /* Computes `num_m` rows from row `m` for the panels (32 columns) first..end. */
@@ -94,10 +87,17 @@ void run_product(const struct product *p, int threads);
    (ceil(K / 32), ceil(M / 4), 32, 4). */
 void pack_tokens(const int8_t *q, ptrdiff_t num_m, ptrdiff_t num_k, uint8_t *tiles,
                  int threads);
-/* out (N, K) (+)= transpose of dy (M, N) times tokens: packed int8 and a scale each. */
+/* Where rows go that are quantised in groups of columns. */
+struct rounded_rows {
+    int8_t *q;    /* (M, N) */
+    float *scale; /* (M, ceil(N / group)) */
+    ptrdiff_t group;
+};
+/* out (N, K) (+)= transpose of dy (M, N) times tokens: packed int8 and a scale each.
+   Writes the rows of dy as int8 too, unless `rows` is NULL. */
 int weight_gradient(const float *dy, const float *token_scale, const uint8_t *tiles,
                     ptrdiff_t num_m, ptrdiff_t num_n, ptrdiff_t num_k, float *out,
-                    int accumulate, int threads);
+                    int accumulate, const struct rounded_rows *rows, int threads);
 /* Memory for one call, at a cache line; kept for the next call. NULL: none left. */
 void *take_scratch(size_t size);
 void give_scratch(void *scratch);

@@ -5,35 +5,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-
 enum { LANES = 16 };
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 /* Adding 1.5 * 2^23 leaves the nearest integer in the low bits. */
 #define ROUNDER 12582912.0f
+/* Numbers by which long walks ask memory for what they will need. */
+enum { AHEAD = 512 };
 
-#define TARGET
-#define LEVEL portable
-#include "kernels_fused_loops.h"
-#undef TARGET
-#undef LEVEL
+#define LOOPS "kernels_fused_loops.h"
+#include "kernels_levels.h"
 
-#if defined(__x86_64__)
-#define TARGET __attribute__((target("avx2")))
-#define LEVEL avx2
-#include "kernels_fused_loops.h"
-#undef TARGET
-#undef LEVEL
-
-#define TARGET                                                                          \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
-#define LEVEL avx512
-#include "kernels_fused_loops.h"
-#undef TARGET
-#undef LEVEL
-#endif
-
-static const struct fused_loops *active_fused(void)
+const struct fused_loops *active_fused(void)
 {
 #if defined(__x86_64__)
     if (active_loops() == &loops_avx512)
@@ -122,7 +105,7 @@ static void norm_backward_item(void *context, ptrdiff_t item)
     struct norm_job *job = context;
     ptrdiff_t num_k = job->norm.num_k, m = item * ITEM_ROWS;
     ptrdiff_t end = least(m + ITEM_ROWS, job->norm.num_m);
-    float *scratch = malloc((size_t)num_k * sizeof *scratch);
+    float *scratch = malloc(2 * (size_t)num_k * sizeof *scratch);
     if (!scratch) {
         __atomic_store_n(&job->failed, NO_MEMORY, __ATOMIC_RELAXED);
         return;
@@ -152,37 +135,6 @@ int norm_backward(const struct norm *n, const float *dy, float *dx, float *dup, 
     return status;
 }
 
-struct rotate_job {
-    float *x;
-    const float *cosines, *sines;
-    void (*rotate)(float *, const float *, const float *, ptrdiff_t, float);
-    ptrdiff_t num_m, num_heads, half, num_t;
-    float sign;
-};
-
-static void rotate_item(void *context, ptrdiff_t item)
-{
-    const struct rotate_job *job = context;
-    ptrdiff_t m = item * ITEM_ROWS, end = least(m + ITEM_ROWS, job->num_m);
-    for (; m < end; m++) {
-        ptrdiff_t angles = m % job->num_t * job->half;
-        float *row = job->x + m * job->num_heads * 2 * job->half;
-        for (ptrdiff_t head = 0; head < job->num_heads; head++)
-            job->rotate(row + head * 2 * job->half, job->cosines + angles,
-                        job->sines + angles, job->half, job->sign);
-    }
-}
-
-void rotate_rows(float *x, ptrdiff_t num_m, ptrdiff_t num_heads, ptrdiff_t half,
-                 const float *cosines, const float *sines, ptrdiff_t num_t, float sign,
-                 int threads)
-{
-    struct rotate_job job = {x,         cosines, sines, active_fused()->rotate, num_m,
-                             num_heads, half,    num_t, sign};
-    double numbers = 2.0 * (double)num_m * (double)num_heads * (double)half;
-    run_parallel(rotate_item, &job, up(num_m, ITEM_ROWS), enough(numbers, threads));
-}
-
 struct softmax_job {
     struct logits logits;
     const int64_t *targets;
@@ -205,16 +157,9 @@ static float softmax_row(const struct softmax_job *job, ptrdiff_t m, float *row)
     }
     if (logits->kind == LOGITS_FP32)
         return job->loops->softmax((float *)(void *)values, num_v, target, job->scale);
-    if (logits->kind == LOGITS_BF16)
-        active_loops()->from_bf16((const uint16_t *)(void *)values, num_v, row);
-    else
-        job->loops->dequantise((const int32_t *)(void *)values, logits->row_scale[m],
-                               logits->column_scale, num_v, row);
+    active_loops()->from_bf16((const uint16_t *)(void *)values, num_v, row);
     float nats = job->loops->softmax(row, num_v, target, job->scale);
-    if (logits->kind == LOGITS_BF16)
-        active_loops()->to_bf16(row, num_v, (uint16_t *)(void *)values);
-    else
-        memcpy(values, row, width);
+    active_loops()->to_bf16(row, num_v, (uint16_t *)(void *)values);
     return nats;
 }
 

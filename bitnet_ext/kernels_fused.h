@@ -19,23 +19,21 @@ struct norm {
     int gate;
 };
 
-/* AdamW on a stretch of numbers that share their decay. */
+/* AdamW on a stretch of numbers that share their decay. Leaves zeros for gradients: to
+   write them while they are at hand costs less than another pass. */
 struct adamw {
-    float *value, *mean, *square;
-    const float *grad;
+    float *value, *mean, *square, *grad;
     /* factor on the gradient (clip), 1 - rate * decay, rate over the correction of
        the mean, one over the root of the correction of the square. */
     float clip, keep, rate, root;
     float beta1, beta2, eps;
 };
 
-/* What logits are made of: floats, bits of bf16, or int32 products that are to be
-   multiplied by the scales of their row and column. */
-enum logits_kind { LOGITS_FP32 = 0, LOGITS_BF16 = 1, LOGITS_INT32 = 2 };
+/* What logits are made of: floats, or bits of bf16. */
+enum logits_kind { LOGITS_FP32 = 0, LOGITS_BF16 = 1 };
 
 struct logits {
     void *values; /* (M, V) */
-    const float *row_scale, *column_scale; /* (M), (V); for int32 alone */
     ptrdiff_t num_m, num_v;
     int kind;
 };
@@ -44,17 +42,13 @@ struct fused_loops {
     /* y = gain * x * inverse for rows m..m + count, (count, K); writes `inverse`. */
     void (*norm_rows)(const struct norm *n, ptrdiff_t m, ptrdiff_t count, float *y);
     /* One row: dx from dy (K); adds to `dgain`, and to `dx` where `add`. With a gate
-       dx and dup are those of its two inputs, and may be the inputs themselves. */
+       dx and dup are those of its two inputs, and may be the inputs themselves.
+       `scratch` holds 2 * K numbers. */
     void (*norm_row_backward)(const struct norm *n, ptrdiff_t m, const float *dy,
                               float *dx, float *dup, int add, float *scratch,
                               float *dgain);
-    void (*rotate)(float *x, const float *cosines, const float *sines, ptrdiff_t half,
-                   float sign);
     /* One row of logits becomes its gradient times `scale`; returns nats. */
     float (*softmax)(float *logits, ptrdiff_t count, ptrdiff_t target, float scale);
-    /* x = product * row_scale * column_scale */
-    void (*dequantise)(const int32_t *products, float row_scale,
-                       const float *column_scale, ptrdiff_t count, float *x);
     double (*sum_of_squares)(const float *x, ptrdiff_t count);
     void (*adamw)(const struct adamw *a, ptrdiff_t start, ptrdiff_t count);
 };
@@ -63,6 +57,7 @@ extern const struct fused_loops fused_portable;
 #if defined(__x86_64__)
 extern const struct fused_loops fused_avx2, fused_avx512;
 #endif
+const struct fused_loops *active_fused(void);
 
 /* Writes q (M, K), its scale (M) and `n->inverse`. */
 int norm_quantise(struct norm *n, int8_t *q, float *scale, int threads);
@@ -71,13 +66,7 @@ int norm_forward(struct norm *n, float *y, int threads);
 /* Writes dx and dup (see above), adds to dgain (K). */
 int norm_backward(const struct norm *n, const float *dy, float *dx, float *dup, int add,
                   float *dgain, int threads);
-/* Turns `num_heads` heads of 2 * half numbers in each of M rows; row m has the angles
-   of position m % num_t, times `sign`. */
-void rotate_rows(float *x, ptrdiff_t num_m, ptrdiff_t num_heads, ptrdiff_t half,
-                 const float *cosines, const float *sines, ptrdiff_t num_t, float sign,
-                 int threads);
-/* Logits become scale * (softmax - onehot), in place: as bf16 where they were, else as
-   float32. A negative target gives zeros. Writes the nats of each row. */
+/* Logits become scale * (softmax - onehot), in place. A negative target gives zeros. Writes the nats of each row. */
 int softmax_backward(const struct logits *logits, const int64_t *targets, float scale,
                      float *nats, int threads);
 /* The sum of squares, in blocks of fixed size and order. */

@@ -15,7 +15,7 @@ cdef extern from "kernels_fused.h" nogil:
         float *value
         float *mean
         float *square
-        const float *grad
+        float *grad
         float clip
         float keep
         float rate
@@ -32,20 +32,12 @@ cdef extern from "kernels_fused.h" nogil:
         const norm *n, const float *dy, float *dx, float *dup, int add, float *dgain,
         int threads
     )
-    void c_rotate_rows "rotate_rows"(
-        float *x, Py_ssize_t num_m, Py_ssize_t num_heads, Py_ssize_t half,
-        const float *cosines, const float *sines, Py_ssize_t num_t, float sign,
-        int threads
-    )
     cdef enum:
         LOGITS_FP32
         LOGITS_BF16
-        LOGITS_INT32
 
     cdef struct c_logits "logits":
         void *values
-        const float *row_scale
-        const float *column_scale
         Py_ssize_t num_m
         Py_ssize_t num_v
         int kind
@@ -167,27 +159,6 @@ def norm_backward(
     return status
 
 
-def rotate_rows(
-    float[:, ::1] x not None,
-    const float[:, ::1] cosines not None,
-    const float[:, ::1] sines not None,
-    float sign,
-    int threads,
-):
-    """Turn rows (M, heads * 2 * half) in place by angles (T, half), T by T rows."""
-    cdef Py_ssize_t num_t = cosines.shape[0]
-    cdef Py_ssize_t half = cosines.shape[1]
-    _must(sines.shape[0] == num_t and sines.shape[1] == half, "sines")
-    if x.shape[0] == 0 or x.shape[1] == 0:
-        return
-    _must(num_t > 0 and half > 0 and x.shape[1] % (2 * half) == 0, "x")
-    with nogil:
-        c_rotate_rows(
-            &x[0, 0], x.shape[0], x.shape[1] // (2 * half), half, &cosines[0, 0],
-            &sines[0, 0], num_t, sign, threads
-        )
-
-
 def softmax_backward_fp32(
     float[:, ::1] logits not None,
     const int64_t[::1] targets not None,
@@ -217,28 +188,6 @@ def softmax_backward_bf16(
     if which.num_m == 0 or which.num_v == 0:
         return 0
     which.values = &logits[0, 0]
-    return _softmax(&which, targets, scale, nats, threads)
-
-
-def softmax_backward_int32(
-    int32_t[:, ::1] products not None,
-    const float[::1] row_scale not None,
-    const float[::1] column_scale not None,
-    const int64_t[::1] targets not None,
-    float scale,
-    float[::1] nats not None,
-    int threads,
-):
-    """The same for products of int8, whose memory holds float32 afterwards."""
-    cdef c_logits which
-    which.num_m, which.num_v = products.shape[0], products.shape[1]
-    which.kind = LOGITS_INT32
-    _must(row_scale.shape[0] == which.num_m, "row_scale")
-    _must(column_scale.shape[0] == which.num_v, "column_scale")
-    if which.num_m == 0 or which.num_v == 0:
-        return 0
-    which.values = &products[0, 0]
-    which.row_scale, which.column_scale = &row_scale[0], &column_scale[0]
     return _softmax(&which, targets, scale, nats, threads)
 
 
@@ -275,7 +224,7 @@ def square_sum(const float[::1] x not None, int threads):
 
 def adamw_step(
     float[::1] value not None,
-    const float[::1] grad not None,
+    float[::1] grad not None,
     float[::1] mean not None,
     float[::1] square not None,
     float clip,
@@ -287,7 +236,7 @@ def adamw_step(
     float eps,
     int threads,
 ):
-    """Update value, mean and square, all of one length."""
+    """Update value, mean and square, all of one length; write zeros to grad."""
     cdef adamw a
     cdef Py_ssize_t count = value.shape[0]
     _must(grad.shape[0] == count, "grad")

@@ -76,6 +76,8 @@ INLINE void NAME(norm_row)(const struct norm *n, const float *x, const float *up
     ptrdiff_t num_k = n->num_k;
     v16 sums = {0};
     for (ptrdiff_t k = 0; k < num_k; k += LANES) {
+        __builtin_prefetch(x + num_k + k); /* the next row */
+        __builtin_prefetch(up + num_k + k);
         v16 value = NAME(input)(x + k, up + k, gate, num_k - k);
         sums += value * value;
         NAME(store)(y + k, num_k - k, value);
@@ -103,13 +105,14 @@ TARGET static void NAME(norm_rows)(const struct norm *n, ptrdiff_t m, ptrdiff_t 
     }
 }
 
+INLINE v16 NAME(sigmoid)(v16 x) { return 1.0f / (NAME(exponential)(-x) + 1.0f); }
+
 /* From the gradient of act(x) * up to those of x and up. */
-INLINE void NAME(gate_backward)(const float *x, const float *up, int gate, v16 d,
-                                float *dx, float *dup, ptrdiff_t left)
+INLINE void NAME(gate_backward)(const float *x, const float *up, int gate, v16 sigmoid,
+                                v16 d, float *dx, float *dup, ptrdiff_t left)
 {
     v16 a = NAME(load)(x, left), b = NAME(load)(up, left), act, slope;
     if (gate == SILU) {
-        v16 sigmoid = 1.0f / (NAME(exponential)(-a) + 1.0f);
         act = a * sigmoid;
         slope = sigmoid + act * (1.0f - sigmoid);
     } else {
@@ -121,18 +124,29 @@ INLINE void NAME(gate_backward)(const float *x, const float *up, int gate, v16 d
     NAME(store)(dup, left, d * act);
 }
 
-/* With x^ = x * inverse and d = gain * dy: dx = inverse * (d - x^ * mean(d * x^)). */
+/* With x^ = x * inverse and d = gain * dy: dx = inverse * (d - x^ * mean(d * x^)).
+   `scratch` keeps x^, and behind it sigmoids: an exponential and a division each. */
 INLINE void NAME(row_backward)(const struct norm *n, ptrdiff_t m, const float *dy,
                                float *dx, float *dup, int add, float *scratch,
                                float *dgain, int gate)
 {
     ptrdiff_t num_k = n->num_k;
     const float *x = n->x + m * num_k, *up = gate ? n->up + m * num_k : x;
-    float inverse = n->inverse[m];
+    float inverse = n->inverse[m], *sigmoids = scratch + num_k;
     v16 sums = {0};
     for (ptrdiff_t k = 0; k < num_k; k += LANES) {
         ptrdiff_t left = num_k - k;
-        v16 unit = NAME(input)(x + k, up + k, gate, left) * inverse;
+        v16 unit;
+        __builtin_prefetch(x + num_k + k); /* the next row */
+        __builtin_prefetch(up + num_k + k);
+        __builtin_prefetch(dy + num_k + k);
+        if (gate == SILU) {
+            v16 a = NAME(load)(x + k, left), sigmoid = NAME(sigmoid)(a);
+            NAME(store)(sigmoids + k, left, sigmoid);
+            unit = a * sigmoid * NAME(load)(up + k, left) * inverse;
+        } else {
+            unit = NAME(input)(x + k, up + k, gate, left) * inverse;
+        }
         v16 part = NAME(load)(dy + k, left) * unit;
         sums += part * NAME(load)(n->gain + k, left);
         NAME(store)(dgain + k, left, NAME(load)(dgain + k, left) + part);
@@ -144,7 +158,9 @@ INLINE void NAME(row_backward)(const struct norm *n, ptrdiff_t m, const float *d
         v16 d = NAME(load)(dy + k, left) * NAME(load)(n->gain + k, left);
         d = (d - NAME(load)(scratch + k, left) * mean) * inverse;
         if (gate)
-            NAME(gate_backward)(x + k, up + k, gate, d, dx + k, dup + k, left);
+            NAME(gate_backward)(x + k, up + k, gate,
+                                gate == SILU ? NAME(load)(sigmoids + k, left) : d, d,
+                                dx + k, dup + k, left);
         else
             NAME(store)(dx + k, left, add ? d + NAME(load)(dx + k, left) : d);
     }
@@ -160,18 +176,6 @@ TARGET static void NAME(norm_row_backward)(const struct norm *n, ptrdiff_t m,
         NAME(row_backward)(n, m, dy, dx, dup, add, scratch, dgain, SILU);
     else
         NAME(row_backward)(n, m, dy, dx, dup, add, scratch, dgain, SQUARED_RELU);
-}
-
-TARGET static void NAME(rotate)(float *x, const float *cosines, const float *sines,
-                                ptrdiff_t half, float sign)
-{
-    for (ptrdiff_t i = 0; i < half; i += LANES) {
-        ptrdiff_t left = half - i;
-        v16 c = NAME(load)(cosines + i, left), s = NAME(load)(sines + i, left) * sign;
-        v16 a = NAME(load)(x + i, left), b = NAME(load)(x + half + i, left);
-        NAME(store)(x + i, left, a * c - b * s);
-        NAME(store)(x + half + i, left, b * c + a * s);
-    }
 }
 
 TARGET static float NAME(softmax)(float *logits, ptrdiff_t count, ptrdiff_t target,
@@ -207,22 +211,16 @@ TARGET static float NAME(softmax)(float *logits, ptrdiff_t count, ptrdiff_t targ
     return logf(sum) - (known - largest) + bad;
 }
 
-TARGET static void NAME(dequantise)(const int32_t *products, float row_scale,
-                                    const float *column_scale, ptrdiff_t count,
-                                    float *restrict x)
-{
-    for (ptrdiff_t i = 0; i < count; i++)
-        x[i] = (float)products[i] * row_scale * column_scale[i];
-}
-
 /* In 16 lanes of doubles, as long as a block is: see `square_sum`. */
 TARGET static double NAME(sum_of_squares)(const float *x, ptrdiff_t count)
 {
     double lanes[LANES] = {0}, sum = 0;
     ptrdiff_t i = 0;
-    for (; i + LANES <= count; i += LANES)
+    for (; i + LANES <= count; i += LANES) {
+        __builtin_prefetch(x + i + AHEAD);
         for (int lane = 0; lane < LANES; lane++)
             lanes[lane] += (double)x[i + lane] * (double)x[i + lane];
+    }
     for (int lane = 0; i < count; i++, lane++)
         lanes[lane] += (double)x[i] * (double)x[i];
     for (int lane = 0; lane < LANES; lane++)
@@ -234,8 +232,7 @@ TARGET static void NAME(adamw)(const struct adamw *a, ptrdiff_t start, ptrdiff_t
 {
     struct adamw all = *a;
     float *restrict value = all.value + start, *restrict mean = all.mean + start;
-    float *restrict square = all.square + start;
-    const float *restrict grad = all.grad + start;
+    float *restrict square = all.square + start, *restrict grad = all.grad + start;
     for (ptrdiff_t i = 0; i < count; i++) {
         float g = grad[i] * all.clip;
         float m = mean[i] + (g - mean[i]) * (1.0f - all.beta1);
@@ -243,12 +240,13 @@ TARGET static void NAME(adamw)(const struct adamw *a, ptrdiff_t start, ptrdiff_t
         mean[i] = m;
         square[i] = v;
         value[i] = value[i] * all.keep - all.rate * m / (sqrtf(v) * all.root + all.eps);
+        grad[i] = 0.0f;
     }
 }
 
 const struct fused_loops NAME(fused) = {
-    NAME(norm_rows),  NAME(norm_row_backward), NAME(rotate), NAME(softmax),
-    NAME(dequantise), NAME(sum_of_squares),    NAME(adamw),
+    NAME(norm_rows),  NAME(norm_row_backward), NAME(softmax),
+    NAME(sum_of_squares), NAME(adamw),
 };
 
 #undef PASTE_

@@ -91,26 +91,32 @@ struct rounding {
     int8_t *blocks;
     float *scale;
     int32_t *start;
+    const struct rounded_rows *rows; /* may be NULL */
 };
 
-static void round_item(void *context, ptrdiff_t item)
+/* One group of tokens: the rows first, which brings them to L2, then the columns. */
+static void round_item(void *context, ptrdiff_t g)
 {
     const struct rounding *job = context;
-    ptrdiff_t num_strips = up(job->num_n, ITEM_COLUMNS), num_k4 = up(job->num_m, 4);
-    ptrdiff_t g = item / num_strips, n = item % num_strips * ITEM_COLUMNS;
-    ptrdiff_t m = g * TOKENS, left = job->num_n - n, tokens = job->num_m - m;
-    active_loops()->quantise_columns(
-        job->dy + m * job->num_n + n, job->num_n,
-        left < ITEM_COLUMNS ? left : ITEM_COLUMNS, job->token_scale + m,
-        tokens < TOKENS ? tokens : TOKENS,
-        job->blocks + (n / LEFT_ROWS * num_k4 + m / 4) * LEFT_BYTES,
-        num_k4 * LEFT_BYTES, job->scale + n * job->num_groups + g,
-        job->start + n * job->num_groups + g, job->num_groups);
+    ptrdiff_t num_n = job->num_n, num_k4 = up(job->num_m, 4), m = g * TOKENS;
+    ptrdiff_t tokens = job->num_m - m < TOKENS ? job->num_m - m : TOKENS;
+    const float *dy = job->dy + m * num_n;
+    if (job->rows)
+        active_loops()->quantise_rows(dy, tokens, num_n, job->rows->group,
+                                      job->rows->q + m * num_n,
+                                      job->rows->scale + m * up(num_n, job->rows->group));
+    for (ptrdiff_t n = 0; n < num_n; n += ITEM_COLUMNS)
+        active_loops()->quantise_columns(
+            dy + n, num_n, num_n - n < ITEM_COLUMNS ? num_n - n : ITEM_COLUMNS,
+            job->token_scale + m, tokens,
+            job->blocks + (n / LEFT_ROWS * num_k4 + m / 4) * LEFT_BYTES,
+            num_k4 * LEFT_BYTES, job->scale + n * job->num_groups + g,
+            job->start + n * job->num_groups + g, job->num_groups);
 }
 
 int weight_gradient(const float *dy, const float *token_scale, const uint8_t *tiles,
                     ptrdiff_t num_m, ptrdiff_t num_n, ptrdiff_t num_k, float *out,
-                    int accumulate, int threads)
+                    int accumulate, const struct rounded_rows *rows, int threads)
 {
     ptrdiff_t num_groups = up(num_m, TOKENS), num_k4 = up(num_m, 4);
     ptrdiff_t size = up(num_n, LEFT_ROWS) * num_k4 * LEFT_BYTES;
@@ -119,9 +125,9 @@ int weight_gradient(const float *dy, const float *token_scale, const uint8_t *ti
         return NO_MEMORY;
     float *scale = (float *)(blocks + size);
     int32_t *start = (int32_t *)(scale + num_n * num_groups);
-    struct rounding job = {dy, token_scale, num_m, num_n, num_groups, blocks, scale, start};
-    run_parallel(round_item, &job, num_groups * up(num_n, ITEM_COLUMNS),
-                 useful(num_m * num_n, threads));
+    struct rounding job = {dy,     token_scale, num_m, num_n, num_groups,
+                           blocks, scale,       start, rows};
+    run_parallel(round_item, &job, num_groups, useful(num_m * num_n, threads));
     struct product p = {
         .q = blocks, .row_scale = scale, .row_start = start, .tiles = tiles, .out = out,
         .num_m = num_n, .num_n = num_k, .num_k4 = num_k4,

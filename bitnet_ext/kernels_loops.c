@@ -1,41 +1,15 @@
 /* Instances of `kernels_loops.h`: portable C, and what the compiler makes of the same
    text for AVX2 and AVX-512. */
-#include "kernels_core.h"
+#include "kernels_codec.h"
+
+#include "kernels_bits.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
-/* Adding 1.5 * 2^23 leaves the nearest integer, halves to even, in the low bits. */
-#define ROUNDER 12582912.0f
-#define SIZE_MASK 0x7fffffff
 /* Columns of dy that one pass quantises: TOKENS of them stay in L1. */
 enum { STRIP = 4 * LEFT_ROWS };
-#define INFINITE 0x7f800000
-/* 2^100: 127 of it are far from overflow, and no training makes it. */
-#define MAX_SCALE 0x1p100f
-
-static inline __attribute__((always_inline)) int32_t bits_of(float x)
-{
-    int32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-static inline __attribute__((always_inline)) float float_of(int32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-/* A float at any address: a payload may start anywhere. */
-static inline __attribute__((always_inline)) float load_float(const uint8_t *at)
-{
-    float x;
-    memcpy(&x, at, 4);
-    return x;
-}
 
 /* Sums of int8: compilers widen each number to int32 first. */
 static int32_t sum_portable(const int8_t *q, ptrdiff_t count)

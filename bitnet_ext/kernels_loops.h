@@ -56,6 +56,9 @@ TARGET static void NAME(quantise_rows)(const float *x, ptrdiff_t num_m, ptrdiff_
     for (ptrdiff_t m = 0; m < num_m; m++)
         for (ptrdiff_t k = 0; k < num_k; k += group) {
             ptrdiff_t count = num_k - k < group ? num_k - k : group;
+            /* The next group: the caches fetch it while this one is rounded. */
+            for (ptrdiff_t i = 0; i < count && m + 1 < num_m; i += 16)
+                __builtin_prefetch(x + m * num_k + k + group + i);
             *scale++ = NAME(quantise)(x + m * num_k + k, count, q + m * num_k + k);
         }
 }
@@ -186,156 +189,10 @@ TARGET static void NAME(ternary_strip)(const float *w, ptrdiff_t num_k, float ha
         codes[k] = (uint8_t)(1 + (w[k] > half) - (w[k] < -half));
 }
 
-TARGET static int NAME(encode_int8)(const float *x, const float *residual,
-                                    ptrdiff_t count, uint8_t *payload,
-                                    float *new_residual)
-{
-    ptrdiff_t num_blocks = (count + BLOCK - 1) / BLOCK;
-    int8_t *q = (int8_t *)payload + 4 * num_blocks;
-    float values[BLOCK];
-    for (ptrdiff_t block = 0; block < num_blocks; block++) {
-        ptrdiff_t start = block * BLOCK;
-        ptrdiff_t size = count - start < BLOCK ? count - start : BLOCK;
-        for (ptrdiff_t i = 0; i < size; i++)
-            values[i] = residual ? x[start + i] + residual[start + i] : x[start + i];
-        float scale = NAME(quantise)(values, size, q + start);
-        if (!(scale <= MAX_SCALE))
-            return isnan(scale) ? NOT_FINITE : TOO_LARGE;
-        memcpy(payload + 4 * block, &scale, 4);
-        if (new_residual)
-            for (ptrdiff_t i = 0; i < size; i++)
-                new_residual[start + i] = values[i] - scale * (float)q[start + i];
-    }
-    return OK;
-}
-
-TARGET static int NAME(check_int8)(const uint8_t *payload, ptrdiff_t count)
-{
-    ptrdiff_t num_blocks = (count + BLOCK - 1) / BLOCK;
-    const uint8_t *q = payload + 4 * num_blocks;
-    int not_finite = 0, too_large = 0, bad = 0;
-    for (ptrdiff_t block = 0; block < num_blocks; block++) {
-        float scale = load_float(payload + 4 * block);
-        int32_t bits = bits_of(scale);
-        not_finite |= (bits & SIZE_MASK) >= INFINITE;
-        too_large |= scale > MAX_SCALE;
-        /* Negative, minus zero or subnormal: no encoder writes that. */
-        bad |= bits != 0 && bits < bits_of(FLT_MIN);
-    }
-    for (ptrdiff_t i = 0; i < count; i++)
-        bad |= q[i] == 128;
-    return not_finite ? NOT_FINITE : too_large ? TOO_LARGE : bad ? BAD_VALUE : OK;
-}
-
-TARGET static void NAME(add_int8)(const uint8_t *payload, ptrdiff_t count, float weight,
-                                  float *into)
-{
-    ptrdiff_t num_blocks = (count + BLOCK - 1) / BLOCK;
-    const int8_t *q = (const int8_t *)payload + 4 * num_blocks;
-    for (ptrdiff_t block = 0; block < num_blocks; block++) {
-        float scale = load_float(payload + 4 * block);
-        ptrdiff_t start = block * BLOCK;
-        ptrdiff_t end = count - start < BLOCK ? count : start + BLOCK;
-        for (ptrdiff_t i = start; i < end; i++)
-            into[i] += weight * (scale * (float)q[i]);
-    }
-}
-
-TARGET static int NAME(check_fp32)(const uint8_t *values, ptrdiff_t count)
-{
-    int32_t largest = 0;
-    for (ptrdiff_t i = 0; i < count; i++) {
-        int32_t bits = bits_of(load_float(values + 4 * i)) & SIZE_MASK;
-        largest = bits > largest ? bits : largest;
-    }
-    return largest >= INFINITE ? NOT_FINITE : OK;
-}
-
-TARGET static void NAME(add_fp32)(const uint8_t *values, ptrdiff_t count, float weight,
-                                  float *into)
-{
-    for (ptrdiff_t i = 0; i < count; i++)
-        into[i] += weight * load_float(values + 4 * i);
-}
-
-/* To nearest, halves to even; a NaN keeps its sign and top bits and stays a NaN. */
-TARGET static void NAME(to_bf16)(const float *x, ptrdiff_t count, uint16_t *out)
-{
-    for (ptrdiff_t i = 0; i < count; i++) {
-        uint32_t bits = (uint32_t)bits_of(x[i]);
-        uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        int is_nan = (bits & SIZE_MASK) > INFINITE;
-        out[i] = (uint16_t)(is_nan ? bits >> 16 | 0x40 : rounded);
-    }
-}
-
-TARGET static void NAME(from_bf16)(const uint16_t *x, ptrdiff_t count, float *out)
-{
-    for (ptrdiff_t i = 0; i < count; i++)
-        out[i] = float_of((int32_t)((uint32_t)x[i] << 16));
-}
-
-/* 0 -> 0b00, +1 -> 0b01, -1 -> 0b10. */
-TARGET static inline unsigned NAME(code_of)(int8_t value)
-{
-    return (unsigned)(value & 1) + (value < 0);
-}
-
-/* Four values to a byte, lowest bits first; each row on bytes of its own. */
-TARGET static int NAME(pack)(const int8_t *values, ptrdiff_t num_n, ptrdiff_t num_k,
-                             uint8_t *out)
-{
-    uint8_t bad = 0;
-    for (ptrdiff_t i = 0; i < num_n * num_k; i++)
-        bad |= (uint8_t)(values[i] + 1) > 2;
-    for (ptrdiff_t n = 0; n < num_n; n++, values += num_k, out += (num_k + 3) / 4) {
-        for (ptrdiff_t b = 0; b < num_k / 4; b++)
-            out[b] = (uint8_t)(NAME(code_of)(values[4 * b]) |
-                               NAME(code_of)(values[4 * b + 1]) << 2 |
-                               NAME(code_of)(values[4 * b + 2]) << 4 |
-                               NAME(code_of)(values[4 * b + 3]) << 6);
-        unsigned last = 0;
-        for (int i = 0; i < num_k % 4; i++)
-            last |= NAME(code_of)(values[num_k / 4 * 4 + i]) << (2 * i);
-        if (num_k % 4)
-            out[num_k / 4] = (uint8_t)last;
-    }
-    return bad ? BAD_VALUE : OK;
-}
-
-TARGET static inline int8_t NAME(value_of)(unsigned byte, int place)
-{
-    unsigned code = byte >> (2 * place);
-    return (int8_t)((int)(code & 1) - (int)(code >> 1 & 1));
-}
-
-TARGET static int NAME(unpack)(const uint8_t *codes, ptrdiff_t num_n, ptrdiff_t num_k,
-                               int8_t *out)
-{
-    uint8_t bad = 0;
-    ptrdiff_t width = (num_k + 3) / 4;
-    for (ptrdiff_t i = 0; i < num_n * width; i++)
-        bad |= codes[i] & codes[i] >> 1 & 0x55;
-    for (ptrdiff_t n = 0; n < num_n; n++, codes += width, out += num_k) {
-        for (ptrdiff_t b = 0; b < num_k / 4; b++) {
-            out[4 * b] = NAME(value_of)(codes[b], 0);
-            out[4 * b + 1] = NAME(value_of)(codes[b], 1);
-            out[4 * b + 2] = NAME(value_of)(codes[b], 2);
-            out[4 * b + 3] = NAME(value_of)(codes[b], 3);
-        }
-        if (num_k % 4)
-            bad |= codes[width - 1] >> (2 * (num_k % 4));
-        for (int i = 0; i < num_k % 4; i++)
-            out[num_k / 4 * 4 + i] = NAME(value_of)(codes[width - 1], i);
-    }
-    return bad ? BAD_VALUE : OK;
-}
-
 const struct loops NAME(loops) = {
-    NAME(quantise_rows), NAME(row_starts),   NAME(quantise_columns), NAME(interleave), NAME(sum_of_sizes), NAME(ternary_strip),
-    NAME(encode_int8),   NAME(check_int8), NAME(add_int8),     NAME(check_fp32),
-    NAME(add_fp32),      NAME(to_bf16),    NAME(from_bf16),    NAME(pack),
-    NAME(unpack),
+    NAME(quantise_rows), NAME(row_starts),   NAME(quantise_columns),
+    NAME(interleave),    NAME(sum_of_sizes), NAME(ternary_strip),
+    NAME(to_bf16),       NAME(from_bf16),
 };
 
 #undef PASTE_

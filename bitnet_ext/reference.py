@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_ext.codecs import BLOCK, Vector
+from bitnet_ext.packing import PLANE, PLANES
 from bitnet_ext.ternary import TOKENS, QuantisedRows
 
 _LANES = 16
@@ -128,6 +129,29 @@ def unpack(packed_NB: NDArray[np.uint8], num_columns: int) -> NDArray[np.int8]:
     return values
 
 
+def pack3(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Return base-3 codes, uint8 (ceil(n / 5),), of ternary values int8 (n,)."""
+    parts = []
+    for start in range(0, values.size, PLANES * PLANE):
+        block = values[start : start + PLANES * PLANE].astype(int)
+        block = np.pad(block, (0, -block.size % PLANES)).reshape(PLANES, -1)
+        number = 3 ** np.arange(PLANES)[::-1] @ (block + 1)
+        parts.append(-(-number * 256 // 243))
+    return np.concatenate([np.zeros(0), *parts]).astype(np.uint8)
+
+
+def unpack3(packed: NDArray[np.uint8], num_values: int) -> NDArray[np.int8]:
+    """Return the values of sound base-3 codes, int8 (n,)."""
+    parts = []
+    for start in range(0, packed.size, PLANE):
+        rest, planes = packed[start : start + PLANE].astype(int), []
+        for _ in range(PLANES):
+            planes.append(3 * rest // 256 - 1)
+            rest = 3 * rest % 256
+        parts.append(np.concatenate(planes))
+    return np.concatenate([np.zeros(0), *parts])[:num_values].astype(np.int8)
+
+
 def encode_int8(vector: Vector) -> bytes:
     """Return the int8 payload of finite numbers (n,)."""
     blocks = [
@@ -151,6 +175,20 @@ def decode_add(decoded: Vector, into: Vector, weight: float) -> Vector:
     return into + np.float32(weight) * decoded
 
 
+def outer_step(
+    weights: Vector,
+    momentum: Vector,
+    mean: Vector,
+    *,
+    rate: float,
+    decay: float,
+) -> tuple[Vector, Vector]:
+    """Return new weights and new momentum, each operation rounded to float32."""
+    new_momentum = momentum * np.float32(decay) + mean
+    step = (new_momentum * np.float32(decay) + mean) * np.float32(rate)
+    return weights - step, new_momentum
+
+
 def to_bf16(vector: Vector) -> NDArray[np.uint16]:
     """Return the nearest bf16 bits, halves to even; a NaN gets the quiet bit."""
     bits = vector.view(np.uint32).astype(np.uint64)
@@ -162,3 +200,21 @@ def to_bf16(vector: Vector) -> NDArray[np.uint16]:
 def from_bf16(bits: NDArray[np.uint16]) -> Vector:
     """Return the numbers of bf16 bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_fp16(vector: Vector) -> NDArray[np.uint16]:
+    """Return the nearest fp16 bits, halves to even; a NaN gets the quiet bit."""
+    with np.errstate(all="ignore"):
+        rounded = vector.astype(np.float16).view(np.uint16)
+    bits = vector.view(np.uint32)
+    quiet = bits >> 16 & 0x8000 | 0x7E00 | bits >> 13 & 0x3FF
+    return np.where(np.isnan(vector), quiet, rounded).astype(np.uint16)
+
+
+def from_fp16(bits: NDArray[np.uint16]) -> Vector:
+    """Return the numbers of fp16 bits; a NaN gets the quiet bit."""
+    halves, wide = bits.view(np.float16), bits.astype(np.uint32)
+    with np.errstate(all="ignore"):
+        numbers = halves.astype(np.float32).view(np.uint32)
+    quiet = (wide & 0x8000) << 16 | 0x7FC00000 | (wide & 0x3FF) << 13
+    return np.where(np.isnan(halves), quiet, numbers).astype(np.uint32).view(np.float32)

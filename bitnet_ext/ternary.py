@@ -15,94 +15,33 @@ groups of a row.
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext import _kernels
-from bitnet_ext.errors import UnknownIsaError
+from bitnet_ext.isa import ISA_VARIABLE as ISA_VARIABLE
+from bitnet_ext.isa import active_isa as active_isa
+from bitnet_ext.isa import choose_isa as choose_isa
+from bitnet_ext.isa import kernels as _kernels
+from bitnet_ext.isa import supported_isas as supported_isas
+from bitnet_ext.memory import aligned, destination
+from bitnet_ext.operands import TILE_COLUMNS, TILE_ROWS
+from bitnet_ext.operands import PackedTernary as PackedTernary
+from bitnet_ext.operands import PackedTokens as PackedTokens
+from bitnet_ext.operands import QuantisedRows as QuantisedRows
+from bitnet_ext.operands import TernaryWeight as TernaryWeight
 
-#: Name of a kernel variant; where it is set, no other runs.
-ISA_VARIABLE: Final = "BITNET_EXT_ISA"
 #: Longest row: with more, a sum of int8 times ternary could leave int32.
 MAX_COLUMNS: Final = 1 << 22
 #: Rows of dy that share a scale in `weight_gradient`.
 TOKENS: Final = 128
 
-_Number = TypeVar("_Number", bound=np.generic)
+#: Up to so many rows are multiplied by a weight at 2 bits a value, as in generation.
+FEW_ROWS: Final = 8
 
-_TILE_ROWS: Final = 32
-_TILE_COLUMNS: Final = 4
-#: Bytes of a cache line.
-_LINE: Final = 64
-
-
-@dataclass(frozen=True, slots=True)
-class QuantisedRows:
-    """Rows of int8 with their scales; a value is `q * scale` of its group."""
-
-    #: int8 (M, K), from -127 to 127.
-    q: NDArray[np.int8]
-    #: float32 (M, G), G = ceil(K / group).
-    scale: NDArray[np.float32]
-    #: Columns that share a scale; the last group of a row may hold fewer.
-    group: int
-
-
-@dataclass(frozen=True, slots=True)
-class PackedTernary:
-    """A ternary matrix (N, K) in the order in which the kernel reads it.
-
-    Blocks of 32 rows by 4 columns, block after block along the columns, then the
-    next 32 rows; a byte is the value plus one. Only kernels look inside.
-    """
-
-    tiles: NDArray[np.uint8]
-    num_rows: int
-    num_columns: int
-    #: The value of +1; a float32.
-    scale: float
-
-    def values(self) -> NDArray[np.int8]:
-        """Return the values -1, 0, 1 as int8 (N, K)."""
-        num_k4 = -(-self.num_columns // _TILE_COLUMNS)
-        tiles = self.tiles.reshape(-1, num_k4, _TILE_ROWS, _TILE_COLUMNS)
-        rows = tiles.transpose(0, 2, 1, 3).reshape(
-            tiles.shape[0] * _TILE_ROWS, num_k4 * _TILE_COLUMNS
-        )
-        kept = rows[: self.num_rows, : self.num_columns]
-        return kept.astype(np.int8) - np.int8(1)
-
-
-@dataclass(frozen=True, slots=True)
-class TernaryWeight:
-    """One weight (N, K) for both directions, with one scale."""
-
-    #: (N, K): takes rows of K columns to rows of N.
-    forward: PackedTernary
-    #: (K, N): takes rows of N columns back to rows of K.
-    backward: PackedTernary
-
-    @property
-    def scale(self) -> float:
-        """The mean of |w|, at least 1e-5; NaN where the weight is not finite."""
-        return self.forward.scale
-
-
-@dataclass(frozen=True, slots=True)
-class PackedTokens:
-    """Quantised rows (M, K) in the order in which weight gradients read them.
-
-    The tiles of `PackedTernary`, of the transpose; a byte is the value plus 128.
-    """
-
-    tiles: NDArray[np.uint8]
-    #: float32 (M,): one scale for each row.
-    scale: NDArray[np.float32]
-    num_columns: int
+#: Longest row of such products.
+_NARROW_COLUMNS: Final = 1 << 16
 
 
 def quantise_weight(w_NK: NDArray[np.float32]) -> TernaryWeight:
@@ -112,8 +51,8 @@ def quantise_weight(w_NK: NDArray[np.float32]) -> TernaryWeight:
     """
     w_NK = _matrix(w_NK, "weight")
     num_rows, num_columns = w_NK.shape
-    forward = _tiles(num_rows, num_columns)
-    backward = _tiles(num_columns, num_rows)
+    forward = tile_memory(num_rows, num_columns)
+    backward = tile_memory(num_columns, num_rows)
     status, scale = _kernels.quantise_weight(w_NK, forward, backward)
     _check(status)
     return TernaryWeight(
@@ -132,14 +71,26 @@ def quantise_rows(x_MK: NDArray[np.float32], group: int | None = None) -> Quanti
     and for a group that is not a positive multiple of 4.
     """
     x_MK = _matrix(x_MK, "rows")
-    num_rows, num_columns = x_MK.shape
+    rows = empty_rows(x_MK.shape[0], x_MK.shape[1], group)
+    _kernels.quantise_rows(x_MK, rows.group, rows.q, rows.scale)
+    return rows
+
+
+def empty_rows(
+    num_rows: int, num_columns: int, group: int | None = None
+) -> QuantisedRows:
+    """Return memory for rows; without `group` a row is one group.
+
+    Raises ValueError for a group that is not a positive multiple of 4.
+    """
     if group is None or group >= num_columns:
         group = max(num_columns, 1)
     _check_group(group, num_columns)
-    q = np.empty((num_rows, num_columns), dtype=np.int8)
-    scale = np.empty((num_rows, -(-num_columns // group)), dtype=np.float32)
-    _kernels.quantise_rows(x_MK, group, q, scale)
-    return QuantisedRows(q, scale, group)
+    return QuantisedRows(
+        np.empty((num_rows, num_columns), dtype=np.int8),
+        np.empty((num_rows, -(-num_columns // group)), dtype=np.float32),
+        group,
+    )
 
 
 def matmul(
@@ -166,18 +117,22 @@ def matmul(
     _check_threads(threads)
     if accumulate and out is None:
         raise ValueError("out must be given where accumulate is")
-    out = _destination(out, (num_rows, weight.num_rows))
+    out = destination(out, (num_rows, weight.num_rows), np.float32)
     if not num_columns:
         if not accumulate:
             out.fill(0)
         return out
-    missing = -num_columns % _TILE_COLUMNS
+    few = num_rows <= FEW_ROWS and num_columns <= _NARROW_COLUMNS
+    if few and rows.scale.shape == (num_rows, 1):
+        _multiply_few(rows, weight, out, accumulate=accumulate, threads=threads)
+        return out
+    missing = -num_columns % TILE_COLUMNS
     if missing:
         q_MK = np.pad(q_MK, ((0, 0), (0, missing)))
     status = _kernels.multiply(
         q_MK,
         np.ascontiguousarray(rows.scale),
-        -(-rows.group // _TILE_COLUMNS),
+        -(-rows.group // TILE_COLUMNS),
         weight.tiles,
         weight.scale,
         out,
@@ -186,6 +141,27 @@ def matmul(
     )
     _check(status)
     return out
+
+
+def _multiply_few(
+    rows: QuantisedRows,
+    weight: PackedTernary,
+    out: NDArray[np.float32],
+    *,
+    accumulate: bool,
+    threads: int,
+) -> None:
+    """The product of few rows, which reads a quarter of the bytes; the same bits."""
+    status = _kernels.multiply_narrow(
+        np.ascontiguousarray(rows.q),
+        np.ascontiguousarray(rows.scale),
+        weight.narrow,
+        weight.scale,
+        out,
+        accumulate,
+        threads,
+    )
+    _check(status)
 
 
 def pack_tokens(rows: QuantisedRows, *, threads: int = 1) -> PackedTokens:
@@ -205,7 +181,7 @@ def pack_tokens(rows: QuantisedRows, *, threads: int = 1) -> PackedTokens:
         raise ValueError(
             f"rows must have one scale each, got {scale.shape} for {q_MK.shape}"
         )
-    tiles = _tiles(num_columns, num_rows)
+    tiles = tile_memory(num_columns, num_rows)
     _kernels.pack_tokens(q_MK, tiles, threads)
     return PackedTokens(tiles, scale.reshape(-1), num_columns)
 
@@ -216,13 +192,15 @@ def weight_gradient(
     into_NK: NDArray[np.float32],
     *,
     accumulate: bool = False,
+    dy_rows: QuantisedRows | None = None,
     threads: int = 1,
 ) -> None:
     """Write `dy.T @ rows` to `into` (N, K), or add it; for dy (M, N) and rows (M, K).
 
     dy times the scale of its row is rounded to int8, with a scale for each column
     and `TOKENS` rows; everything else is exact until groups are added in float32.
-    Raises ValueError when the shapes do not fit.
+    `dy_rows` (M, N), where it is given, gets what `quantise_rows` makes of dy: in the
+    same pass over memory. Raises ValueError when the shapes do not fit.
     """
     dy_MN = _matrix(dy_MN, "dy")
     if isinstance(rows, QuantisedRows):
@@ -231,38 +209,22 @@ def weight_gradient(
     shape = dy_MN.shape[1], rows.num_columns
     if dy_MN.shape[0] != rows.scale.size:
         raise ValueError(f"dy must have {rows.scale.size} rows, got {dy_MN.shape[0]}")
-    into_NK = _destination(into_NK, shape)
+    into_NK = destination(into_NK, shape, np.float32)
     if not accumulate and not len(dy_MN):
         into_NK.fill(0)
     _check(
         _kernels.weight_gradient(
-            dy_MN, rows.scale, rows.tiles, into_NK, accumulate, threads
+            dy_MN,
+            rows.scale,
+            rows.tiles,
+            into_NK,
+            accumulate,
+            None if dy_rows is None else dy_rows.q,
+            None if dy_rows is None else dy_rows.scale,
+            1 if dy_rows is None else dy_rows.group,
+            threads,
         )
     )
-
-
-def active_isa() -> str:
-    """Return the name of the kernel variant that runs."""
-    return _kernels.selected_isa()
-
-
-def supported_isas() -> list[str]:
-    """Return the variants that this machine can run, the fastest last."""
-    return _kernels.supported_isas()
-
-
-def choose_isa(name: str | None) -> None:
-    """Run the variant of that name from now on; None means the fastest.
-
-    Raises UnknownIsaError, naming the variants of this machine, for any other.
-    """
-    supported = supported_isas()
-    if name is not None and name not in supported:
-        raise UnknownIsaError(
-            f"{ISA_VARIABLE} must be one of {', '.join(supported)} on this machine, "
-            f"got {name!r}"
-        )
-    _kernels.select_isa(name or supported[-1])
 
 
 def _matrix(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
@@ -275,7 +237,7 @@ def _matrix(x: NDArray[np.float32], name: str) -> NDArray[np.float32]:
 
 def _check_group(group: int, num_columns: int) -> None:
     """Groups start where tiles do; one that holds the whole row may be any size."""
-    if group < 1 or (group < num_columns and group % _TILE_COLUMNS):
+    if group < 1 or (group < num_columns and group % TILE_COLUMNS):
         raise ValueError(f"group must be a positive multiple of 4, got {group}")
 
 
@@ -284,38 +246,12 @@ def _check_threads(threads: int) -> None:
         raise ValueError(f"threads must be at least 1, got {threads}")
 
 
-def _destination(
-    out: NDArray[np.float32] | None, shape: tuple[int, int]
-) -> NDArray[np.float32]:
-    """Return where a product of that shape goes; never a copy of what was given."""
-    if out is None:
-        return _aligned(shape[0] * shape[1], np.float32).reshape(shape)
-    if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise ValueError(
-            f"the product must go into contiguous float32 {shape}, "
-            f"got {out.dtype} {out.shape}"
-        )
-    return out
-
-
-def _aligned(count: int, dtype: type[_Number]) -> NDArray[_Number]:
-    """Return memory that starts on a cache line: no load of a kernel takes two."""
-    size = count * np.dtype(dtype).itemsize
-    raw = np.empty(size + _LINE, dtype=np.uint8)
-    start = -raw.ctypes.data % _LINE
-    return raw[start : start + size].view(dtype)
-
-
-def _tiles(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
+def tile_memory(num_rows: int, num_columns: int) -> NDArray[np.uint8]:
     """Return memory for the tiles of a matrix; a kernel fills it to the last byte."""
-    num_panels, num_k4 = -(-num_rows // _TILE_ROWS), -(-num_columns // _TILE_COLUMNS)
-    return _aligned(num_panels * num_k4 * _TILE_ROWS * _TILE_COLUMNS, np.uint8)
+    num_panels, num_k4 = -(-num_rows // TILE_ROWS), -(-num_columns // TILE_COLUMNS)
+    return aligned(num_panels * num_k4 * TILE_ROWS * TILE_COLUMNS, np.uint8)
 
 
 def _check(status: int) -> None:
     if status:
         raise MemoryError("a ternary kernel found no memory for its sums")
-
-
-# Empty counts as not set, as in every variable.
-choose_isa(os.environ.get(ISA_VARIABLE) or None)

@@ -39,6 +39,7 @@ from coordinator.service.adopting import adopt_corpus
 from coordinator.service.closing import RoundCloser
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet, OnEvent
+from coordinator.service.grace import extend_leases
 from coordinator.service.lag import LoopLag
 from coordinator.service.starting import RunSettings, reconcile
 from coordinator.service.sweeping import (
@@ -157,6 +158,7 @@ async def serve(
         new_run = run_settings(settings)
         await asyncio.to_thread(reconcile, fleet)
         await asyncio.to_thread(adopt_corpus, fleet, new_run)
+        await asyncio.to_thread(extend_leases, fleet)
         lag = LoopLag(fleet.clock)
         feed = Feed(fleet, lag, insecure_http=not settings.is_loopback)
         async with _listen(settings, sockets, fleet, hub, feed, lag) as listening:

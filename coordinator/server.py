@@ -78,7 +78,7 @@ class Server(HTTPServer):
         self._unread_ms = round(1000 * unread_s)
         self._num_open = 0
         self._is_full = False
-        #: Connections without a request, those that wait longest first.
+        #: Connections without a request under way, those that wait longest first.
         self._idle: dict[Any, None] = {}
         self._in_flight: set[object] = set()
         self._quiet = asyncio.Event()
@@ -129,10 +129,11 @@ class Server(HTTPServer):
         super().on_close(server_conn)
 
     def begun(self, server_conn: object) -> None:
-        """Note that the headers of a request have arrived."""
-        self._idle.pop(server_conn, None)
-        self._in_flight.add(server_conn)
-        self._quiet.clear()
+        """Note that a request is under way, unless its connection has ended."""
+        if server_conn in self._idle:
+            del self._idle[server_conn]
+            self._in_flight.add(server_conn)
+            self._quiet.clear()
 
     def _landed(self, server_conn: object) -> None:
         self._in_flight.discard(server_conn)
@@ -151,7 +152,11 @@ class Server(HTTPServer):
 
 
 class _Request(HTTPMessageDelegate):
-    """Tells the server when a request begins; all else goes on as it comes."""
+    """Tells the server when a request begins; all else goes on as it comes.
+
+    It begins when a route has looked at its headers and let it in, or else when it is
+    whole. Until then it is a stranger's, and makes room for others.
+    """
 
     def __init__(
         self, server: Server, server_conn: object, to: HTTPMessageDelegate
@@ -163,13 +168,18 @@ class _Request(HTTPMessageDelegate):
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
     ) -> Awaitable[None] | None:
+        looked_at = self._to.headers_received(start_line, headers)
+        return None if looked_at is None else self._begin_after(looked_at)
+
+    async def _begin_after(self, looked_at: Awaitable[None]) -> None:
+        await looked_at
         self._server.begun(self._server_conn)
-        return self._to.headers_received(start_line, headers)
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         return self._to.data_received(chunk)
 
     def finish(self) -> None:
+        self._server.begun(self._server_conn)
         self._to.finish()
 
     def on_connection_close(self) -> None:

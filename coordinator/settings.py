@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from bitnet_ext.layout import UnknownPresetError, preset_shape
+from bitnet_ext.wire.messages import MAX_HEARTBEAT_S
 from coordinator.domain.errors import StartError
 from coordinator.domain.plan import TrainingPlan
 
@@ -157,8 +158,9 @@ def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
         seconds = float(value)
     except ValueError:
         seconds = math.nan
-    if not 0.0 < seconds <= 3600.0:
-        raise _wrong(name, "a number of seconds above 0, at most 3600", value)
+    if not 0.0 < seconds <= MAX_HEARTBEAT_S:
+        rule = f"a number of seconds above 0, at most {MAX_HEARTBEAT_S:.0f}"
+        raise _wrong(name, rule, value)
     return seconds
 
 

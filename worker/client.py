@@ -259,7 +259,8 @@ class Client:
             raise RetryLaterError(
                 f"{method} {path}: no answer ({type(error).__name__})"
             ) from error
-        except requests.RequestException as error:
+        # A ValueError is what urllib3 makes of an address in a redirect.
+        except (requests.RequestException, ValueError) as error:
             raise ProtocolError(
                 f"{method} {path}: not HTTP as we know it ({type(error).__name__})"
             ) from error

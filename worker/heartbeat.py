@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from bitnet_ext.wire.messages import HeartbeatRequest, Task
+from bitnet_ext.wire.messages import MAX_HEARTBEAT_S, HeartbeatRequest, Task
 from bitnet_ext.wire.verdicts import LeaseState, WorkerPhase
 from worker.client import Client
 from worker.errors import CoordinatorError, LeaseLostError
@@ -22,7 +22,7 @@ from worker.errors import CoordinatorError, LeaseLostError
 log = logging.getLogger(__name__)
 
 FIRST_INTERVAL_S: Final = 5.0
-#: Whatever the coordinator says, a worker never floods it.
+#: Whatever the coordinator says, a worker neither floods it nor falls silent.
 MIN_INTERVAL_S: Final = 0.1
 
 
@@ -118,7 +118,13 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stopping.wait(self.interval_s):
-            self.beat()
+            try:
+                self.beat()
+            except Exception:
+                # Without this thread every later lease would run out.
+                log.exception(
+                    "a heartbeat failed", extra={"event": "heartbeat.crashed"}
+                )
 
     def beat(self) -> None:
         """Send one heartbeat; where there is no answer, the next one tries again."""
@@ -134,7 +140,8 @@ class Heartbeat:
         else:
             answered = True
             self.draining = answer.drain
-            self.interval_s = max(answer.heartbeat_s, MIN_INTERVAL_S)
+            wished_s = min(answer.heartbeat_s, MAX_HEARTBEAT_S)
+            self.interval_s = max(wished_s, MIN_INTERVAL_S)
             if lease is not None and answer.lease is LeaseState.HELD:
                 lease.renew(sent_at_s, answer.lease_s)
             elif lease is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -18,10 +18,12 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from bitnet_ext.frames import FrameError, decode_frame
+from bitnet_ext.frames import FrameError, FrameHeader, FrameKind, decode_frame
 from bitnet_ext.layout import (
+    PRESETS,
     ModelShape,
     UnknownPresetError,
+    layout_hash,
     num_params,
     preset_shape,
 )
@@ -84,21 +86,34 @@ def load_weights(path: Path, preset: str) -> Weights:
     frame = _read(path)
     try:
         header, _ = decode_frame(frame)
-        shape = _shape(preset, header.num_elements)
+        shape = _shape(preset, header)
         return Weights(shape=shape, flat=read_weights(frame, shape))
     except (FrameError, BadWeightsError, UnknownPresetError) as error:
         raise SettingsError(f"{path}: {error}") from error
 
 
-def _shape(preset: str, num_elements: int) -> ModelShape:
-    """Return the shape of a preset that has so many parameters."""
+def _shape(preset: str, header: FrameHeader) -> ModelShape:
+    """Return the shape of a preset that a frame is of."""
+    if header.kind is not FrameKind.WEIGHTS:
+        raise BadWeightsError(f"kind must be {FrameKind.WEIGHTS}, got {header.kind}")
+    shape = _fitting(preset, header.num_elements)
+    if shape is not None and layout_hash(shape) == header.layout_hash:
+        return shape
+    others = (_fitting(name, header.num_elements) for name in PRESETS)
+    for name, other in zip(PRESETS, others, strict=True):
+        if other is not None and layout_hash(other) == header.layout_hash:
+            raise BadWeightsError(f"the weights are of preset {name}, not of {preset}")
+    raise BadWeightsError(
+        f"the weights are of another model than preset {preset}, or any that is known "
+        f"here ({', '.join(PRESETS)}): they have {header.num_elements} parameters"
+    )
+
+
+def _fitting(preset: str, num_elements: int) -> ModelShape | None:
+    """Return the shape of a preset that has so many parameters, if one has."""
     one = preset_shape(preset, vocab_size=1)
-    vocab_size, rest = divmod(num_elements - num_params(one), one.hidden_size)
-    if rest or vocab_size < 0:
-        raise BadWeightsError(
-            f"no vocabulary gives preset {preset!r} {num_elements} parameters"
-        )
-    return preset_shape(preset, vocab_size=vocab_size + 1)
+    more, rest = divmod(num_elements - num_params(one), one.hidden_size)
+    return None if rest or more < 0 else replace(one, vocab_size=1 + more)
 
 
 def load_text(corpus: Path, shard_id: str | None) -> Text:

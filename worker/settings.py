@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.ternary import ISA_VARIABLE
-from bitnet_ext.wire.messages import ID_PATTERN
+from bitnet_ext.wire.messages import ID_PATTERN, MAX_HEARTBEAT_S
 from worker.errors import SettingsError
 
 BEACON_NAME: Final = "bitnet-worker-alive"
@@ -69,8 +69,8 @@ class WorkerSettings:
             cpu_threads=_threads(given, "BITNET_CPU_THREADS"),
             fixed_threads="BITNET_CPU_THREADS" in given,
             isa=chosen_isa(given),
-            heartbeat_s=_seconds(given, "BITNET_HEARTBEAT_SECONDS"),
-            shutdown_s=_seconds(given, "BITNET_SHUTDOWN_SECONDS") or 30.0,
+            heartbeat_s=_seconds(given, "BITNET_HEARTBEAT_SECONDS", MAX_HEARTBEAT_S),
+            shutdown_s=_seconds(given, "BITNET_SHUTDOWN_SECONDS", 3600.0) or 30.0,
             beacon=_beacon(given, "BITNET_HEALTH_BEACON"),
             log_level=_level(given, "BITNET_LOG_LEVEL"),
             preset=_preset(given, "BITNET_MODEL_PRESET"),
@@ -172,7 +172,7 @@ def _threads(env: Mapping[str, str], variable: str) -> int:
     return int(value)
 
 
-def _seconds(env: Mapping[str, str], variable: str) -> float | None:
+def _seconds(env: Mapping[str, str], variable: str, most: float) -> float | None:
     value = env.get(variable)
     if value is None:
         return None
@@ -180,8 +180,9 @@ def _seconds(env: Mapping[str, str], variable: str) -> float | None:
         seconds = float(value)
     except ValueError:
         seconds = math.nan
-    if not 0.0 < seconds <= 3600.0:
-        raise _wrong(variable, "a number of seconds above 0, at most 3600", value)
+    if not 0.0 < seconds <= most:
+        rule = f"a number of seconds above 0, at most {most:.0f}"
+        raise _wrong(variable, rule, value)
     return seconds
 
 

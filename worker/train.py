@@ -162,7 +162,8 @@ class LocalSteps:
     """AdamW on the flat vector of a model; the moments given to it are updated.
 
     At most `model.micro_batch` sequences go through the model at a time; whatever
-    it is, a step is the same but for rounding.
+    it is, a step is the same but for rounding. Gradients are zeros before a step and
+    after it.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class LocalSteps:
         self._model = model
         self._hyper = hyper
         self._stretches = _stretches(model)
+        model.flat.grads.zero_()
 
     def step(self, batch: Batch, rate: float) -> float:
         """Make one step and return the loss before it, in nats a token.
@@ -179,7 +181,6 @@ class LocalSteps:
         Raises NonFiniteLossError before anything is changed.
         """
         flat = self._model.flat
-        flat.grads.zero_()
         nats = sum(self._backward(*part) for part in self._parts(batch))
         self._update(self._clip(nats), rate)
         flat.mark_changed()

@@ -22,6 +22,9 @@ from bitnet_ext.wire.verdicts import (
 # `\Z`, because `$` would let a line break through at the end.
 ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 
+#: Heartbeats may be so far apart: a lease outlives six of them, whoever holds it.
+MAX_HEARTBEAT_S: Final = 60.0
+
 Id = Annotated[str, Meta(pattern=ID_PATTERN)]
 LeaseId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -61,7 +64,7 @@ class RegisterRequest(Message, frozen=True, kw_only=True):
     isa: Name
     threads: Annotated[int, Meta(ge=1, le=4096)]
     #: `BITNET_HEARTBEAT_SECONDS` where it is set; wins for this worker.
-    heartbeat_s: Annotated[float, Meta(gt=0.0, le=3600.0)] | None = None
+    heartbeat_s: Annotated[float, Meta(gt=0.0, le=MAX_HEARTBEAT_S)] | None = None
     #: Tokens per second of real forward + backward steps; a prior, never a deadline.
     calibrated_tokens_per_s: Rate | None = None
     target_task_tokens: Positive | None = None

@@ -30,15 +30,18 @@ class Stretch:
 def wanted(range_header: str | None, num_bytes: int) -> Stretch | None:
     """Return the stretch that a `Range` header asks for; None for the whole file.
 
-    Several ranges, other units and suffixes count as no Range (RFC 9110, 14.2).
-    Raises RefusedError `bad_range` for one that begins beyond the end.
+    Several ranges, other units, suffixes and one that ends before it begins count
+    as no Range (RFC 9110, 14.1.1 and 14.2). Raises RefusedError `bad_range` for one
+    that begins beyond the end.
     """
     match = _RANGE.fullmatch((range_header or "").strip())
     if match is None:
         return None
     first = int(match[1])
     last = int(match[2]) if match[2] else num_bytes - 1
-    if first >= num_bytes or last < first:
+    if match[2] and last < first:
+        return None
+    if first >= num_bytes:
         raise RefusedError(
             ErrorCode.BAD_RANGE,
             f"Range must begin within {num_bytes} bytes, got {range_header!r}",

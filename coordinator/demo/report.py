@@ -14,8 +14,8 @@ import msgspec
 from coordinator.app import DATABASE_NAME
 from coordinator.demo.killing import Killing
 from coordinator.domain.errors import StartError
-from coordinator.domain.manifest import Manifest
-from coordinator.service.corpus import TOKENIZER_NAME, tokenized_folder
+from coordinator.domain.manifest import TOKENIZER_NAME, Manifest
+from coordinator.service.corpus import tokenized_folder
 from coordinator.service.view import FleetView
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind, version_blob

@@ -51,6 +51,15 @@ def own_hard_at(claimed_at: float, predicted_s: float) -> float:
     return min(hard_at(claimed_at, predicted_s), claimed_at + MAX_UNMEASURED_S)
 
 
+def resumed_hard_at(claimed_at: float, hard_at: float, *, now: float) -> float:
+    """Return the same after a pause of the coordinator that ends `now`.
+
+    Time to hand in what was finished meanwhile, and no more: many short pauses must
+    not add up to a lease without end.
+    """
+    return max(hard_at, min(now + MIN_TTL_S, claimed_at + MAX_UNMEASURED_S))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reported:
     """What a worker said about one task at one moment."""

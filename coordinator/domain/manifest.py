@@ -17,6 +17,7 @@ from bitnet_ext.wire.messages import Count, Id, Positive, Sha256
 from coordinator.domain.errors import FleetError
 
 MANIFEST_NAME: Final = "manifest.json"
+TOKENIZER_NAME: Final = "tokenizer.json"
 MANIFEST_VERSION: Final = 1
 #: The one shard that no worker ever trains on.
 HELD_OUT_ID: Final = "heldout-00000"
@@ -64,7 +65,7 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     eot_id: Count
     #: SHA-256 of `tokenizer.json`.
     tokenizer_sha256: Sha256
-    #: `corpus_hash` of the shards.
+    #: `corpus_hash` of what a model and its scores depend on.
     corpus_sha256: Sha256
     shards: list[Shard]
     #: Size of the held-out text as one `gzip -9` stream: what a model must beat.
@@ -86,10 +87,17 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(
                 f"eot_id must be below vocab_size {self.vocab_size}, got {self.eot_id}"
             )
-        if self.corpus_sha256 != corpus_hash(self.shards):
+        due = corpus_hash(
+            self.shards,
+            vocab_size=self.vocab_size,
+            eot_id=self.eot_id,
+            tokenizer_sha256=self.tokenizer_sha256,
+        )
+        if self.corpus_sha256 != due:
             raise ValueError(
-                f"corpus_sha256 must be the hash of the shards, "
-                f"got {self.corpus_sha256}"
+                f"corpus_sha256 must be the hash of shards and vocabulary, {due}, got "
+                f"{self.corpus_sha256}; a manifest is never edited: put it back, or "
+                f"prepare the corpus anew with tokenize-corpus"
             )
 
     def train_shards(self) -> list[Shard]:
@@ -109,10 +117,19 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return 8 * self.held_out_gzip_bytes / self.held_out_shard().text_bytes
 
 
-def corpus_hash(shards: Iterable[Shard]) -> str:
-    """Return the SHA-256 over one line `id sha256 held_out` a shard, sorted."""
-    lines = sorted(f"{s.shard_id} {s.sha256} {int(s.held_out)}\n" for s in shards)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def corpus_hash(
+    shards: Iterable[Shard], *, vocab_size: int, eot_id: int, tokenizer_sha256: str
+) -> str:
+    """Return the SHA-256 that says which corpus this is, whenever it was prepared.
+
+    Over the line `vocab_size eot_id tokenizer_sha256`, then one line
+    `id sha256 held_out text_bytes` a shard, sorted.
+    """
+    lines = sorted(
+        f"{s.shard_id} {s.sha256} {int(s.held_out)} {s.text_bytes}\n" for s in shards
+    )
+    head = f"{vocab_size} {eot_id} {tokenizer_sha256}\n"
+    return hashlib.sha256("".join([head, *lines]).encode()).hexdigest()
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -7,17 +7,18 @@ trained), once a round (Douillard et al. 2023, 2311.08105):
     weights  <- weights - eta * (G + mu * momentum)
 
 Every operation is elementwise in float32 and in a fixed order, so that the same
-payloads give the same bytes on every CPU.
+payloads give the same bytes on every CPU. `bitnet_ext.outer` does it in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Vector = NDArray[np.float32]
+from bitnet_ext.codecs import Vector, decode_add
+from bitnet_ext.outer import MOST_PARTS, Part, Step
+from bitnet_ext.outer import outer_step as step_in_one_pass
 
 
 def merge_weights(tokens: Sequence[int]) -> list[float]:
@@ -32,21 +33,29 @@ def merge_weights(tokens: Sequence[int]) -> list[float]:
 
 
 def outer_step(
-    weights: Vector,
-    momentum: Vector,
-    pseudo_gradient: Vector,
+    before: tuple[Vector, Vector],
+    parts: Iterable[Part],
+    after: tuple[Vector, Vector],
     *,
     rate: float,
     decay: float,
-) -> tuple[Vector, Vector]:
-    """Return new weights and new momentum, float32 (n,); the inputs stay untouched.
+) -> bool:
+    """Write new weights and momentum to `after`; return whether they are finite.
 
-    `decay` is mu, `rate` is eta. With decay 0 and rate 1 the result is exactly
-    `weights - pseudo_gradient`, rounded once.
+    `before`, which stays untouched, and `after` are weights and momentum, float32
+    (n,) each; `decay` is mu, `rate` is eta. At most `MOST_PARTS` payloads are held at
+    a time. With decay 0 and rate 1 one submission of share 1 gives exactly
+    `weights - pseudo_gradient`, rounded once. Raises PayloadError or NonFiniteError
+    for a payload that is not in order; `after` is then undefined.
     """
-    new_momentum = np.multiply(momentum, np.float32(decay))
-    new_momentum += pseudo_gradient
-    step = np.multiply(new_momentum, np.float32(decay))
-    step += pseudo_gradient
-    step *= np.float32(rate)
-    return np.subtract(weights, step, out=step), new_momentum
+    mean: Vector | None = None
+    held: list[Part] = []
+    for part in parts:
+        if len(held) == MOST_PARTS:
+            mean = np.zeros_like(before[0]) if mean is None else mean
+            for full in held:
+                decode_add(full.codec, full.payload, mean, full.share)
+            held.clear()
+        held.append(part)
+    step = Step(rate=rate, decay=decay)
+    return step_in_one_pass(before, held, step, after=after, mean=mean)

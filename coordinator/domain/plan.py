@@ -6,6 +6,8 @@ tokens, never by the clock, so that a longer budget of time changes nothing.
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Annotated, Final
 
 from msgspec import Meta, Struct
@@ -25,6 +27,14 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     learning_rate: Positive = 2e-3
     #: Accepted tokens over which the rate rises linearly from zero.
     warmup_tokens: Annotated[int, Meta(ge=0)] = 100_000
+    #: Accepted tokens at which the rate is back at zero; 0: it stays at its peak.
+    schedule_tokens: Annotated[int, Meta(ge=0)] = 0
+    #: Share of the schedule at which its second stage begins: the rate, by then at
+    #: `second_stage_rate` of its peak, goes on to zero without weight decay (Ma et
+    #: al. 2024, "The Era of 1-bit LLMs: Training Tips, Code and FAQ").
+    second_stage_at: Share = 0.5
+    second_stage_rate: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.667
+    #: Decoupled decay up to the second stage, and for good without a schedule.
     weight_decay: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.1
     beta1: Share = 0.9
     beta2: Share = 0.95
@@ -42,16 +52,51 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: Every n-th version is scored on the held-out shard.
     evaluate_every: Count = 10
 
+    def __post_init__(self) -> None:
+        """Refuse a second stage that begins before the warm-up has ended."""
+        if self.warmup_tokens >= _second_stage(self):
+            raise ValueError(
+                f"$.schedule_tokens must reach its second stage after warmup_tokens "
+                f"({self.warmup_tokens}), not after {_second_stage(self):.0f}"
+            )
+
 
 #: Tokens for each parameter when no budget is set (Hoffmann et al. 2022, 2203.15556).
 TOKENS_PER_PARAMETER: Final = 20
 
 
 def learning_rate_at(plan: TrainingPlan, tokens_accepted: int) -> float:
-    """Return the rate after so many accepted tokens: linear warm-up, then constant."""
-    if tokens_accepted >= plan.warmup_tokens:
+    """Return the rate after so many accepted tokens.
+
+    A linear warm-up; then constant, or with a schedule linear from corner to corner:
+    the peak, the second stage, zero at the end.
+    """
+    if tokens_accepted < plan.warmup_tokens:
+        return plan.learning_rate * tokens_accepted / plan.warmup_tokens
+    if not plan.schedule_tokens:
         return plan.learning_rate
-    return plan.learning_rate * tokens_accepted / plan.warmup_tokens
+    corners = (
+        (float(plan.warmup_tokens), 1.0),
+        (_second_stage(plan), plan.second_stage_rate),
+        (float(plan.schedule_tokens), 0.0),
+    )
+    for (start, high), (end, low) in pairwise(corners):
+        if tokens_accepted < end:
+            done = (tokens_accepted - start) / (end - start)
+            return plan.learning_rate * (high + (low - high) * done)
+    return 0.0
+
+
+def weight_decay_at(plan: TrainingPlan, tokens_accepted: int) -> float:
+    """Return the decay after so many accepted tokens: none in the second stage."""
+    return plan.weight_decay if tokens_accepted < _second_stage(plan) else 0.0
+
+
+def _second_stage(plan: TrainingPlan) -> float:
+    """Return the accepted tokens at which the second stage begins."""
+    if not plan.schedule_tokens:
+        return math.inf
+    return plan.second_stage_at * plan.schedule_tokens
 
 
 def hyper_parameters(
@@ -61,7 +106,7 @@ def hyper_parameters(
     return HyperParameters(
         lr_start=learning_rate_at(plan, tokens_accepted),
         lr_end=learning_rate_at(plan, tokens_accepted + task_tokens),
-        weight_decay=plan.weight_decay,
+        weight_decay=weight_decay_at(plan, tokens_accepted),
         beta1=plan.beta1,
         beta2=plan.beta2,
         eps=plan.eps,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 from tornado.iostream import StreamClosedError
@@ -154,8 +154,8 @@ class LiveSocket(WebSocketHandler):
         self._feed.clients.add(self)
         self._backlog = self._feed.hub.subscribe()
         self._tasks = [
-            asyncio.create_task(self._run(self._drain())),
-            asyncio.create_task(self._run(self._watch_session())),
+            asyncio.create_task(self._run(self._drain)),
+            asyncio.create_task(self._run(self._watch_session)),
         ]
 
     def on_close(self) -> None:
@@ -190,10 +190,10 @@ class LiveSocket(WebSocketHandler):
         self._num_inbound += 1
         return self._num_inbound > MAX_INBOUND_PER_S
 
-    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run one of the two tasks; however it ends, the connection ends too."""
         try:
-            await work
+            await work()
         except (WebSocketClosedError, StreamClosedError):
             pass  # the client has gone; on_close tidies up
         except TimeoutError:

@@ -83,6 +83,8 @@ class _Claim:
         repeated = tasks.leased_by_claim(self._connection, self._request.claim_id)
         if repeated is not None:
             return self._again(repeated)
+        if self._fleet.file_faults:
+            return None
         run = runs.newest_run(self._connection)
         if run is None or run.state != RUNNING or worker.draining:
             return None

@@ -12,14 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
 from sqlalchemy import Connection
 
-from bitnet_ext.codecs import Codec, PayloadError, decode_add, is_finite
+from bitnet_ext.codecs import PayloadError
 from bitnet_ext.frames import FrameError, decode_frame
+from bitnet_ext.outer import Part
 from coordinator.domain import leases
 from coordinator.domain.outer_step import merge_weights, outer_step
 from coordinator.domain.plan import TrainingPlan
@@ -63,6 +62,8 @@ class RoundCloser:
         self._fleet = fleet
         self._pause = pause
         self._state: ServerState | None = None
+        #: Memory for the next one: the state before.
+        self._spare: ServerState | None = None
         #: Why the round could not be closed, and how often in a row.
         self._fault: str | None = None
         self._num_faults = 0
@@ -116,17 +117,19 @@ class RoundCloser:
                 lambda: read_state(self._fleet.blobs, closing.live.base_version)
             )
         stepped = await self._fleet.off_loop(
-            lambda: _step(self._fleet.blobs, closing, base)
+            lambda: _step(self._fleet.blobs, closing, base, self._spare)
         )
         if stepped is None:
             await self._refuse_all(closing)
         else:
-            await self._publish(closing, stepped)
+            await self._publish(closing, base, stepped)
         self._fleet.work.ring()
         self._fleet.changed.ring()
         return True
 
-    async def _publish(self, closing: _Closing, stepped: ServerState) -> None:
+    async def _publish(
+        self, closing: _Closing, base: ServerState, stepped: ServerState
+    ) -> None:
         fleet = self._fleet
         layout = bytes.fromhex(closing.run.layout_hash)
         blobs = await fleet.off_loop(
@@ -136,7 +139,7 @@ class RoundCloser:
         point = await fleet.store.write(
             lambda connection: _commit(connection, fleet, closing, blobs, now)
         )
-        self._state = stepped
+        self._state, self._spare = stepped, base
         log.info(
             "version %d published",
             point.version,
@@ -177,39 +180,23 @@ def _find(connection: Connection) -> _Closing | None:
     )
 
 
-def _step(blobs: Blobs, closing: _Closing, base: ServerState) -> ServerState | None:
-    """Return the next server state; None when it would not be finite."""
-    mean = merged(
-        _payloads(blobs, closing.submissions),
-        [row.tokens for row in closing.submissions],
-        len(base.weights),
-    )
-    # An overflow becomes an infinity, which is looked for right after.
-    with np.errstate(over="ignore", invalid="ignore"):
-        weights, momentum = outer_step(
-            base.weights,
-            base.momentum,
-            mean,
-            rate=closing.plan.outer_rate,
-            decay=closing.plan.outer_momentum,
-        )
-    if not (is_finite(weights) and is_finite(momentum)):
-        return None
-    return ServerState(version=closing.version, weights=weights, momentum=momentum)
+def _step(
+    blobs: Blobs, closing: _Closing, base: ServerState, spare: ServerState | None
+) -> ServerState | None:
+    """Return the next server state, in the memory of `spare` where that fits.
 
-
-def merged(
-    payloads: Iterator[tuple[Codec, memoryview]], tokens: list[int], size: int
-) -> NDArray[np.float32]:
-    """Return the token-weighted mean of pseudo-gradients, float32 (size,).
-
-    Shares are normalised before anything is multiplied, so that one submission
-    alone has a weight of exactly 1.
+    None when it would not be finite.
     """
-    mean = np.zeros(size, dtype=np.float32)
-    for (codec, payload), share in zip(payloads, merge_weights(tokens), strict=True):
-        decode_add(codec, payload, mean, share)
-    return mean
+    if spare is None or spare.weights.shape != base.weights.shape:
+        spare = ServerState.empty(len(base.weights))
+    is_finite = outer_step(
+        (base.weights, base.momentum),
+        _parts(blobs, closing.submissions),
+        (spare.weights, spare.momentum),
+        rate=closing.plan.outer_rate,
+        decay=closing.plan.outer_momentum,
+    )
+    return replace(spare, version=closing.version) if is_finite else None
 
 
 def version_point(row: PointRow) -> VersionPoint:
@@ -228,14 +215,18 @@ def version_point(row: PointRow) -> VersionPoint:
     )
 
 
-def _payloads(
-    blobs: Blobs, submissions: list[SubmissionRow]
-) -> Iterator[tuple[Codec, memoryview]]:
-    for row in submissions:
+def _parts(blobs: Blobs, submissions: list[SubmissionRow]) -> Iterator[Part]:
+    """Yield the submissions in order, each with its share of the tokens.
+
+    Shares are normalised before anything is multiplied, so that one submission
+    alone has a share of exactly 1.
+    """
+    shares = merge_weights([row.tokens for row in submissions])
+    for row, share in zip(submissions, shares, strict=True):
         header, payload = decode_frame(
             blobs.read(BlobKind.PAYLOAD, row.payload_file or "")
         )
-        yield header.codec, payload
+        yield Part(header.codec, payload, share)
 
 
 def _commit(

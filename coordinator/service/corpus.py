@@ -28,6 +28,7 @@ from bitnet_ext.layout import DEFAULT_VOCAB_SIZE
 from coordinator.domain.manifest import (
     HELD_OUT_ID,
     MANIFEST_NAME,
+    TOKENIZER_NAME,
     Manifest,
     Shard,
     corpus_hash,
@@ -48,7 +49,6 @@ from coordinator.service.documents import (
     split,
 )
 
-TOKENIZER_NAME: Final = "tokenizer.json"
 MIN_SHARD_TOKENS: Final = 1024
 #: A shard is built in memory: 4 GiB.
 MAX_SHARD_TOKENS: Final = 2**30
@@ -175,11 +175,17 @@ def _write_all(
     content = tokenizer.to_json()
     _write_durably(folder / TOKENIZER_NAME, content)
     shards = _write_shards(folder, tokenizer, training, held_out, recipe, tell)
+    tokenizer_sha256 = hashlib.sha256(content).hexdigest()
     manifest = Manifest(
         vocab_size=tokenizer.vocab_size,
         eot_id=tokenizer.eot_id,
-        tokenizer_sha256=hashlib.sha256(content).hexdigest(),
-        corpus_sha256=corpus_hash(shards),
+        tokenizer_sha256=tokenizer_sha256,
+        corpus_sha256=corpus_hash(
+            shards,
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
+            tokenizer_sha256=tokenizer_sha256,
+        ),
         shards=shards,
         held_out_gzip_bytes=_gzip_bytes(held_out),
         created_at=now,
@@ -339,7 +345,8 @@ def _refuse_in_use(corpus: Path, protected_hash: str | None) -> None:
     if load_manifest(path).corpus_sha256 == protected_hash:
         raise CorpusInUseError(
             f"{tokenized_folder(corpus)} is the corpus of the running run; "
-            "finish the run first, or prepare another folder"
+            "finish the run first (`bitnet-coordinator train-for 1`, while workers can "
+            "still score its last version), or prepare another folder"
         )
 
 

@@ -26,6 +26,9 @@ T = TypeVar("T")
 #: Hands an event (kind, body, Unix seconds) to the live feed, on the loop.
 OnEvent = Callable[[str, object, float], None]
 
+#: A file that workers are served: a version by its number, a shard by its id.
+Served = int | str
+
 RUNNING: Final = "running"
 FINISHED: Final = "finished"
 
@@ -49,6 +52,17 @@ class Bell:
                 await event.wait()
         except TimeoutError:
             return
+
+
+@dataclass(slots=True, kw_only=True)
+class FileFault:
+    """A file of ours that tasks need, and that can't be served."""
+
+    #: What is wrong, and what an operator can do.
+    reason: str
+    #: When it is looked at again, by the lease clock; and how often it was.
+    look_at: float
+    num_looks: int = 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +91,8 @@ class Fleet:
     is_stopping: bool = False
     #: Why the corpus that is there cannot be used; None where it can, or is none.
     corpus_fault: str | None = None
+    #: Files that tasks need and can't get: no work is given out while there are any.
+    file_faults: dict[Served, FileFault] = field(default_factory=dict)
     #: What the shards of the manifest were like when they were hashed, by id.
     shard_stamps: dict[str, Stamp] = field(default_factory=dict)
     #: Keeps the prepared corpus from being replaced, until it is closed.

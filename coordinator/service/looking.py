@@ -76,7 +76,7 @@ def look(
     return FleetView(
         package_version=package_version("bitnet-fleet"),
         insecure_http=insecure_http,
-        missing=_missing(connection, run),
+        missing=_missing(connection, fleet, run),
         run=_run(connection, fleet, run, now),
         round=_round(connection, run, lanes, held),
         tasks=_tasks(connection, run),
@@ -94,8 +94,11 @@ def _no_run(fleet: Fleet) -> str:
     return f"The corpus can't be used, and is tried again: {fleet.corpus_fault}"
 
 
-def _missing(connection: Connection, run: RunRow) -> str | None:
+def _missing(connection: Connection, fleet: Fleet, run: RunRow) -> str | None:
     """Return what an operator has to do before training can begin, or go on."""
+    if fleet.file_faults:
+        reasons = "; ".join(fault.reason for fault in fleet.file_faults.values())
+        return f"No work is given out until a file is whole again: {reasons}"
     if run.epoch == 0:
         return _NO_TASKS
     if run.state == RUNNING and is_stalled(connection, run):

@@ -11,10 +11,11 @@ import logging
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.messages import FailRequest, ReleaseRequest, TaskAnswer
-from bitnet_ext.wire.verdicts import ErrorCode, TaskState
+from bitnet_ext.wire.verdicts import ErrorCode, FailCode, TaskState
 from coordinator.domain import leases
 from coordinator.domain.errors import RefusedError
 from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.own_files import look_after
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.rows import TaskRow
@@ -51,8 +52,15 @@ async def release(fleet: Fleet, task_id: str, request: ReleaseRequest) -> TaskAn
 async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
     """Take note that a worker cannot do a task; after the last attempt it is failed.
 
-    Raises RefusedError: unknown_task, lease_lost.
+    Where a file of ours is to blame, it does not count as an attempt. Raises
+    RefusedError: unknown_task, lease_lost.
     """
+    if await _is_our_fault(fleet, task_id, request):
+        why = f"{request.code}: {request.message}"
+        given_back = ReleaseRequest(
+            worker_id=request.worker_id, lease_id=request.lease_id, reason=why
+        )
+        return await release(fleet, task_id, given_back)
     now = fleet.clock.now()
 
     def give_up(connection: Connection) -> TaskAnswer:
@@ -66,6 +74,21 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
     answer = await fleet.store.write(give_up)
     _ring(fleet)
     return answer
+
+
+async def _is_our_fault(fleet: Fleet, task_id: str, request: FailRequest) -> bool:
+    """Return whether a file that a worker could not use is broken, or was."""
+    now = fleet.clock.now()
+    task = await fleet.store.read(
+        lambda connection: held_task(connection, task_id, request.lease_id, now)
+    )
+    match request.code:
+        case FailCode.BAD_SHARD:
+            return await look_after(fleet, task.shard_id)
+        case FailCode.BAD_WEIGHTS if task.base_version is not None:
+            return await look_after(fleet, task.base_version)
+        case _:
+            return False
 
 
 async def sweep_leases(fleet: Fleet) -> int:

@@ -1,4 +1,4 @@
-"""Whether the shards on disk are those of the manifest, and stay so.
+"""Whether shards and tokenizer on disk are those of the manifest, and stay so.
 
 A worker can't tell a shard that was damaged from one that is trained on: its file is
 hashed once, before anybody is given work on it. Afterwards size and time of the file
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from coordinator.domain.errors import StartError
-from coordinator.domain.manifest import Manifest, Shard
+from coordinator.domain.manifest import TOKENIZER_NAME, Manifest, Shard
+from coordinator.service.documents import TOKENIZED
 from coordinator.service.shard_files import UnknownShardError, find_shard
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,10 @@ def stamp_of(file: BinaryIO) -> Stamp:
 
 
 def check_shards(corpus: Path, manifest: Manifest) -> dict[str, Stamp]:
-    """Hash every shard; return the stamp of each by its id. Blocking, for minutes.
+    """Hash tokenizer and shards; return the stamp of each shard by its id.
 
-    Raises StartError naming the file, what it must be and what it is.
+    Blocking, for minutes. Raises StartError naming the file, what it must be and
+    what it is.
     """
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
     started = time.monotonic()
@@ -46,7 +48,8 @@ def check_shards(corpus: Path, manifest: Manifest) -> dict[str, Stamp]:
         len(manifest.shards),
         extra={"event": "corpus.checking", "num_bytes": num_bytes},
     )
-    stamps = {shard.shard_id: _check(corpus, shard) for shard in manifest.shards}
+    _check_tokenizer(corpus / TOKENIZED / TOKENIZER_NAME, manifest.tokenizer_sha256)
+    stamps = {shard.shard_id: check_shard(corpus, shard) for shard in manifest.shards}
     log.info(
         "checked %d shards",
         len(manifest.shards),
@@ -59,7 +62,20 @@ def check_shards(corpus: Path, manifest: Manifest) -> dict[str, Stamp]:
     return stamps
 
 
-def _check(corpus: Path, shard: Shard) -> Stamp:
+def _check_tokenizer(path: Path, sha256: str) -> None:
+    """Without it, nobody could read what a model of this corpus writes."""
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise StartError(
+            f"cannot read {path}: {error.strerror}; its SHA-256 is {sha256}: restore "
+            f"it from a backup"
+        ) from error
+    _compare(path, "SHA-256", sha256, found)
+
+
+def check_shard(corpus: Path, shard: Shard) -> Stamp:
+    """Hash one shard; return its stamp. Blocking; raises StartError as above."""
     try:
         path = find_shard(corpus, shard.shard_id).path
         with path.open("rb", buffering=0) as file:
@@ -80,6 +96,6 @@ def _check(corpus: Path, shard: Shard) -> Stamp:
 def _compare(path: Path, what: str, due: object, got: object) -> None:
     if due != got:
         raise StartError(
-            f"shard {path} is damaged: its {what} must be {due}, got {got}; restore "
+            f"{path} is damaged: its {what} must be {due}, got {got}; restore "
             f"it from a backup, or use another data folder with a new corpus"
         )

@@ -1,8 +1,8 @@
 """Before the first request: what is on disk must agree with the database.
 
-Orphans of a crash are removed; a damaged newest version stops the start; leases get
-time to be renewed. A run is made when there is a corpus and no run, and replaced by
-a fresh one (hard reset) when its weights do not fit the configured model.
+Orphans of a crash are removed; a damaged newest version stops the start. A run is
+made when there is a corpus and no run, and replaced by a fresh one (hard reset) only
+when a preset is named that its weights do not fit.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from bitnet_ext.layout import (
     preset_shape,
     shape_to_json,
 )
-from coordinator.domain import leases
 from coordinator.domain.errors import EXIT_DAMAGED, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan
 from coordinator.service.corpus import tokenized_folder
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
-from coordinator.service.roster import heartbeat_s
 from coordinator.service.seeding import add_evaluation
 from coordinator.service.version_blobs import ServerState, VersionBlobs, write_version
 from coordinator.store import rounds, runs, tasks, versions, workers
@@ -73,14 +71,9 @@ def reconcile(fleet: Fleet) -> None:
     """
     fleet.store.read_now(lambda connection: _check_newest(connection, fleet))
     removed = _remove_orphans(fleet)
-    now = fleet.clock.now()
-    moved = fleet.store.write_now(
-        lambda connection: _extend_leases(connection, fleet, now)
-    )
     log.info(
-        "recovered: %d orphans removed, %d leases extended",
+        "recovered: %d orphans removed",
         removed,
-        moved,
         extra={"event": "coordinator.recovered"},
     )
 
@@ -91,21 +84,28 @@ def ensure_run(
     settings: RunSettings,
     initial: Initial = initial_weights,
 ) -> bool:
-    """Make the run of a corpus where there is none, or where it no longer fits.
+    """Make the run of a corpus where there is none, or where another model is named.
 
     Blocking. Returns whether one was made. Raises StartError when the corpus is not
-    the one that the run was started with.
+    the one that the run was started with, and when the run no longer fits its own
+    preset: a run is only ever replaced where the settings name a preset.
     """
     run = fleet.store.read_now(runs.newest_run)
+    if run is not None:
+        # First of all: a mistake in the name of a folder must not end a run.
+        check_corpus(run, manifest, fleet.corpus)
     if manifest is None:
-        if run is not None:
-            check_corpus(run, manifest, fleet.corpus)
         return False
     preset = settings.preset or (DEFAULT_PRESET if run is None else run.preset)
     shape = preset_shape(preset, vocab_size=manifest.vocab_size)
     if run is not None and run.layout_hash == layout_hash(shape).hex():
-        check_corpus(run, manifest, fleet.corpus)
         return False
+    if run is not None and settings.preset is None:
+        raise StartError(
+            f"the weights of run {run.run_id} do not fit preset {preset} as it is in "
+            f"this version of the program: go back to the version that made them, or "
+            f"give the run up for a fresh one with BITNET_COORD_PRESET or --preset"
+        )
     settings = replace(settings, preset=preset)
     _make_run(fleet, settings, manifest, shape, initial, replaces=run)
     return True
@@ -120,9 +120,10 @@ def check_corpus(run: RunRow, manifest: Manifest | None, folder: Path) -> None:
         )
     if run.corpus_hash != manifest.corpus_sha256:
         raise StartError(
-            f"run {run.run_id} trains on corpus {run.corpus_hash[:12]}, the corpus "
-            f"folder holds {manifest.corpus_sha256[:12]}; put the first one back, or "
-            f"use another data folder"
+            f"run {run.run_id} trains on corpus {run.corpus_hash[:12]}, but {folder} "
+            f"holds {manifest.corpus_sha256[:12]}; put the first one back or name its "
+            f"folder, or begin anew on this one with another data folder "
+            f"(BITNET_COORD_DATA or --data)"
         )
 
 
@@ -171,6 +172,7 @@ def _run_columns(
     budget = settings.token_budget
     if budget is None:
         budget = TOKENS_PER_PARAMETER * num_params(shape)
+    _check_schedule(settings.plan, budget)
     return {
         "run_id": f"r-{fleet.rng.token(4).hex()}",
         "state": RUNNING,
@@ -183,6 +185,15 @@ def _run_columns(
         "plan_json": msgspec.json.encode(settings.plan).decode(),
         "token_budget": budget or None,
     }
+
+
+def _check_schedule(plan: TrainingPlan, budget: int) -> None:
+    """Refuse a schedule that ends before the run does: at rate zero nothing learns."""
+    if plan.schedule_tokens and not 0 < budget <= plan.schedule_tokens:
+        raise StartError(
+            f"BITNET_COORD_SCHEDULE_TOKENS must be 0 or at least the token budget, "
+            f"{budget or 'which is without end'}, got {plan.schedule_tokens}"
+        )
 
 
 def _add_root(
@@ -230,17 +241,6 @@ def _end_run(connection: Connection, run: RunRow, now: float) -> None:
     runs.drop_ranges(connection, run.run_id)
     runs.change_run(connection, run.run_id, state=FINISHED)
     workers.add_event(connection, at=now, kind="run.reset", body={"run_id": run.run_id})
-
-
-def _extend_leases(connection: Connection, fleet: Fleet, now: float) -> int:
-    """Give everyone the time that their own heartbeats need to be heard again."""
-    by_id = {worker.worker_id: worker for worker in workers.all_workers(connection)}
-    moved = 0
-    for task in tasks.all_leased(connection):
-        interval_s = heartbeat_s(fleet, by_id[task.lease_worker_id or ""])
-        until = now + leases.ttl_s(interval_s)
-        moved += tasks.extend_lease(connection, task.task_id, until)
-    return moved
 
 
 def _remove_orphans(fleet: Fleet) -> int:

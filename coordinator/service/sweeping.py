@@ -10,9 +10,10 @@ from typing import Final
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.verdicts import TaskState
-from coordinator.domain.errors import FleetError
+from coordinator.domain.errors import FleetError, RefusedError
 from coordinator.service.adopting import adopt_corpus
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.own_files import look_again
 from coordinator.service.returning import sweep_leases
 from coordinator.service.seeding import add_evaluation, budget_left
 from coordinator.service.starting import RunSettings
@@ -33,6 +34,8 @@ async def every(
     while True:
         try:
             await act()
+        except RefusedError as error:  # a full disk, mostly
+            log.error("%s failed: %s", name, error, extra={"event": "sweep.failed"})
         except Exception:
             log.exception("%s failed", name, extra={"event": "sweep.failed"})
         await asyncio.sleep(seconds)
@@ -42,6 +45,7 @@ async def sweep(fleet: Fleet, settings: RunSettings) -> None:
     """Do everything that is due."""
     if fleet.manifest is None:
         await _look_for_corpus(fleet, settings)
+    await look_again(fleet)
     await sweep_leases(fleet)
     await _end_run(fleet)
 

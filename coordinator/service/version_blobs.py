@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext.codecs import Codec, decode, encode
+from bitnet_ext.codecs import Codec, decode, fp32_payload
 from bitnet_ext.frames import FrameHeader, FrameKind, decode_frame, frame_parts
+from bitnet_ext.memory import aligned
 from coordinator.store.blobs import BlobKind, Blobs, Written, version_blob
 
 
@@ -19,6 +20,12 @@ class ServerState:
     version: int
     weights: NDArray[np.float32]
     momentum: NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, num_params: int) -> ServerState:
+        """Return memory for a state, of version 0."""
+        weights, momentum = np.split(aligned(2 * num_params, np.float32), 2)
+        return cls(version=0, weights=weights, momentum=momentum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +56,7 @@ def write_version(blobs: Blobs, state: ServerState, layout_hash: bytes) -> Versi
 def _write(
     blobs: Blobs, kind: BlobKind, header: FrameHeader, vector: NDArray[np.float32]
 ) -> Written:
-    payload = encode(header.codec, vector)
+    payload = fp32_payload(vector)
     return blobs.write(kind, version_blob(header.version), frame_parts(header, payload))
 
 
@@ -62,6 +69,22 @@ def read_state(blobs: Blobs, version: int) -> ServerState:
     both = decode(header.codec, payload, header.num_elements)
     weights, momentum = np.split(both, 2)
     return ServerState(version=version, weights=weights, momentum=momentum)
+
+
+def remake_published(blobs: Blobs, version: int) -> Written:
+    """Write the published frame of a version anew from its server state. Blocking.
+
+    The same bytes as the first time. Raises FrameError or PayloadError when the state
+    is damaged, OSError when it is gone or nothing can be written.
+    """
+    header, _ = decode_frame(blobs.read(BlobKind.STATE, version_blob(version)))
+    state = read_state(blobs, version)
+    return _write(
+        blobs,
+        BlobKind.PUBLISHED,
+        replace(header, kind=FrameKind.WEIGHTS, num_elements=len(state.weights)),
+        state.weights,
+    )
 
 
 def remove_version(blobs: Blobs, version: int) -> None:

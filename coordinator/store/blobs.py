@@ -137,8 +137,13 @@ class Blobs:
         return self._fs.free_bytes(self._folder)
 
     def names(self, kind: BlobKind) -> list[str]:
-        """Return the names of all blobs of a kind, leftovers included."""
-        return sorted(path.name for path in (self._folder / kind).iterdir())
+        """Return the names of all blobs of a kind, leftovers included.
+
+        A folder is none: whoever put it there, it was not this program.
+        """
+        return sorted(
+            path.name for path in (self._folder / kind).iterdir() if not path.is_dir()
+        )
 
 
 def version_blob(version: int) -> str:

@@ -20,7 +20,8 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from coordinator.domain.errors import EXIT_DAMAGED, StartError
+from bitnet_ext.wire.verdicts import ErrorCode
+from coordinator.domain.errors import EXIT_DAMAGED, RefusedError, StartError
 
 try:
     # Newer than the SQLite of many systems, whose WAL reset can corrupt a file.
@@ -36,6 +37,8 @@ BUSY_TIMEOUT_S: Final = 5.0
 _DAMAGED: Final = frozenset({11, 26})
 #: PERM, BUSY, READONLY, IOERR, FULL and CANTOPEN.
 _UNUSABLE: Final = frozenset({3, 5, 8, 10, 13, 14})
+#: FULL, and IOERR_SHMSIZE: no room for the index of the write-ahead log.
+_FULL: Final = frozenset({13, 10 | 19 << 8})
 #: Bytes that the write-ahead log is cut back to after a checkpoint.
 JOURNAL_LIMIT_BYTES: Final = 64 * 2**20
 
@@ -118,6 +121,21 @@ def clear_errors(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _room() -> Iterator[None]:
+    """Turn what SQLite says of a full disk into a RefusedError `disk_low`."""
+    try:
+        yield
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlite_errorcode", 0) not in _FULL:
+            raise
+        raise RefusedError(
+            ErrorCode.DISK_LOW,
+            f"the data folder has no room for this: {error.orig}",
+            retry_after_s=30.0,
+        ) from error
+
+
 def read_once(path: Path, act: Callable[[Connection], T]) -> T:
     """Run `act` on a database that another process may be writing. Blocking.
 
@@ -132,7 +150,10 @@ def read_once(path: Path, act: Callable[[Connection], T]) -> T:
 
 
 class Store:
-    """Runs functions of a `Connection` on the writer or on a reader."""
+    """Runs functions of a `Connection` on the writer or on a reader.
+
+    Where the disk is full they raise RefusedError `disk_low`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._writer = open_engine(path)
@@ -161,11 +182,11 @@ class Store:
         return self._read_threads.submit(self._in_reader, act).result()
 
     def _in_writer(self, act: Callable[[Connection], T]) -> T:
-        with self._writer.begin() as connection:
+        with _room(), self._writer.begin() as connection:
             return act(connection)
 
     def _in_reader(self, act: Callable[[Connection], T]) -> T:
-        with self._reader.begin() as connection:
+        with _room(), self._reader.begin() as connection:
             return act(connection)
 
     def close(self) -> None:

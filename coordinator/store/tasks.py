@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, case, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
 from bitnet_ext.wire.verdicts import TaskKind, TaskState
 from coordinator.store.rows import TaskRow, typed
@@ -138,29 +138,12 @@ def overdue(connection: Connection, now: float) -> list[TaskRow]:
 
 
 def renew_lease(connection: Connection, task_id: str, **columns: Any) -> None:
-    """Record a heartbeat of a live lease."""
+    """Set columns of a live lease."""
     connection.execute(
         update(tasks)
         .where(tasks.c.task_id == task_id, tasks.c.state == TaskState.LEASED)
         .values(**columns)
     )
-
-
-def extend_lease(connection: Connection, task_id: str, until: float) -> bool:
-    """Give a live lease at least until `until`; return whether it was moved."""
-    done = connection.execute(
-        update(tasks)
-        .where(
-            tasks.c.task_id == task_id,
-            tasks.c.state == TaskState.LEASED,
-            tasks.c.expires_at < until,
-        )
-        .values(
-            expires_at=until,
-            hard_at=case((tasks.c.hard_at < until, until), else_=tasks.c.hard_at),
-        )
-    )
-    return done.rowcount == 1
 
 
 def finish_task(connection: Connection, task_id: str, now: float) -> None:

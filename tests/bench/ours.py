@@ -66,7 +66,9 @@ def product(
         multiply()
         ternary.choose_isa(usual)
 
-    return Product(multiply if isa is None else multiply_forced, weight.tiles)
+    few = len(rows.q) <= ternary.FEW_ROWS
+    memory = weight.narrow if few else weight.tiles
+    return Product(multiply if isa is None else multiply_forced, memory)
 
 
 def linear_step(

@@ -101,53 +101,77 @@ class _TernaryProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        dx = input_gradient(ctx.quantised, dys, ctx.layer.threads)
-        dws = weight_gradients(ctx.layer, ctx.rows_MK, dys, ctx.weights)
+        dx, dws = gradients(ctx.layer, ctx.quantised, ctx.rows_MK, dys, ctx.weights)
         return dx.view(*ctx.lead, -1), None, None, *dws
 
 
-def weight_gradients(
+def gradients(
     layer: BitLinear,
+    quantised: tuple[TernaryWeight, ...],
     rows_MK: QuantisedRows,
     dys: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
-) -> list[Tensor | None]:
-    """Return dW, float32 (N, K), of each weight; None where it was added in place."""
-    if layer.precise:
-        x_MK = _dequantise(rows_MK)
-        return [dy.reshape(-1, dy.shape[-1]).t() @ x_MK for dy in dys]
-    tokens = ternary.pack_tokens(rows_MK, threads=layer.threads)
-    grads: list[Tensor | None] = []
-    for dy, weight in zip(dys, weights, strict=True):
-        grad = weight.grad if layer.adds_to_grad else None
-        into = torch.empty(weight.shape) if grad is None else grad
-        ternary.weight_gradient(
-            _rows(dy),
-            tokens,
-            into.numpy(),
-            accumulate=grad is not None,
-            threads=layer.threads,
-        )
-        grads.append(into if grad is None else None)
-    return grads
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return dx, float32 (M, K), and dW, float32 (N, K), of each weight.
 
-
-def input_gradient(
-    quantised: tuple[TernaryWeight, ...], dys: tuple[Tensor, ...], threads: int
-) -> Tensor:
-    """Return dx, float32 (M, K): the sum over the weights that read this input."""
+    dx is the sum over the weights, which all read this input. A dW that was added in
+    place is None.
+    """
     if not quantised:
         raise ValueError("weights must not be empty")
+    find = _precise_gradients if layer.precise else _int8_gradients
+    grads, dys_MN = find(layer, rows_MK, [_rows(dy) for dy in dys], weights)
     total: NDArray[np.float32] | None = None
-    for weight, dy in zip(quantised, dys, strict=True):
+    for weight, dy_MN in zip(quantised, dys_MN, strict=True):
         total = ternary.matmul(
-            ternary.quantise_rows(_rows(dy), GRADIENT_GROUP),
+            dy_MN,
             weight.backward,
             out=total,
             accumulate=total is not None,
-            threads=threads,
+            threads=layer.threads,
         )
-    return torch.from_numpy(total)
+    return torch.from_numpy(total), grads
+
+
+#: Each dW, and each dy as int8 rows.
+_Gradients = tuple[list[Tensor | None], list[QuantisedRows]]
+
+
+def _precise_gradients(
+    layer: BitLinear,
+    rows_MK: QuantisedRows,
+    dys: list[NDArray[np.float32]],
+    weights: tuple[Tensor, ...],
+) -> _Gradients:
+    x_MK = _dequantise(rows_MK)
+    grads: list[Tensor | None] = [torch.from_numpy(dy).t() @ x_MK for dy in dys]
+    return grads, [ternary.quantise_rows(dy, GRADIENT_GROUP) for dy in dys]
+
+
+def _int8_gradients(
+    layer: BitLinear,
+    rows_MK: QuantisedRows,
+    dys: list[NDArray[np.float32]],
+    weights: tuple[Tensor, ...],
+) -> _Gradients:
+    """Quantise each dy once, its columns for dW and its rows for dx."""
+    tokens = ternary.pack_tokens(rows_MK, threads=layer.threads)
+    grads: list[Tensor | None] = []
+    rounded: list[QuantisedRows] = []
+    for dy, weight in zip(dys, weights, strict=True):
+        grad = weight.grad if layer.adds_to_grad else None
+        into = torch.empty(weight.shape) if grad is None else grad
+        rounded.append(ternary.empty_rows(len(dy), dy.shape[1], GRADIENT_GROUP))
+        ternary.weight_gradient(
+            dy,
+            tokens,
+            into.numpy(),
+            accumulate=grad is not None,
+            dy_rows=rounded[-1],
+            threads=layer.threads,
+        )
+        grads.append(into if grad is None else None)
+    return grads, rounded
 
 
 def _rows(x: Tensor) -> Any:

@@ -1,12 +1,12 @@
 """The two halves of a layer, each one node of the autograd graph.
 
-    attention     x + o(q(norm(attend(rotate(Wqkv q(norm(x)))))))
+    attention     x + o(q(norm(attend(Wqkv q(norm(x))))))
     feed-forward  x + down(q(norm(act(gate q(norm(x))) * up q(norm(x)))))
 
 with q() the int8 rows of the ternary products. What a half keeps for its gradient is
-its input, the int8 rows, one number a row for each norm, and either the heads or
-gate and up. Gradients of the weights are added straight to their `grad`, views into
-the flat vector, so no gradient of a weight is ever a tensor of its own.
+its input, the int8 rows, one number a row for each norm, and either the heads with what
+they gathered, or gate and up. Gradients of the weights are added straight to their
+`grad`, views into the flat vector, so none is ever a tensor of its own.
 
 Letters in shapes: B sequences, T tokens, H hidden, N heads, D width of a head,
 F width of the feed-forward, M = B * T.
@@ -20,16 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bitnet_ext import fused
+from bitnet_ext.attention import Heads, attend, attend_backward
 from bitnet_ext.fused import Gate, NormInput
 from bitnet_ext.layout import ModelShape
-from worker.model.bitlinear import (
-    BitLinear,
-    input_gradient,
-    weight_gradients,
-)
+from worker.model.bitlinear import BitLinear, gradients
 
 Floats = NDArray[np.float32]
 
@@ -91,25 +87,18 @@ class _AttentionHalf(torch.autograd.Function):
     def forward(
         ctx: Any, x_BTH: Tensor, layer: Layer, cosines: Floats, sines: Floats
     ) -> Tensor:
-        ctx.layer, ctx.angles = layer, (cosines, sines)
+        ctx.layer = layer
         ctx.inner = _NormedProducts(
             NormInput(_matrix(x_BTH)),
             layer.attn_norm,
             (layer.to_qkv, layer.q, layer.k, layer.v),
             layer,
         )
-        heads = ctx.inner.products()
-        for turned in heads[:2]:
-            fused.rotate(turned, cosines, sines, threads=layer.threads)
-        ctx.heads = tuple(
-            torch.from_numpy(y)
-            .view(*x_BTH.shape[:2], -1, layer.shape.head_dim)
-            .requires_grad_(x_BTH.requires_grad)
-            for y in heads
-        )
-        ctx.mixed_BTH = _attend(layer.shape, *ctx.heads)
+        q, k, v = ctx.inner.products()
+        heads = Heads(q, k, v, cosines, sines)
+        ctx.attended = attend(heads, threads=layer.threads)
         ctx.outer = _NormedProducts(
-            NormInput(_matrix(ctx.mixed_BTH)),
+            NormInput(ctx.attended.mixed),
             layer.attn_sub_norm,
             (layer.to_output, layer.o),
             layer,
@@ -119,17 +108,12 @@ class _AttentionHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor, None, None, None]:
-        dmixed = ctx.outer.backward((_rows(dy_BTH),)).view(dy_BTH.shape)
-        dheads = tuple(
-            _rows(dhead.flatten(2))
-            for dhead in torch.autograd.grad(ctx.mixed_BTH, ctx.heads, dmixed)
+        dmixed = ctx.outer.backward((_rows(dy_BTH),))
+        dheads = attend_backward(
+            ctx.attended, dmixed.numpy(), threads=ctx.layer.threads
         )
-        for turned in dheads[:2]:
-            fused.rotate(
-                turned.numpy(), *ctx.angles, back=True, threads=ctx.layer.threads
-            )
         dx = dy_BTH.clone(memory_format=torch.contiguous_format)
-        ctx.inner.backward(dheads, add_to=dx)
+        ctx.inner.backward(tuple(map(torch.from_numpy, dheads)), add_to=dx)
         return dx, None, None, None
 
 
@@ -234,27 +218,13 @@ class _NormedProducts:
         return torch.from_numpy(dgate), torch.from_numpy(dup)
 
     def _backward_to_norm(self, dys: tuple[Tensor, ...]) -> Tensor:
-        grads = weight_gradients(self._linear, self._q, dys, self._weights)
+        dnormed, grads = gradients(
+            self._linear, self._ternary, self._q, dys, self._weights
+        )
         for weight, grad in zip(self._weights, grads, strict=True):
             if grad is not None:
                 _grad(weight).add_(grad)
-        return input_gradient(self._ternary, dys, self._threads)
-
-
-def _attend(shape: ModelShape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention over heads (B, T, N, D), float32 (B, T, H).
-
-    It has a graph of its own where the heads need gradients.
-    """
-    with torch.set_grad_enabled(q.requires_grad):
-        mixed_BNTD = functional.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=shape.num_kv_heads != shape.num_heads,
-        )
-        return mixed_BNTD.transpose(1, 2).flatten(2)
+        return dnormed
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from bitnet_ext import fused, ternary
-from bitnet_ext.ternary import QuantisedRows
+from bitnet_ext import fused
+from bitnet_ext import head as int8_head
 
 #: A target that is not predicted: padding, or a token whose successor is unknown.
 NO_TARGET: Final = -1
@@ -54,35 +54,36 @@ def head_loss(
 def head_dtype() -> torch.dtype:
     """Return the type of the head's products in training, by what is fast here.
 
-    int8 rounds the logits about as much as bf16 does, and the loss alone: gradients
-    of the two factors are then products in fp32. Having instructions says little: a
-    Xeon that hides its AMX tiles ran bf16 at 0.6 of the speed of fp32, a
-    Zen 4 at twice. So all are timed, once in a process; what rounds more must win
+    Having instructions says little: a Xeon that hides its AMX tiles ran bf16 at 0.6
+    of the speed of fp32, a Zen 4 at twice; int8 is five times as fast with VNNI, and
+    no faster without. So all are timed, once in a process; what rounds more must win
     clearly to be worth it.
     """
-    return choose_dtype(_product_s)
+    return choose_dtype(_head_s)
 
 
-def choose_dtype(product_s: Callable[[torch.dtype], float]) -> torch.dtype:
-    """Return the type of the products by the seconds of one in each type."""
-    fp32_s = product_s(torch.float32)
-    best, best_s = torch.float32, fp32_s
-    for dtype, products in ((torch.bfloat16, 3), (torch.int8, 1)):
-        # int8 replaces one of the three products, so its time is that of all three.
-        seconds = (products * product_s(dtype) + (3 - products) * fp32_s) / 3
+def choose_dtype(head_s: Callable[[torch.dtype], float]) -> torch.dtype:
+    """Return the type for the head by the seconds that a head takes in each."""
+    best, best_s = torch.float32, head_s(torch.float32)
+    for dtype in (torch.bfloat16, torch.int8):
+        seconds = head_s(dtype)
         if seconds * MIN_GAIN < best_s:
             best, best_s = dtype, seconds
     return best
 
 
-def _product_s(dtype: torch.dtype) -> float:
-    """Return the least seconds of a few products of the head's kind."""
-    left, right = torch.ones(256, 256, dtype=dtype), torch.ones(2048, 256, dtype=dtype)
-    multiply = torch._int_mm if dtype is torch.int8 else torch.mm
+def _head_s(dtype: torch.dtype) -> float:
+    """Return the least seconds that a small head takes, forward and backward."""
+    hidden_MH = torch.full((256, 256), 0.5)
+    targets_M = torch.zeros(len(hidden_MH), dtype=torch.int64)
+    embeddings_VH = torch.full((2048, 256), 0.5)
+    into_VH = torch.zeros_like(embeddings_VH)
+    find = _loss_in(dtype)
     seconds = []
     for _ in range(5):
         started_s = time.perf_counter()
-        multiply(left, right.t())
+        _, _, add_to = find(hidden_MH, embeddings_VH, targets_M, 1.0, 1)
+        add_to(into_VH, 1.0)
         seconds.append(time.perf_counter() - started_s)
     return min(seconds)
 
@@ -102,7 +103,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Makes the gradients chunk by chunk with the loss, while the logits are there."""
+    """Makes the gradients with the loss, while the logits are there."""
 
     @staticmethod
     def forward(
@@ -113,67 +114,82 @@ class _HeadLoss(torch.autograd.Function):
         dtype: torch.dtype,
         threads: int,
     ) -> Tensor:
-        table = _Table(embeddings_VH.detach(), dtype, threads)
-        hidden = hidden_MH.detach().to(table.values.dtype)
         num_targets = max(1, int((targets_M != NO_TARGET).sum()))
+        nats, ctx.dhidden, ctx.add_to = _loss_in(dtype)(
+            hidden_MH.detach(),
+            embeddings_VH.detach(),
+            targets_M,
+            1.0 / num_targets,
+            threads,
+        )
         ctx.embeddings = embeddings_VH
-        ctx.dhidden = torch.empty(hidden.shape) if hidden_MH.requires_grad else None
-        ctx.dtable = None
-        nats = 0.0
-        for start in range(0, len(hidden), CHUNK_TOKENS):
-            chunk = slice(start, start + CHUNK_TOKENS)
-            some_nats, dlogits = table.loss(
-                hidden[chunk], targets_M[chunk], 1.0 / num_targets
-            )
-            nats += some_nats
-            if ctx.dhidden is not None:
-                ctx.dhidden[chunk] = dlogits @ table.values
-                # (E^T)' = h^T @ dlogits has the same numbers; this is the faster.
-                part = dlogits.t() @ hidden[chunk]
-                ctx.dtable = part if ctx.dtable is None else ctx.dtable.add_(part)
         return torch.tensor(nats / num_targets, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.dtable is not None:
-            ctx.embeddings.grad.add_(ctx.dtable, alpha=dloss.item())
-        return ctx.dhidden.mul_(dloss), None, None, None, None
+        factor = dloss.item()
+        ctx.add_to(ctx.embeddings.grad, factor)
+        return ctx.dhidden.mul_(factor), None, None, None, None
 
 
-class _Table:
-    """The embeddings as the factor of the logits, in the type of the products."""
+#: What remains to be done for the gradient of the table: add a factor of it to (V, H).
+_AddTo = Callable[[Tensor, float], None]
+#: From hidden states, table, targets, scale of gradients, threads: the summed nats,
+#: the gradient of the hidden states, and the rest.
+_Loss = Callable[[Tensor, Tensor, Tensor, float, int], tuple[float, Tensor, _AddTo]]
 
-    def __init__(self, embeddings_VH: Tensor, dtype: torch.dtype, threads: int) -> None:
-        self._threads = threads
-        self._rows: QuantisedRows | None = None
-        if dtype is torch.int8:
-            self._rows = ternary.quantise_rows(embeddings_VH.numpy())
-            dtype = torch.float32
-        #: (V, H): the factor of the gradients too.
-        self.values = embeddings_VH.to(dtype)
 
-    def loss(
-        self, hidden_MH: Tensor, targets_M: Tensor, scale: float
-    ) -> tuple[float, Tensor]:
-        """Return the summed nats and `scale` times the gradient of the logits."""
-        targets = targets_M.numpy()
-        if self._rows is not None:
-            rows = ternary.quantise_rows(hidden_MH.numpy())
-            products_MV = torch._int_mm(
-                torch.from_numpy(rows.q), torch.from_numpy(self._rows.q).t()
-            )
-            nats, dlogits = fused.softmax_backward_of_products(
-                products_MV.numpy(),
-                (rows.scale, self._rows.scale),
-                targets,
-                scale,
-                threads=self._threads,
-            )
-            return nats, torch.from_numpy(dlogits)
-        logits_MV = hidden_MH @ self.values.t()
-        is_half = logits_MV.dtype is torch.bfloat16
+def _loss_in(dtype: torch.dtype) -> _Loss:
+    """Return the head whose products are of that type."""
+    if dtype is torch.int8:
+        return _int8_loss
+    return functools.partial(_float_loss, dtype)
+
+
+def _int8_loss(
+    hidden_MH: Tensor,
+    embeddings_VH: Tensor,
+    targets_M: Tensor,
+    scale: float,
+    threads: int,
+) -> tuple[float, Tensor, _AddTo]:
+    table = int8_head.Table(embeddings_VH.numpy(), threads=threads)
+    nats, dhidden_MH, gradient = int8_head.loss(
+        table, hidden_MH.numpy(), targets_M.numpy(), scale, threads=threads
+    )
+
+    def add_to(into_VH: Tensor, factor: float) -> None:
+        gradient.add_to(into_VH.numpy(), factor=factor, threads=threads)
+
+    return nats, torch.from_numpy(dhidden_MH), add_to
+
+
+def _float_loss(
+    dtype: torch.dtype,
+    hidden_MH: Tensor,
+    embeddings_VH: Tensor,
+    targets_M: Tensor,
+    scale: float,
+    threads: int,
+) -> tuple[float, Tensor, _AddTo]:
+    """The same with products of torch in fp32 or bf16, chunk by chunk."""
+    table_VH, hidden_MH = embeddings_VH.to(dtype), hidden_MH.to(dtype)
+    dhidden_MH = torch.empty(hidden_MH.shape)
+    dtable_VH = torch.zeros(table_VH.shape)
+    nats = 0.0
+    for start in range(0, len(hidden_MH), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        logits_MV = hidden_MH[chunk] @ table_VH.t()
+        is_half = dtype is torch.bfloat16
         bits = logits_MV.view(torch.uint16) if is_half else logits_MV
-        nats = fused.softmax_backward(
-            bits.numpy(), targets, scale, threads=self._threads
+        nats += fused.softmax_backward(
+            bits.numpy(), targets_M[chunk].numpy(), scale, threads=threads
         )
-        return nats, logits_MV
+        dhidden_MH[chunk] = logits_MV @ table_VH
+        # (E^T)' = h^T @ dlogits has the same numbers; this is the faster.
+        dtable_VH.add_(logits_MV.t() @ hidden_MH[chunk])
+
+    def add_to(into_VH: Tensor, factor: float) -> None:
+        into_VH.add_(dtable_VH, alpha=factor)
+
+    return nats, dhidden_MH, add_to

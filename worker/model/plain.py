@@ -88,9 +88,10 @@ def adamw(
     values: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamW
 ) -> None:
     """Make the step of `bitnet_ext.fused.adamw` on tensors of any device."""
-    grads = grads * how.clip
-    exp_avg.lerp_(grads, 1.0 - how.beta1)
-    exp_avg_sq.mul_(how.beta2).addcmul_(grads, grads, value=1.0 - how.beta2)
+    clipped = grads * how.clip
+    grads.zero_()
+    exp_avg.lerp_(clipped, 1.0 - how.beta1)
+    exp_avg_sq.mul_(how.beta2).addcmul_(clipped, clipped, value=1.0 - how.beta2)
     root = (1.0 - how.beta2**how.step) ** -0.5
     divisor = exp_avg_sq.sqrt().mul_(root).add_(how.eps)
     values.mul_(1.0 - how.rate * how.decay)

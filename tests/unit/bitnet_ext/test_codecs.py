@@ -18,10 +18,9 @@ from bitnet_ext.codecs import (
     decode_add,
     encode,
     encode_with_feedback,
-    from_bf16,
+    fp32_payload,
     is_finite,
     payload_bytes,
-    to_bf16,
 )
 
 SIZES = [0, 1, 255, 256, 257, 1000, 4096]
@@ -263,42 +262,6 @@ def test_finite_looks_into_any_shape():
     assert not is_finite(matrix)
 
 
-@pytest.mark.usefixtures("isa")
-def test_bf16_equals_its_twin_on_every_kind_of_number():
-    special = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-45, 3.4e38, -3.4e38]
-    halves = (np.arange(0x3F7FFFFE, 0x3F830003, 0x4000) + 0).astype(np.uint32)
-    nans = np.array([0x7F800001, 0xFFFFFFFF, 0x7F80FFFF], dtype=np.uint32)
-    vector = np.concatenate(
-        [
-            np.array(special, dtype=np.float32),
-            halves.view(np.float32),
-            nans.view(np.float32),
-            normal(1000),
-        ]
-    )
-
-    bits = to_bf16(vector)
-    back = from_bf16(bits)
-
-    np.testing.assert_array_equal(bits, reference.to_bf16(vector))
-    assert back.tobytes() == reference.from_bf16(bits).tobytes()
-    assert np.isnan(back).tolist() == np.isnan(vector).tolist()
-
-
-def test_bf16_rounds_halves_to_even():
-    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001], dtype=np.uint32)
-
-    assert to_bf16(bits.view(np.float32)).tolist() == [0x3F80, 0x3F82, 0x3F81]
-
-
-@given(st.integers(0, 0xFFFF))
-def test_a_bf16_number_comes_back_as_it_was(bits):
-    number = from_bf16(np.array([bits], dtype=np.uint16))
-
-    expected = bits | 0x40 if np.isnan(number[0]) else bits
-    assert to_bf16(number)[0] == expected
-
-
 def test_the_number_of_a_codec_is_its_own():
     assert {codec: codec.number for codec in Codec} == {Codec.FP32: 1, Codec.INT8: 2}
 
@@ -310,3 +273,16 @@ def test_other_types_are_refused():
         encode(Codec.FP32, np.zeros((3, 1), dtype=np.float32))
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         decode(Codec.FP32, b"", -1)
+
+
+def test_the_payload_of_fp32_may_be_a_view():
+    vector = normal(9)
+
+    view = fp32_payload(vector)
+
+    assert view.readonly
+    assert bytes(view) == encode(Codec.FP32, vector)
+    assert np.shares_memory(np.frombuffer(view, np.uint8), vector)
+    vector[3] = np.inf
+    with pytest.raises(NonFiniteError, match="vector must hold finite numbers"):
+        fp32_payload(vector)

@@ -123,25 +123,6 @@ def test_the_gradient_goes_through_the_gate(m, k, gate):
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize(("heads", "half"), [(1, 1), (3, 16), (2, 32), (5, 19)])
-def test_a_turn_follows_the_position_and_a_turn_back_undoes_it(heads, half):
-    x = normal(14, heads * 2 * half)
-    angles = normal(7, half)
-    cosines, sines = np.cos(angles), np.sin(angles)
-    turned = x.copy()
-
-    fused.rotate(turned, cosines, sines)
-
-    pairs = x.reshape(2, 7, heads, 2, half)
-    first, second = pairs[..., 0, :], pairs[..., 1, :]
-    c, s = cosines[None, :, None], sines[None, :, None]
-    wanted = np.stack([first * c - second * s, second * c + first * s], axis=-2)
-    assert_close(turned, wanted.reshape(x.shape))
-    fused.rotate(turned, cosines, sines, back=True)
-    assert_close(turned, x)
-
-
-@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(("m", "v"), [(1, 1), (3, 15), (40, 33), (5, 5174)])
 @pytest.mark.parametrize("half", [False, True])
 def test_logits_become_their_gradient(m, v, half):
@@ -166,22 +147,6 @@ def test_logits_become_their_gradient(m, v, half):
     if half:
         found = reference.from_bf16(found.ravel()).reshape(m, v)
     assert_close(found, odds / 4, rtol=4e-3 if half else 2e-6)
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize(("m", "v"), [(1, 1), (3, 15), (40, 33)])
-def test_products_of_int8_are_scaled_on_the_way_to_their_gradient(m, v):
-    products = np.random.default_rng(2).integers(-9000, 9000, (m, v), dtype=np.int32)
-    scales = normal(m) ** 2 / 1000, normal(v, seed=1) ** 2
-    targets = np.arange(m) % (v + 1) - 1
-    logits = products.astype(np.float32) * scales[0][:, None] * scales[1]
-    nats = fused.softmax_backward(logits, targets, 0.5)
-
-    found, gradient = fused.softmax_backward_of_products(products, scales, targets, 0.5)
-
-    assert found == nats
-    assert gradient.tobytes() == logits.tobytes()
-    assert np.shares_memory(gradient, products)
 
 
 @pytest.mark.usefixtures("isa")
@@ -211,15 +176,15 @@ def test_a_step_of_adamw_is_the_textbook_one(count):
     m, v = 0.9 * mean + 0.1 * g, 0.95 * square + 0.05 * g**2
     step = m / (1 - 0.9**3) / (np.sqrt(v / (1 - 0.95**3)) + 1e-8)
     wanted = value * (1 - 1e-3) - 1e-2 * step
-    before = grad.copy()
+    norm = fused.norm_of(grad)
+    assert norm == pytest.approx(np.linalg.norm(grad), rel=1e-6)
 
     fused.adamw(value, grad, mean, square, how)
 
     np.testing.assert_allclose(value, wanted, rtol=1e-6, atol=1e-6)
     assert_close(mean, m)
     assert_close(square, v)
-    assert np.array_equal(grad, before)
-    assert fused.norm_of(grad) == pytest.approx(np.linalg.norm(grad), rel=1e-6)
+    assert not grad.any()
 
 
 def test_rows_of_one_id_are_added_up():
@@ -247,8 +212,6 @@ def test_arrays_of_another_length_are_refused():
         fused.norm_backward(rows.x, normed, gain, dx_MK=rows.x)
     with pytest.raises(ValueError, match="dgain has the wrong length"):
         fused.gated_norm_backward(rows.x, normed, normal(17))
-    with pytest.raises(ValueError, match="x has the wrong length"):
-        fused.rotate(normal(2, 9), normal(2, 2), normal(2, 2))
 
 
 def everything(m, k, gate, threads):
@@ -266,10 +229,8 @@ def everything(m, k, gate, threads):
     moments = np.zeros((2, m * k), np.float32)
     values = dy.copy().ravel()
     how = AdamW(rate=1e-2, decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, step=1)
-    fused.adamw(values, rows.x.ravel(), *moments, how, threads=threads)
-    turned = np.hstack([dy, dy])
-    fused.rotate(turned, dy[:3], gain + dy[:3], threads=threads)
-    results = q.q, q.scale, normed.inverse, rows.x, dx, dgain, logits, values, turned
+    fused.adamw(values, rows.x.flatten(), *moments, how, threads=threads)
+    results = q.q, q.scale, normed.inverse, rows.x, dx, dgain, logits, values
     norm = fused.norm_of(dy.ravel(), threads=threads)
     return [part.tobytes() for part in results], loss, norm
 

@@ -15,6 +15,7 @@ from bitnet_ext.ternary import (
     QuantisedRows,
     active_isa,
     choose_isa,
+    empty_rows,
     matmul,
     pack_tokens,
     quantise_rows,
@@ -68,6 +69,20 @@ def test_an_accumulated_gradient_equals_its_twin(m, n, k):
 
     before = np.full((n, k), 7, dtype=np.float32)
     assert_same_bits(found, reference.weight_gradient(dy, rows, before))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_rows_made_in_the_same_pass_are_the_rows(m, n, k):
+    dy, rows = normal(m, n), quantise_rows(normal(m, k, seed=1))
+    made, wanted = empty_rows(m, n, 32), quantise_rows(dy, 32)
+
+    found = gradient(dy, rows, dy_rows=made, threads=2)
+
+    assert_same_bits(made.q, wanted.q)
+    assert_same_bits(made.scale, wanted.scale)
+    assert made.group == wanted.group
+    assert_same_bits(found, reference.weight_gradient(dy, rows))
 
 
 @given(

@@ -207,6 +207,7 @@ def test_a_message_cannot_be_changed(name):
         ("RegisterRequest", "threads", 4097),
         ("RegisterRequest", "threads", 1.5),
         ("RegisterRequest", "heartbeat_s", 0.0),
+        ("RegisterRequest", "heartbeat_s", 60.1),
         ("RegisterRequest", "calibrated_tokens_per_s", 0.0),
         ("RegisterRequest", "target_task_tokens", 0),
         ("HeartbeatRequest", "phase", "dancing"),

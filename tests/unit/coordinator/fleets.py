@@ -41,6 +41,7 @@ from bitnet_ext.wire.verdicts import FailCode, WorkerPhase
 from coordinator.domain.manifest import (
     HELD_OUT_ID,
     MANIFEST_NAME,
+    TOKENIZER_NAME,
     Manifest,
     Shard,
     corpus_hash,
@@ -83,16 +84,26 @@ PLAN = TrainingPlan(batch_size=2, round_s=60.0, codec="fp32", evaluate_every=10)
 SECRET = b"s" * 32
 
 
-def write_corpus(folder: Path, *, sizes: tuple[int, ...] = (1000, 504)) -> Manifest:
+def write_corpus(
+    folder: Path,
+    *,
+    sizes: tuple[int, ...] = (1000, 504),
+    vocab_size: int = SHAPE.vocab_size,
+) -> Manifest:
     """Prepare a corpus by hand: training shards of `sizes` tokens, 100 held out."""
     folder.joinpath("tokenized").mkdir(parents=True, exist_ok=True)
     named = {HELD_OUT_ID: 100} | {f"train-{n:05d}": s for n, s in enumerate(sizes)}
     shards = [_write_shard(folder, name, size) for name, size in named.items()]
+    content = b"a tokenizer that nothing reads"
+    (folder / "tokenized" / TOKENIZER_NAME).write_bytes(content)
+    tokenizer = hashlib.sha256(content).hexdigest()
     manifest = Manifest(
-        vocab_size=SHAPE.vocab_size,
+        vocab_size=vocab_size,
         eot_id=0,
-        tokenizer_sha256="ab" * 32,
-        corpus_sha256=corpus_hash(shards),
+        tokenizer_sha256=tokenizer,
+        corpus_sha256=corpus_hash(
+            shards, vocab_size=vocab_size, eot_id=0, tokenizer_sha256=tokenizer
+        ),
         shards=shards,
         held_out_gzip_bytes=200,
         created_at=1.0,
@@ -319,12 +330,17 @@ class World:
         request = ReleaseRequest(worker_id=worker_id, lease_id=task.lease_id)
         return self.do(release(self.fleet, task.task_id, request))
 
-    def fail(self, task: Task, worker_id: str = "w1") -> TaskAnswer:
+    def fail(
+        self,
+        task: Task,
+        worker_id: str = "w1",
+        code: FailCode = FailCode.OUT_OF_MEMORY,
+    ) -> TaskAnswer:
         """Say that a task cannot be done."""
         request = FailRequest(
             worker_id=worker_id,
             lease_id=task.lease_id,
-            code=FailCode.OUT_OF_MEMORY,
+            code=code,
             message="too large",
         )
         return self.do(fail(self.fleet, task.task_id, request))

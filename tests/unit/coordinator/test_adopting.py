@@ -17,7 +17,7 @@ from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError, StartError
 from coordinator.service.adopting import adopt_corpus
 from coordinator.service.serving import open_shard
-from coordinator.service.starting import RunSettings
+from coordinator.service.starting import RunSettings, load_corpus
 from coordinator.service.sweeping import sweep
 from coordinator.store import runs
 from tests.unit.coordinator.fleets import PLAN, World
@@ -120,6 +120,24 @@ def test_a_shard_that_is_gone_or_a_link_is_named(bare: World, lose):
     assert f"{SHARD}.bin" in refusal(bare)
 
 
+def test_a_tokenizer_that_is_gone_is_named(bare: World):
+    path = bare.fleet.corpus / "tokenized/tokenizer.json"
+    path.unlink()
+
+    assert f"cannot read {path}: No such file" in refusal(bare)
+
+
+def test_a_tokenizer_whose_bytes_changed_is_named_with_both_hashes(bare: World):
+    path = bare.fleet.corpus / "tokenized/tokenizer.json"
+    path.write_bytes(b"another")
+
+    why = refusal(bare)
+
+    got = hashlib.sha256(b"another").hexdigest()
+    due = load_corpus(bare.fleet.corpus).tokenizer_sha256
+    assert all(part in why for part in (str(path), due, got))
+
+
 def test_a_damaged_shard_stops_the_start_of_a_run_that_is_there(adopted: World):
     flip(shard_path(adopted))
     before = adopted.everything()
@@ -173,7 +191,7 @@ def test_a_damaged_corpus_that_appears_is_looked_at_again(bare: World, caplog):
     for _ in range(2):
         bare.do(sweep(bare.fleet, SETTINGS))
     no_run(bare)
-    assert caplog.text.count(f"shard {path} is damaged") == 2
+    assert caplog.text.count(f"{path} is damaged") == 2
 
     path.write_bytes(whole)
     bare.do(sweep(bare.fleet, SETTINGS))
@@ -208,7 +226,8 @@ def test_a_shard_that_changed_since_is_not_served(adopted: World, change):
         opened(adopted)
 
     assert caught.value.code is ErrorCode.UNKNOWN_SHARD
-    assert f"{SHARD} names a file that changed" in caught.value.message
+    assert SHARD in caught.value.message
+    assert f"shard {path} is damaged" in adopted.fleet.file_faults[SHARD].reason
 
 
 def test_another_file_of_the_corpus_has_no_known_hash(adopted: World):

@@ -464,3 +464,14 @@ def test_int8_payloads_are_merged_as_they_decode(world: World):
     header, payload = decode_frame(sent)
     decoded = decode(header.codec, payload, NUM_PARAMS)
     assert_is(world.state(2), *stepped(base, decoded))
+
+
+def test_versions_keep_their_numbers_while_memory_is_used_again(running: World):
+    states = [running.state(1)]
+    for seed in range(4):
+        gradient = noise(seed)
+        due = stepped(states[-1], gradient)
+        running.submit(running.claimed(), value=gradient)
+        assert running.close_round()
+        states.append(running.state(seed + 2))
+        assert_is(states[-1], *due)

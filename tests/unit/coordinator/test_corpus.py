@@ -384,7 +384,7 @@ def test_the_corpus_of_a_running_run_is_never_replaced(tmp_path):
     before = everything(tmp_path)
     (tmp_path / "more.txt").write_text(prose(77), encoding="utf-8")
 
-    with pytest.raises(CorpusInUseError, match="finish the run first"):
+    with pytest.raises(CorpusInUseError, match=r"finish the run first .*train-for 1"):
         prepare(tmp_path, protected_hash=running.corpus_sha256)
 
     assert everything(tmp_path) == before

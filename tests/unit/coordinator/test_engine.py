@@ -10,6 +10,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
+from bitnet_ext.wire.verdicts import ErrorCode
+from coordinator.domain.errors import RefusedError
 from coordinator.store.engine import Store, read_once
 
 TIMEOUT_S = 10.0
@@ -67,6 +69,22 @@ def test_what_was_written_is_there_for_another_process_at_once(store, path):
     store.write_now(lambda c: set_value(c, 5))
 
     assert read_once(path, value) == 5
+
+
+def test_a_full_disk_is_a_refusal_and_a_later_try_succeeds(store):
+    size = pragma(store, "page_count")
+    pragma(store, f"max_page_count={size}")  # what SQLite calls full
+
+    with pytest.raises(RefusedError, match="full") as caught:
+        store.write_now(
+            lambda c: c.exec_driver_sql("CREATE TABLE more AS SELECT zeroblob(99999)")
+        )
+
+    assert caught.value.code is ErrorCode.DISK_LOW
+    assert caught.value.retry_after_s
+    pragma(store, f"max_page_count={size + 99}")
+    store.write_now(lambda c: set_value(c, 5))
+    assert store.read_now(value) == 5
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])

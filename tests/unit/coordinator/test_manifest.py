@@ -20,16 +20,34 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def shard(shard_id: str, *, held_out: bool = False, sha256: str = "a" * 64) -> Shard:
+def shard(
+    shard_id: str,
+    *,
+    held_out: bool = False,
+    sha256: str = "a" * 64,
+    text_bytes: int = 100,
+) -> Shard:
     return Shard(
         shard_id=shard_id,
         num_tokens=10,
         num_bytes=40,
         sha256=sha256,
-        text_bytes=100,
+        text_bytes=text_bytes,
         num_documents=1,
         held_out=held_out,
         synthetic=False,
+    )
+
+
+def hashed(
+    shards: list[Shard],
+    *,
+    vocab_size: int = 300,
+    eot_id: int = 0,
+    tokenizer_sha256: str = "b" * 64,
+) -> str:
+    return corpus_hash(
+        shards, vocab_size=vocab_size, eot_id=eot_id, tokenizer_sha256=tokenizer_sha256
     )
 
 
@@ -39,7 +57,7 @@ def manifest(shards: list[Shard] | None = None) -> Manifest:
         vocab_size=300,
         eot_id=0,
         tokenizer_sha256="b" * 64,
-        corpus_sha256=corpus_hash(shards),
+        corpus_sha256=hashed(shards),
         shards=shards,
         held_out_gzip_bytes=30,
         created_at=1.5,
@@ -77,9 +95,27 @@ def test_gzip_is_given_in_bits_a_byte_of_the_held_out_text():
 def test_the_hash_of_a_corpus_goes_by_content_and_not_by_order():
     one, two = shard("train-00000"), shard("train-00001")
 
-    assert corpus_hash([one, two]) == corpus_hash([two, one])
-    assert corpus_hash([one]) != corpus_hash([shard("train-00000", sha256="c" * 64)])
-    assert corpus_hash([one]) != corpus_hash([shard("train-00000", held_out=True)])
+    assert hashed([one, two]) == hashed([two, one])
+    others = {
+        hashed([one, two]),
+        hashed([shard("train-00000", sha256="c" * 64)]),
+        hashed([shard("train-00000", held_out=True)]),
+        hashed([shard("train-00000", text_bytes=101)]),
+        hashed([one], vocab_size=301),
+        hashed([one], eot_id=1),
+        hashed([one], tokenizer_sha256="d" * 64),
+    }
+    assert len(others | {hashed([one])}) == 8
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 301}, {"eot_id": 1}, {"tokenizer_sha256": "d" * 64}]
+)
+def test_a_manifest_that_was_edited_is_refused(tmp_path, change):
+    path = changed(tmp_path / "manifest.json", change)
+
+    with pytest.raises(ManifestError, match=r"corpus_sha256.*tokenize-corpus"):
+        load_manifest(path)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,17 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from coordinator.domain.plan import TrainingPlan, hyper_parameters, learning_rate_at
+from coordinator.domain.plan import (
+    TrainingPlan,
+    hyper_parameters,
+    learning_rate_at,
+    weight_decay_at,
+)
 
 PLAN = TrainingPlan(learning_rate=1e-3, warmup_tokens=1000)
+TWO_STAGES = msgspec.structs.replace(
+    PLAN, schedule_tokens=10_000, second_stage_at=0.6, second_stage_rate=0.5
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +29,35 @@ def test_without_warm_up_the_rate_is_there_at_once():
     plan = msgspec.structs.replace(PLAN, warmup_tokens=0)
 
     assert learning_rate_at(plan, 0) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "due"),
+    [
+        (500, 0.5e-3),
+        (1000, 1e-3),
+        (3500, 0.75e-3),
+        (6000, 0.5e-3),
+        (8000, 0.25e-3),
+        (10_000, 0.0),
+        (10**12, 0.0),
+    ],
+)
+def test_a_schedule_goes_linearly_from_corner_to_corner(tokens, due):
+    assert learning_rate_at(TWO_STAGES, tokens) == pytest.approx(due)
+
+
+def test_weights_decay_in_the_first_stage_only():
+    assert weight_decay_at(TWO_STAGES, 5999) == 0.1
+    assert weight_decay_at(TWO_STAGES, 6000) == 0.0
+    assert (
+        hyper_parameters(TWO_STAGES, tokens_accepted=6000, task_tokens=100).weight_decay
+        == 0.0
+    )
+
+
+def test_without_a_schedule_weights_decay_for_good():
+    assert weight_decay_at(PLAN, 10**12) == 0.1
 
 
 def test_a_task_goes_on_where_the_one_before_it_ended():
@@ -37,6 +74,12 @@ def test_a_task_goes_on_where_the_one_before_it_ended():
     [
         ("learning_rate", 0.0),
         ("warmup_tokens", -1),
+        ("schedule_tokens", -1),
+        # Its second stage would begin within the warm-up of 100,000 tokens.
+        ("schedule_tokens", 200_000),
+        ("second_stage_at", 1.0),
+        ("second_stage_rate", 0.0),
+        ("second_stage_rate", 1.1),
         ("weight_decay", -0.1),
         ("beta1", 1.0),
         ("beta2", -0.1),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tornado.iostream import StreamClosedError
 from tornado.netutil import bind_sockets
-from tornado.web import Application, RequestHandler
+from tornado.web import Application, RequestHandler, stream_request_body
 
 from coordinator.server import MAX_CONNECTIONS, Server, allow_connections
 
@@ -22,6 +22,8 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 SLOW = HEALTH.replace(b"health", b"slow")
 BIG = HEALTH.replace(b"health", b"big")
 HALF_A_BODY = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc"
+HALF_A_STREAM = b"POST /stream HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n\r\nabc"
+CLOSING = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
 
 class Health(RequestHandler):
@@ -42,6 +44,22 @@ class Slow(RequestHandler):
         self.finish("done at last")
 
 
+@stream_request_body
+class Stream(Slow):
+    def initialize(self, **events: asyncio.Event) -> None:
+        super().initialize(**events)
+        self.got = b""
+
+    async def prepare(self) -> None:
+        self.events["begun"].set()
+
+    def data_received(self, chunk: bytes) -> None:
+        self.got += chunk
+
+    async def post(self) -> None:
+        self.finish(self.got)
+
+
 class Big(Slow):
     async def get(self) -> None:
         with contextlib.suppress(StreamClosedError):
@@ -60,7 +78,12 @@ class Site:
     def __init__(self, **limits: Any) -> None:
         self.begun, self.may_end = asyncio.Event(), asyncio.Event()
         events = {"begun": self.begun, "may_end": self.may_end}
-        routes = [("/health", Health), ("/slow", Slow, events), ("/big", Big, events)]
+        routes = [
+            ("/health", Health),
+            ("/slow", Slow, events),
+            ("/big", Big, events),
+            ("/stream", Stream, events),
+        ]
         self.server = Server(Application(routes), **{"limit": 50, **limits})
         self._sockets = bind_sockets(0, "127.0.0.1")
         self.port = self._sockets[0].getsockname()[1]
@@ -141,6 +164,64 @@ def test_requests_in_flight_are_not_cut_off_for_a_new_connection() -> None:
             assert await reader.readuntil(b"done at last")
             other.close()
             writer.close()
+
+    run(story)
+
+
+def test_a_half_sent_body_makes_room_for_a_new_connection() -> None:
+    async def story() -> None:
+        async with site(limit=1) as found:
+            stalled, other = await found.connect(HALF_A_BODY)
+
+            reader, writer = await found.connect(HEALTH)
+
+            assert await reader.readuntil(b"alive")
+            assert await ends(stalled) == b""
+            other.close()
+            writer.close()
+
+    run(story)
+
+
+def test_a_body_whose_sender_was_let_in_is_not_cut_off_for_others() -> None:
+    async def story() -> None:
+        async with site(limit=1) as found:
+            reader, writer = await found.connect(HALF_A_STREAM)
+            await found.begun.wait()
+
+            refused, other = await found.connect(HEALTH)
+
+            assert await ends(refused) == b""
+            writer.write(b"def")
+            assert await reader.readuntil(b"abcdef")
+            other.close()
+            writer.close()
+
+    run(story)
+
+
+def test_every_connection_that_ends_leaves_its_place() -> None:
+    async def story() -> None:
+        async with site(limit=2) as found:
+            for _ in range(5):
+                reader, writer = await found.connect(CLOSING)
+                await ends(reader)
+                writer.close()
+            busy = []
+            for _ in range(2):
+                busy.append(await found.connect(SLOW))
+                await found.begun.wait()
+                found.begun.clear()
+
+            # Both places are taken, and no third one has come from anywhere.
+            refused, other = await found.connect(HEALTH)
+
+            assert await ends(refused) == b""
+            found.may_end.set()
+            for reader, writer in busy:
+                assert await reader.readuntil(b"done at last")
+                writer.close()
+            other.close()
 
     run(story)
 

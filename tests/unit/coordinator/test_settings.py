@@ -34,6 +34,9 @@ GOOD = {
 GOOD_PLAN = {
     "LEARNING_RATE": ("0.01", 0.01),
     "WARMUP_TOKENS": ("0", 0),
+    "SCHEDULE_TOKENS": ("1000000", 1000000),
+    "SECOND_STAGE_AT": ("0.25", 0.25),
+    "SECOND_STAGE_RATE": ("1", 1.0),
     "WEIGHT_DECAY": ("0", 0.0),
     "BETA1": ("0.5", 0.5),
     "BETA2": ("0.5", 0.5),
@@ -62,6 +65,7 @@ BAD = [
     ("HEARTBEAT_S", "0"),
     ("HEARTBEAT_S", "nan"),
     ("HEARTBEAT_S", "inf"),
+    ("HEARTBEAT_S", "60.1"),
     ("HEARTBEAT_S", "soon"),
     ("KEEP_VERSIONS", "0"),
     ("LOG_LEVEL", "loud"),
@@ -69,6 +73,10 @@ BAD = [
     ("LEARNING_RATE", "fast"),
     ("LEARNING_RATE", "inf"),
     ("WARMUP_TOKENS", "-1"),
+    ("SCHEDULE_TOKENS", "-1"),
+    ("SCHEDULE_TOKENS", "200000"),  # the warm-up is half of that
+    ("SECOND_STAGE_AT", "1"),
+    ("SECOND_STAGE_RATE", "0"),
     ("BETA1", "1"),
     ("OUTER_MOMENTUM", "1"),
     ("BATCH_SIZE", "0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from coordinator.domain.errors import RefusedError, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import ManifestError
 from coordinator.domain.plan import TrainingPlan
+from coordinator.service.grace import extend_leases
 from coordinator.service.starting import (
     RunSettings,
     ensure_run,
@@ -81,6 +83,24 @@ def test_a_budget_that_is_set_is_kept(world: World):
     assert world.run_row().token_budget == 5
 
 
+@pytest.mark.parametrize("budget", [0, 200_001])
+def test_a_schedule_that_ends_before_its_run_is_refused(world: World, budget):
+    plan = TrainingPlan(warmup_tokens=10, schedule_tokens=200_000)
+    settings = RunSettings(preset="tiny", seed=3, plan=plan, token_budget=budget)
+
+    with pytest.raises(StartError, match=r"SCHEDULE_TOKENS must .* got 200000"):
+        make_run(world, settings)
+
+
+def test_a_schedule_may_end_with_its_run(world: World):
+    plan = TrainingPlan(warmup_tokens=10, schedule_tokens=200_000)
+
+    make_run(world, RunSettings(preset="tiny", seed=3, plan=plan, token_budget=200_000))
+
+    stored = msgspec.json.decode(world.run_row().plan_json, type=TrainingPlan)
+    assert stored == plan
+
+
 def test_the_first_weights_come_from_the_seed(world: World):
     ensure_run(world.fleet, world.fleet.manifest, SETTINGS)
 
@@ -137,6 +157,16 @@ def test_orphans_go_and_everything_with_a_row_stays(running: World):
     assert len(before) == 6  # two versions of two blobs, two payloads
 
 
+def test_a_folder_among_the_blobs_is_left_alone(running: World):
+    path = running.fleet.blobs.path(BlobKind.PUBLISHED, "lost+found")
+    path.mkdir()
+
+    reconcile(running.fleet)
+
+    assert path.is_dir()
+    assert "lost+found" not in running.fleet.blobs.names(BlobKind.PUBLISHED)
+
+
 def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     if how == "missing":
@@ -191,11 +221,21 @@ def test_an_older_damaged_version_does_not_stop_the_start(running: World):
     reconcile(running.fleet)
 
 
+def test_looking_at_the_data_folder_moves_no_lease(running: World):
+    running.claimed()
+    running.clock.advance(29.0)
+    before = running.everything()
+
+    reconcile(running.fleet)
+
+    assert running.everything() == before
+
+
 def test_every_lease_gets_time_to_be_renewed(running: World):
     task = running.claimed()
     running.clock.advance(1000.0)
 
-    reconcile(running.fleet)
+    extend_leases(running.fleet)
 
     assert running.task(task.task_id).expires_at == START + 1030.0
     assert running.heartbeat(task, tokens_done=1).lease == "held"
@@ -207,20 +247,45 @@ def test_the_time_to_renew_goes_by_the_heartbeat_of_each_worker(running: World):
     slow, usual = running.claimed("w1"), running.claimed("w2")
     running.clock.advance(29.0)
 
-    reconcile(running.fleet)
+    extend_leases(running.fleet)
 
     now = running.clock.now()
     assert running.task(slow.task_id).expires_at == now + 6 * 60.0
     assert running.task(usual.task_id).expires_at == now + 30.0
 
 
+def test_a_start_gives_half_a_minute_beyond_the_hard_limit(running: World):
+    running.register("w1", heartbeat_s=60.0)
+    running.set_speed("w1", 8.0)
+    task = running.claimed()  # 480 tokens, 60 s: a limit of 240 s
+    running.clock.advance(239.0)
+
+    extend_leases(running.fleet)
+
+    assert running.task(task.task_id).hard_at == START + 239.0 + 30.0
+
+
+def test_starting_again_and_again_keeps_no_lease_over_an_hour(running: World):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()
+    for _ in range(360):
+        running.clock.advance(20.0)
+        extend_leases(running.fleet)
+        if running.heartbeat(task, cpu_s=running.clock.now()).lease == "lost":
+            break
+
+    assert running.clock.now() - START == 3600.0
+
+
 def test_a_second_start_at_once_changes_nothing(running: World):
     running.train_round(0.5)
     running.claimed()
     reconcile(running.fleet)
+    extend_leases(running.fleet)
     before = running.everything()
 
     reconcile(running.fleet)
+    extend_leases(running.fleet)
 
     assert running.everything() == before
 
@@ -315,6 +380,32 @@ def test_another_corpus_is_refused_and_nothing_changes(world: World):
 
     assert caught.value.exit_code == 2
     assert world.everything() == before
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", None])
+def test_a_corpus_with_another_vocabulary_never_ends_a_run(world: World, preset):
+    make_run(world)
+    run = world.run_row()
+    world.fleet.manifest = write_corpus(world.fleet.corpus, vocab_size=24)
+    before = world.everything()
+
+    with pytest.raises(StartError, match="another data folder") as caught:
+        make_run(world, replace(SETTINGS, preset=preset))
+
+    assert caught.value.exit_code == 2
+    for hashed in (run.corpus_hash, world.fleet.the_manifest().corpus_sha256):
+        assert hashed[:12] in str(caught.value)
+    assert world.everything() == before
+
+
+def test_a_run_that_no_longer_fits_is_kept_until_a_preset_is_named(running: World):
+    before = running.everything()
+
+    with pytest.raises(StartError, match="BITNET_COORD_PRESET") as caught:
+        make_run(running, replace(SETTINGS, preset=None))
+
+    assert caught.value.exit_code == 2
+    assert running.everything() == before
 
 
 def test_a_run_whose_corpus_is_gone_stops_the_start(world: World):

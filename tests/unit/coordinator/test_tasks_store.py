@@ -178,33 +178,6 @@ def test_a_lease_runs_out_by_either_limit(world):
     assert late(START + 95) == {"t-1", "t-2", "t-3"}
 
 
-def test_only_a_lease_that_would_run_out_is_extended(world):
-    for task_id, limits in {
-        "t-1": {"expires_at": START + 5, "hard_at": None},
-        "t-2": {"expires_at": START + 5, "hard_at": START + 7},
-        "t-3": {"expires_at": START + 5, "hard_at": START + 500},
-        "t-4": {"expires_at": START + 60, "hard_at": START + 70},
-    }.items():
-        add(world, task_id)
-        lease(world, task_id, f"c-{task_id}", **limits)
-    add(world, "t-5")
-
-    moved = [
-        world.write(lambda c, name=name: tasks.extend_lease(c, name, START + 30))
-        for name in ("t-1", "t-2", "t-3", "t-4", "t-5")
-    ]
-
-    def limits_of(task_id):
-        return world.task(task_id).expires_at, world.task(task_id).hard_at
-
-    assert moved == [True, True, True, False, False]
-    assert limits_of("t-1") == (START + 30, None)
-    assert limits_of("t-2") == (START + 30, START + 30)
-    assert limits_of("t-3") == (START + 30, START + 500)
-    assert limits_of("t-4") == (START + 60, START + 70)
-    assert limits_of("t-5") == (None, None)
-
-
 def test_cancelling_ends_leases_and_spares_what_is_done(world):
     for task_id in ("t-1", "t-2", "t-3"):
         add(world, task_id)

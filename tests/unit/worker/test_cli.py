@@ -52,9 +52,15 @@ def process_as_it_was(handlers) -> Iterator[None]:
     root.setLevel(level)
 
 
-def test_an_unknown_kernel_variant_is_one_line_and_status_2() -> None:
+@pytest.mark.parametrize(
+    ("program", "begin"),
+    [("worker", "bitnet-worker: error"), ("coordinator", "bitnet-coordinator")],
+)
+def test_an_unknown_kernel_variant_is_one_line_and_status_2(
+    program: str, begin: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "worker", "run"],
+        [sys.executable, "-m", program, "run"],
         env={**os.environ, "BITNET_EXT_ISA": "foo"},
         capture_output=True,
         text=True,
@@ -64,7 +70,7 @@ def test_an_unknown_kernel_variant_is_one_line_and_status_2() -> None:
 
     assert done.returncode == 2
     assert re.fullmatch(
-        "bitnet-worker: error: BITNET_EXT_ISA must be one of portable.* on this "
+        f"{begin}: BITNET_EXT_ISA must be one of portable.* on this "
         "machine, got 'foo'\n",
         done.stderr,
     )
@@ -177,7 +183,9 @@ def test_a_file_that_is_no_frame_of_the_preset_is_named(
     more = ("--corpus", corpus) if verb == "eval" else ()
     given = (verb, "--weights", frame, *more, "--preset")
 
-    assert "no vocabulary gives preset 'small'" in fails(capsys, *given, "small")
+    assert "are of preset tiny, not of small" in fails(capsys, *given, "small")
+    frame.write_bytes(published(replace(SMALL, num_layers=7)))
+    assert "of another model than preset tiny" in fails(capsys, *given, "tiny")
     frame.write_bytes(published()[:-1])
     assert f"{frame}: frame must have" in fails(capsys, *given, "tiny")
     frame.write_bytes(b"")

@@ -137,6 +137,14 @@ def test_a_redirect_is_refused_and_the_key_stays(coordinator, client) -> None:
     assert "/elsewhere" not in [request.path for request in coordinator.requests]
 
 
+def test_a_redirect_to_no_address_at_all_is_refused_too(coordinator, client) -> None:
+    headers = {"Location": "http://[::bad/"}
+    coordinator.on("POST /heartbeat", Reply(302, headers=headers))
+
+    with pytest.raises(ProtocolError, match="not HTTP as we know it"):
+        client.heartbeat(BEAT)
+
+
 def test_proxies_and_netrc_of_the_environment_are_ignored(
     coordinator, client, monkeypatch, tmp_path
 ) -> None:

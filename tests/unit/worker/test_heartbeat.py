@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from bitnet_ext.wire.messages import HeartbeatAnswer
+from bitnet_ext.wire.messages import MAX_HEARTBEAT_S, HeartbeatAnswer
 from bitnet_ext.wire.verdicts import ErrorCode, LeaseState, WorkerPhase
 from tests.unit.worker.shapes import a_task
 from tests.unit.worker.stand_in import HANG_UP, Reply, refuses, says
@@ -152,6 +152,7 @@ def test_the_answer_sets_drain_and_interval(coordinator, heartbeat) -> None:
         "POST /heartbeat",
         answer(lease=LeaseState.NONE, drain=True, heartbeat_s=7.0),
         answer(lease=LeaseState.NONE, heartbeat_s=0.0),
+        answer(lease=LeaseState.NONE, heartbeat_s=1e300),
     )
 
     heartbeat.beat()
@@ -159,6 +160,9 @@ def test_the_answer_sets_drain_and_interval(coordinator, heartbeat) -> None:
 
     heartbeat.beat()
     assert (heartbeat.draining, heartbeat.interval_s) == (False, MIN_INTERVAL_S)
+
+    heartbeat.beat()
+    assert heartbeat.interval_s == MAX_HEARTBEAT_S
 
 
 def test_the_beacon_follows_tokens_and_bytes_not_beats(
@@ -239,3 +243,23 @@ def test_it_beats_in_a_thread_of_its_own_until_it_is_stopped(
 
     threads[0].join(10.0)
     assert not threads[0].is_alive()
+
+
+def test_a_beat_that_fails_for_a_reason_nobody_thought_of_is_not_the_last(
+    coordinator, client, tmp_path
+) -> None:
+    beats, second = [], threading.Event()
+
+    def cpu_s() -> float:
+        beats.append(1)
+        if len(beats) == 2:
+            second.set()
+        raise OSError("no such clock")
+
+    heartbeat = Heartbeat(client, "w1", tmp_path / "alive", cpu_s=cpu_s)
+    heartbeat.interval_s = 0.01
+
+    heartbeat.start()
+
+    assert second.wait(10.0)
+    heartbeat.stop()

@@ -99,6 +99,7 @@ def test_the_name_of_the_machine_is_the_default_name(monkeypatch) -> None:
         ("BITNET_CPU_THREADS", "two"),
         ("BITNET_HEARTBEAT_SECONDS", "0"),
         ("BITNET_HEARTBEAT_SECONDS", "nan"),
+        ("BITNET_HEARTBEAT_SECONDS", "60.1"),
         ("BITNET_SHUTDOWN_SECONDS", "-1"),
         ("BITNET_SHUTDOWN_SECONDS", "3601"),
         ("BITNET_HEALTH_BEACON", "/"),

@@ -1,0 +1,72 @@
+"""What a fleet is compared with: one worker alone, and ideal data-parallel training.
+
+Both see the windows of the fleet in the fleet's order, and the same schedule. Several
+recipes of one worker are trained side by side, as replicas of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import numpy as np
+
+from coordinator.domain.initial import initial_vector
+from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from tests.sim import setting as costs
+from tests.sim.net import SEQ_LEN, Net
+from tests.sim.setting import Setting
+from tests.sim.steps import Local, Moments, adamw
+from tests.sim.text import Text, Windows
+
+
+def alone(
+    net: Net, text: Text, plans: Sequence[TrainingPlan], *, num_windows: int, seed: int
+) -> list[float]:
+    """Return the held-out loss of one worker under each plan, after the same text.
+
+    A step is `batch_size` windows, which all plans share. With a batch of 8 this is
+    data-parallel training over 8 workers, without loss and without delay.
+    """
+    flat_RP = np.repeat(
+        initial_vector(net.segments, net.shape.num_layers, seed)[None], len(plans), 0
+    )
+    moments = [Moments.zeros(net.num_params) for _ in plans]
+    tokens = 0
+    for batch in batches(text, num_windows, plans[0].batch_size, seed):
+        _, grads_RP = net.gradients(flat_RP, np.repeat(batch[None], len(plans), 0))
+        for row, plan in enumerate(plans):
+            hyper = hyper_parameters(plan, tokens_accepted=tokens, task_tokens=0)
+            task = Local([batch], hyper, moments[row])
+            adamw(net.segments, flat_RP[row], grads_RP[row], task, 0)
+        tokens += len(batch) * SEQ_LEN
+    return [net.loss(flat_P, text.held_out) for flat_P in flat_RP]
+
+
+def batches(
+    text: Text, num_windows: int, batch_size: int, seed: int
+) -> Iterator[Windows]:
+    """Yield the batches of so many windows, epoch after epoch."""
+    num_epochs = -(-num_windows // len(text.train))
+    order = np.concatenate([text.order(seed, epoch) for epoch in range(num_epochs)])
+    for start in range(0, num_windows, batch_size):
+        yield text.train[order[start : min(start + batch_size, num_windows)]]
+
+
+def windows_within(seconds: float, net: Net, setting: Setting) -> int:
+    """Return the windows that the fastest worker alone trains in that time."""
+    speed = max(setting.speeds)
+    adamw_s = setting.optimiser_s(
+        costs.ADAMW * net.num_params, num_params=net.num_params, speed=speed
+    )
+    mean_jitter = 1 + setting.jitter / 2
+    return int(seconds / ((1 / speed + adamw_s) * mean_jitter))
+
+
+def plan_for(num_windows: int, **fields: object) -> TrainingPlan:
+    """Return the plan of a run over so many windows: 3 % warm-up, two stages."""
+    tokens = num_windows * SEQ_LEN
+    base = TrainingPlan(
+        warmup_tokens=int(0.03 * tokens), schedule_tokens=tokens, batch_size=1
+    )
+    return msgspec.structs.replace(base, **fields)

@@ -1,0 +1,395 @@
+"""A fleet under a virtual clock: production rounds, codecs, sizing and outer step.
+
+One round after another: workers claim tasks cut to their measured speed, fetch,
+train for real, and hand in; some die on the way. The round closes; what came back is
+merged in its one order by the functions of the coordinator, and the next version is
+what workers get. Every byte, every second and every optimiser's FLOP is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_ext.codecs import Codec, decode, encode_with_feedback, is_finite
+from bitnet_ext.frames import frame_bytes
+from coordinator.domain import sizing
+from coordinator.domain.initial import initial_vector
+from coordinator.domain.outer_step import outer_step
+from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.service.closing import merged
+from tests.sim import setting as costs
+from tests.sim.net import SEQ_LEN, Net
+from tests.sim.setting import Setting
+from tests.sim.steps import Local, Moments, trained
+from tests.sim.text import Text, Windows
+
+Vector = NDArray[np.float32]
+
+#: JSON around a claim, its task and a submission, in bytes: measured, rounded up.
+TALK_BYTES: Final = 1500
+#: After the quorum a round waits for the others this share of its round time.
+GRACE_SHARE: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a fleet learns: the plan of a run, and what is not in a plan yet."""
+
+    plan: TrainingPlan
+    #: Codec of what workers download; fp32 is whole versions, else a chain of steps.
+    down: str = "fp32"
+    #: Whether moments and residual outlive their process.
+    keeps_state: bool = True
+    #: Share of leased tokens that must be back before the grace period; 1: all.
+    quorum: float = 1.0
+    #: What the last worker multiplies its pseudo-gradients by.
+    poison: float = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One virtual worker."""
+
+    speed: float
+    moments: Moments
+    tokens_per_s: float | None = None
+    residual: Vector | None = None
+    #: The version it has the weights of; None: none.
+    held: int | None = None
+    #: When it can claim again.
+    free_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Stretch:
+    """Consecutive windows of an epoch."""
+
+    epoch: int
+    start: int
+    num: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claim:
+    """One task of a round, and how it will end."""
+
+    worker: Worker
+    stretch: Stretch
+    claimed_at: float
+    #: When its submission is accepted; None where the worker dies.
+    back_at: float | None
+    #: When its lease is over without a submission.
+    over_at: float
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a run has used."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_up_fp32: int = 0
+    bytes_down_fp32: int = 0
+    num_rounds: int = 0
+    num_lost: int = 0
+    #: Worker seconds that went into work that was applied.
+    useful_s: float = 0.0
+    optimiser_s: float = 0.0
+    curve: list[tuple[float, int, float]] = field(default_factory=list)
+
+
+class Fleet:
+    """One run of a fleet, from its first version to its token budget."""
+
+    def __init__(
+        self,
+        net: Net,
+        text: Text,
+        recipe: Recipe,
+        *,
+        seed: int,
+        setting: Setting | None = None,
+    ) -> None:
+        self.counts = Counts()
+        self.now = 0.0
+        self.tokens = 0
+        self._net, self._text, self._recipe = net, text, recipe
+        self._setting = setting or Setting()
+        self._seed = seed
+        self._random = np.random.default_rng((seed, 1))
+        self.master = initial_vector(net.segments, net.shape.num_layers, seed)
+        self.published = self.master.copy()
+        self._momentum = np.zeros_like(self.master)
+        self._workers = [
+            Worker(speed, Moments.zeros(net.num_params))
+            for speed in self._setting.speeds
+        ]
+        self._version = 0
+        self._given_back: list[Stretch] = []
+        self._epoch, self._next = 0, 0
+        self._order = text.order(seed, 0)
+
+    def run(self, budget: int, *, num_scores: int = 1) -> dict[str, object]:
+        """Train until `budget` tokens are accepted; return the figures."""
+        due = budget / num_scores
+        while self.tokens < budget:
+            self._round(budget)
+            if self.tokens >= due - SEQ_LEN:
+                loss = self._net.loss(self.published, self._text.held_out)
+                self.counts.curve.append((self.now, self.tokens, loss))
+                due += budget / num_scores
+        return self._figures()
+
+    def _figures(self) -> dict[str, object]:
+        counts, setting = self.counts, self._setting
+        step_s = 1 + setting.optimiser_s(
+            costs.ADAMW * self._net.num_params,
+            num_params=self._net.num_params,
+            speed=1.0,
+        )
+        alone_s = self.tokens / SEQ_LEN * step_s / setting.mean_speed
+        return {
+            "loss": counts.curve[-1][2],
+            "tokens": self.tokens,
+            "virtual_s": self.now,
+            "speedup": alone_s / self.now,
+            "utilisation": counts.useful_s / (self.now * len(self._workers)),
+            "rounds": counts.num_rounds,
+            "lost_tasks": counts.num_lost,
+            "optimiser_s": counts.optimiser_s,
+            "bytes_up_per_token": counts.bytes_up / self.tokens,
+            "bytes_down_per_token": counts.bytes_down / self.tokens,
+            "bytes_up_ratio": counts.bytes_up_fp32 / counts.bytes_up,
+            "bytes_down_ratio": counts.bytes_down_fp32 / counts.bytes_down,
+            "curve": counts.curve,
+        }
+
+    # One round.
+
+    def _round(self, budget: int) -> None:
+        claims = self._claims(budget)
+        closes_at = self._closes_at(claims)
+        back = [c for c in claims if c.back_at is not None and c.back_at <= closes_at]
+        for claim in claims:
+            self._end(claim, closes_at, is_back=claim in back)
+        self.now = closes_at
+        if back:
+            self._apply(sorted(back, key=lambda claim: claim.stretch))
+
+    def _claims(self, budget: int) -> list[Claim]:
+        """Give out the tasks of a round, in the order in which workers ask."""
+        claims: list[Claim] = []
+        left = -(-(budget - self.tokens) // SEQ_LEN)
+        for worker in sorted(self._workers, key=lambda w: max(self.now, w.free_at)):
+            at = max(self.now, worker.free_at) + self._setting.round_trip_s
+            first_back = min((c.back_at for c in claims if c.back_at), default=None)
+            late = first_back is not None and first_back <= at
+            if late or left == 0:
+                continue
+            age = at - claims[0].claimed_at if claims else 0.0
+            stretch = self._cut(worker, age, left)
+            left -= stretch.num
+            claims.append(self._timed(worker, stretch, at))
+        return claims
+
+    def _cut(self, worker: Worker, round_age_s: float, most: int) -> Stretch:
+        plan = self._recipe.plan
+        size = sizing.task_tokens(
+            worker.tokens_per_s,
+            seconds=sizing.seconds_left(plan.round_s, round_age_s=round_age_s),
+            batch_tokens=plan.batch_size * SEQ_LEN,
+            seq_len=SEQ_LEN,
+        )
+        if self._given_back:
+            found = self._given_back.pop(0)
+            num = min(sizing.divided(found.num * SEQ_LEN, size) // SEQ_LEN, most)
+            if num < found.num:
+                rest = Stretch(found.epoch, found.start + num, found.num - num)
+                self._given_back.insert(0, rest)
+            return Stretch(found.epoch, found.start, num)
+        if self._next == len(self._order):
+            self._epoch, self._next = self._epoch + 1, 0
+            self._order = self._text.order(self._seed, self._epoch)
+        left = len(self._order) - self._next
+        num = min(sizing.cut(left * SEQ_LEN, size) // SEQ_LEN, most)
+        stretch = Stretch(self._epoch, self._next, num)
+        self._next += num
+        return stretch
+
+    def _timed(self, worker: Worker, stretch: Stretch, at: float) -> Claim:
+        """Say how the task will go: how long each part takes, and who dies."""
+        setting, counts, random = self._setting, self.counts, self._random
+        whole_bytes = frame_bytes(Codec.FP32, self._net.num_params) + TALK_BYTES
+        codec = Codec(self._recipe.plan.codec)
+        up_bytes = frame_bytes(codec, self._net.num_params) + TALK_BYTES
+        down_bytes = self._download(worker)
+        counts.bytes_down += down_bytes
+        counts.bytes_down_fp32 += whole_bytes
+        compute_s = self._compute_s(worker, stretch)
+        fetched_at = at + setting.transfer_s(down_bytes)
+        if random.random() < setting.deaths:
+            died_at = fetched_at + compute_s * random.random()
+            silent_s = costs.HEARTBEAT_S * random.random()
+            return Claim(worker, stretch, at, None, died_at - silent_s + costs.TTL_S)
+        counts.bytes_up += up_bytes
+        counts.bytes_up_fp32 += whole_bytes
+        back_at = fetched_at + compute_s + setting.transfer_s(up_bytes)
+        return Claim(worker, stretch, at, back_at, back_at)
+
+    def _download(self, worker: Worker) -> int:
+        """Return the bytes of the weights a worker lacks, and let it have them."""
+        size = self._net.num_params
+        whole = frame_bytes(Codec.FP32, size)
+        if worker.held is not None and self._recipe.down != Codec.FP32:
+            steps = self._version - worker.held
+            whole = min(whole, steps * frame_bytes(Codec(self._recipe.down), size))
+        worker.held = self._version
+        return whole + TALK_BYTES
+
+    def _compute_s(self, worker: Worker, stretch: Stretch) -> float:
+        plan, size = self._recipe.plan, self._net.num_params
+        num_steps = sizing.num_steps(
+            stretch.num * SEQ_LEN, seq_len=SEQ_LEN, batch_size=plan.batch_size
+        )
+        flop = (costs.ADAMW * num_steps + costs.ENCODE) * size
+        optimiser_s = self._setting.optimiser_s(
+            flop, num_params=size, speed=worker.speed
+        )
+        slower = 1 + self._setting.jitter * self._random.random()
+        return (stretch.num / worker.speed + optimiser_s) * slower
+
+    def _closes_at(self, claims: list[Claim]) -> float:
+        """Return when the round closes: all back or over, or quorum and grace."""
+        all_over = max(claim.over_at for claim in claims)
+        leased = sum(claim.stretch.num for claim in claims)
+        backs = sorted((c.back_at, c.stretch.num) for c in claims if c.back_at)
+        num_back = 0
+        for at, num in backs:
+            num_back += num
+            if num_back >= self._recipe.quorum * leased:
+                return min(all_over, at + GRACE_SHARE * self._recipe.plan.round_s)
+        return all_over
+
+    def _end(self, claim: Claim, closes_at: float, *, is_back: bool) -> None:
+        """Settle what a claim means for its worker and its stretch."""
+        worker = claim.worker
+        if is_back and claim.back_at is not None:
+            seconds = claim.back_at - claim.claimed_at
+            worker.tokens_per_s = sizing.measured_speed(
+                worker.tokens_per_s,
+                claim.stretch.num * SEQ_LEN,
+                seconds,
+                round_s=self._recipe.plan.round_s,
+            )
+            worker.free_at = claim.back_at
+            self.counts.useful_s += seconds
+            return
+        self.counts.num_lost += 1
+        self._given_back.append(claim.stretch)
+        if claim.back_at is None:
+            died_at = claim.over_at - costs.TTL_S + costs.HEARTBEAT_S
+            # Its old lease keeps it from claiming until that has ended.
+            over_at = min(claim.over_at, closes_at)
+            worker.free_at = max(died_at + costs.RESTART_S, over_at)
+            if not self._recipe.keeps_state:
+                worker.moments = Moments.zeros(self._net.num_params)
+                worker.residual = worker.held = None
+        else:
+            # A heartbeat tells it, or the refusal of what it hands in.
+            worker.free_at = min(claim.back_at, closes_at + costs.HEARTBEAT_S)
+
+    def _apply(self, claims: list[Claim]) -> None:
+        """Train what came back, merge it and publish the next version."""
+        recipe, codec = self._recipe, Codec(self._recipe.plan.codec)
+        payloads = [
+            (codec, memoryview(self._payload(claim, gradient)))
+            for claim, gradient in zip(claims, self._train(claims), strict=True)
+        ]
+        tokens = [claim.stretch.num * SEQ_LEN for claim in claims]
+        mean = merged(iter(payloads), tokens, self._net.num_params)
+        master, momentum = outer_step(
+            self.master,
+            self._momentum,
+            mean,
+            rate=recipe.plan.outer_rate,
+            decay=recipe.plan.outer_momentum,
+        )
+        flop = (costs.NESTEROV + costs.DECODE * len(claims)) * self._net.num_params
+        self._spend(flop)
+        self.tokens += sum(tokens)
+        if is_finite(master) and is_finite(momentum):
+            self.master, self._momentum = master, momentum
+            self._publish()
+
+    def _spend(self, flop: float) -> None:
+        """Let the coordinator's optimiser take its time."""
+        seconds = self._setting.optimiser_s(
+            flop, num_params=self._net.num_params, speed=self._setting.mean_speed
+        )
+        self.now += seconds
+        self.counts.optimiser_s += seconds
+
+    def _publish(self) -> None:
+        """Make the next version what workers get: whole, or by one coded step."""
+        self._version += 1
+        self.counts.num_rounds += 1
+        codec = Codec(self._recipe.down)
+        if codec is Codec.FP32:
+            self.published = self.master.copy()
+            return
+        # The difference holds all that earlier steps rounded away: feedback for free.
+        payload, _ = encode_with_feedback(codec, self.master - self.published, None)
+        self.published = self.published + decode(codec, payload, self._net.num_params)
+        self._spend(costs.ENCODE * self._net.num_params)
+
+    def _train(self, claims: list[Claim]) -> Iterator[Vector]:
+        """Yield the pseudo-gradient of each claim."""
+        locals_ = [self._local(claim) for claim in claims]
+        flats = trained(self._net, self.published, locals_)
+        for claim, local, flat in zip(claims, locals_, flats, strict=True):
+            claim.worker.moments = local.moments
+            yield self.published - flat
+
+    def _local(self, claim: Claim) -> Local:
+        plan, stretch = self._recipe.plan, claim.stretch
+        windows = self._windows(stretch)
+        return Local(
+            [
+                windows[start : start + plan.batch_size]
+                for start in range(0, len(windows), plan.batch_size)
+            ],
+            hyper_parameters(
+                plan, tokens_accepted=self.tokens, task_tokens=stretch.num * SEQ_LEN
+            ),
+            claim.worker.moments.copy(),
+        )
+
+    def _windows(self, stretch: Stretch) -> Windows:
+        """Return the windows of a task in its own order."""
+        if stretch.epoch != self._epoch:
+            order = self._text.order(self._seed, stretch.epoch)
+        else:
+            order = self._order
+        seed = sizing.task_seed(
+            self._seed,
+            epoch=stretch.epoch,
+            shard_id="text",
+            start_token=stretch.start * SEQ_LEN,
+        )
+        places = order[stretch.start : stretch.start + stretch.num]
+        shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(places)
+        return self._text.train[shuffled]
+
+    def _payload(self, claim: Claim, gradient: Vector) -> bytes:
+        worker = claim.worker
+        if self._recipe.poison != 1.0 and worker is self._workers[-1]:
+            gradient = gradient * np.float32(self._recipe.poison)
+        payload, worker.residual = encode_with_feedback(
+            Codec(self._recipe.plan.codec), gradient, worker.residual
+        )
+        return payload

@@ -1,0 +1,65 @@
+"""Results of single runs, kept in a folder so that a broken-off study goes on.
+
+A result is found again only by what made it: its name, its figures and the code that
+it ran through. Whoever changes that code trains anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parents[2]
+#: The code that decides what a run gives.
+CODE: Final = (
+    *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone", "fleet")),
+    "tests/sim/setting.py",
+    "bitnet_ext/codecs.py",
+    "coordinator/domain/initial.py",
+    "coordinator/domain/outer_step.py",
+    "coordinator/domain/plan.py",
+    "coordinator/domain/sizing.py",
+)
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run: a function of this process, and plain arguments for it."""
+
+    name: str
+    act: Callable[..., Result]
+    arguments: dict[str, Any]
+
+    def file_name(self) -> str:
+        """Return the name of its result: another for another code or argument."""
+        text = json.dumps(self.arguments, sort_keys=True, default=str)
+        digest = hashlib.sha256(f"{_code_digest()}{self.name}{text}".encode())
+        return f"{self.name}-{digest.hexdigest()[:12]}.json"
+
+
+def kept_or_done(folder: Path, job: Job) -> Result:
+    """Return the result of a job: from the folder, or by doing it now."""
+    path = folder / job.file_name()
+    if path.exists():
+        found: Result = json.loads(path.read_text())
+        return found
+    result = job.act(**job.arguments)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result))
+    part.rename(path)
+    return result
+
+
+@lru_cache(maxsize=1)
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for name in CODE:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()

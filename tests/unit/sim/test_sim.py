@@ -1,0 +1,175 @@
+"""The simulator on a piece that takes seconds: what its figures rest on."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from tests.sim.alone import alone, plan_for
+from tests.sim.fleet import Fleet, Recipe
+from tests.sim.net import NO_TARGET, SEQ_LEN, Net, Shape, _bit_linear
+from tests.sim.results import Job, kept_or_done
+from tests.sim.setting import TTL_S, Setting
+from tests.sim.steps import trained
+from tests.sim.text import Text, read_text
+from worker.model.bitlinear import BitLinear
+
+NET = Net(Shape(width=16, num_layers=1))
+PLAN = plan_for(60, round_s=4.0, learning_rate=4e-3)
+
+
+def a_text(num_windows=24):
+    windows = np.random.default_rng(0).integers(97, 103, (num_windows + 4, SEQ_LEN + 1))
+    return Text(windows[4:], windows[:4])
+
+
+def a_fleet(setting=None, seed=0, text=None, **fields):
+    recipe = Recipe(plan=PLAN, **fields)
+    return Fleet(NET, text or a_text(), recipe, seed=seed, setting=setting)
+
+
+def test_the_model_has_the_size_of_the_study():
+    assert Net(Shape()).num_params == 132_032
+
+
+def test_a_linear_layer_is_that_of_the_worker():
+    torch.manual_seed(0)
+    x, w = torch.randn(1, 5, 32), torch.randn(1, 8, 32) * 0.05
+    x.requires_grad_()
+    w.requires_grad_()
+    twin = [part.detach().clone().requires_grad_() for part in (x, w[0])]
+
+    ours, (theirs,) = _bit_linear(x, w), BitLinear(precise=True)(*twin)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(w.grad[0], twin[1].grad)
+    # The worker sends dy through int8.
+    torch.testing.assert_close(x.grad, twin[0].grad, rtol=0.02, atol=0.02)
+
+
+def test_replicas_do_not_see_each_other():
+    text = a_text()
+    plans = [msgspec.structs.replace(PLAN, learning_rate=rate) for rate in (1e-3, 8e-3)]
+
+    both = alone(NET, text, plans, num_windows=20, seed=3)
+
+    each = [alone(NET, text, [plan], num_windows=20, seed=3)[0] for plan in plans]
+    assert both == pytest.approx(each, rel=1e-4)
+    assert each[0] != pytest.approx(each[1], rel=1e-3)
+
+
+def test_a_window_that_is_not_there_changes_nothing():
+    fleet = a_fleet()
+    windows = fleet._text.train[:2]
+    padded = np.concatenate([windows, np.full_like(windows, NO_TARGET)])
+
+    losses, grads = NET.gradients(fleet.master[None], windows[None])
+    losses_padded, grads_padded = NET.gradients(fleet.master[None], padded[None])
+
+    assert losses_padded == pytest.approx(losses)
+    np.testing.assert_allclose(grads_padded, grads, rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_run():
+    first, second = (a_fleet(quorum=0.7) for _ in range(2))
+
+    assert first.run(60 * SEQ_LEN) == second.run(60 * SEQ_LEN)
+    np.testing.assert_array_equal(first.published, second.published)
+
+
+@pytest.mark.parametrize("quorum", [0.7, 1.0])
+def test_every_window_counts_once_an_epoch_whoever_dies(quorum):
+    fleet, counted = a_fleet(Setting(deaths=0.3), quorum=quorum), []
+    keep = fleet._apply
+
+    def noted(claims):
+        counted.extend(claim.stretch for claim in claims)
+        keep(claims)
+
+    fleet._apply = noted
+    figures = fleet.run(48 * SEQ_LEN)
+
+    places = sorted(
+        (s.epoch, place) for s in counted for place in range(s.start, s.start + s.num)
+    )
+    left = [
+        (s.epoch, place)
+        for s in fleet._given_back
+        for place in range(s.start, s.start + s.num)
+    ]
+    assert figures["lost_tasks"] > 0
+    assert len(set(places)) == len(places) == 48
+    assert not set(places) & set(left)
+
+
+def test_the_fleet_learns():
+    fleet = a_fleet()
+    before = NET.loss(fleet.published, fleet._text.held_out)
+
+    after = fleet.run(60 * SEQ_LEN)["loss"]
+
+    assert after < before - 0.5
+
+
+def test_a_quorum_does_not_wait_for_the_lease_of_a_dead_worker():
+    patient, quick = (
+        a_fleet(Setting(deaths=0.1), quorum=quorum).run(40 * SEQ_LEN)
+        for quorum in (1.0, 0.7)
+    )
+
+    assert quick["virtual_s"] < patient["virtual_s"] - TTL_S / 2
+
+
+def test_a_chain_of_coded_steps_stays_beside_the_master():
+    fleet = a_fleet(down="int8")
+
+    figures = fleet.run(60 * SEQ_LEN)
+
+    off = np.abs(fleet.published - fleet.master).max()
+    assert 0 < off < 0.01 * np.abs(fleet.master).max()
+    assert figures["bytes_down_ratio"] > 1.4
+
+
+def test_tasks_of_different_length_end_as_if_each_were_alone():
+    fleet = a_fleet()
+    long, short = (fleet._local(claim) for claim in fleet._claims(60 * SEQ_LEN)[:2])
+    del short.batches[1:]
+    fresh = [msgspec_copy(task) for task in (short, long)]
+
+    both = trained(NET, fleet.master, [short, long])
+
+    each = [trained(NET, fleet.master, [task])[0] for task in fresh]
+    for ours, alone_ in zip(both, each, strict=True):
+        np.testing.assert_allclose(ours, alone_, rtol=1e-3, atol=1e-5)
+
+
+def msgspec_copy(task):
+    return type(task)(list(task.batches), task.hyper, task.moments.copy())
+
+
+def test_a_result_is_kept_and_found_again(tmp_path):
+    calls = []
+
+    def act(number):
+        calls.append(number)
+        return {"twice": 2 * number}
+
+    results = [
+        kept_or_done(tmp_path, Job("a", act, {"number": number}))
+        for number in (1, 1, 2)
+    ]
+
+    assert results == [{"twice": 2}, {"twice": 2}, {"twice": 4}]
+    assert calls == [1, 2]
+
+
+def test_the_standard_library_is_text_enough():
+    text = read_text()
+
+    assert len(text.train) > 36_000
+    assert len(text.held_out) == 1024
+    assert (np.sort(text.order(7, 0)) == np.arange(len(text.train))).all()
