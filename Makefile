@@ -73,7 +73,7 @@ RESULTS ?= bench-learning
 SEEDS ?=
 
 bench-learning: setup ## Simulate a fleet next to one worker: SEEDS="100 101" CORPUS=folder QUICK=1
-	@$(BIN)/python -m tests.sim.bench_learning $(BENCH_OPTIONS) \
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.sim.bench_learning $(BENCH_OPTIONS) \
 	    --seeds "$(SEEDS)" --corpus "$(CORPUS)" --results "$(RESULTS)"
 
 wheel: setup ## Build the wheel into dist/

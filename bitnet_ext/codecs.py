@@ -3,6 +3,7 @@
 - `fp32`: the numbers themselves, little-endian
 - `int8`: for each block of 256 numbers a float32 scale, all scales first, then one
   int8 for each number; a number is off by at most half a scale
+- `ternary`: 1.66 bits a number, see `trits`; only worth it with error feedback
 
 A payload that decodes holds finite numbers only, and nothing is returned or written
 before all of it was looked at. With error feedback, what one payload rounds away is
@@ -17,6 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_ext import trits
 from bitnet_ext.isa import kernels as _kernels
 from bitnet_ext.memory import aligned, check_contiguous, destination
 
@@ -34,6 +36,7 @@ class Codec(StrEnum):
 
     FP32 = "fp32"  #: lossless, 4 bytes a number
     INT8 = "int8"  #: 1 byte a number and 4 for each block of 256
+    TERNARY = "ternary"  #: a fifth of a byte a number and 2 for each block of 256
 
     @property
     def number(self) -> int:
@@ -41,7 +44,7 @@ class Codec(StrEnum):
         return _NUMBERS[self]
 
 
-_NUMBERS: Final = {Codec.FP32: 1, Codec.INT8: 2}
+_NUMBERS: Final = {Codec.FP32: 1, Codec.INT8: 2, Codec.TERNARY: 3}
 
 
 class PayloadError(ValueError):
@@ -61,6 +64,8 @@ def payload_bytes(codec: Codec, num_elements: int) -> int:
             return 4 * num_elements
         case Codec.INT8:
             return num_elements + 4 * -(-num_elements // BLOCK)
+        case Codec.TERNARY:
+            return trits.num_bytes(num_elements)
 
 
 def encode(codec: Codec, vector: Vector) -> bytes:
@@ -120,6 +125,9 @@ def encode_into(
         case Codec.INT8:
             status = _kernels.encode_int8(vector, minus, residual, payload, lost)
             check_status(status, "vector")
+        case Codec.TERNARY:
+            status = trits.encode(vector, minus, residual, payload, lost)
+            check_status(status, "vector")
 
 
 def fp32_payload(vector: Vector) -> memoryview:
@@ -135,8 +143,9 @@ def decode(
     """Return the numbers of a payload, float32 (n,): in `out`, or in a new array.
 
     Raises PayloadError when the length is wrong or a byte is one that no encoder
-    writes (-128; a scale that is negative, subnormal or above MAX_SCALE), and
-    NonFiniteError for a NaN or an infinity; `out` is then undefined.
+    writes (-128; five values above 242; a scale that is negative, subnormal or
+    above MAX_SCALE), and NonFiniteError for a NaN or an infinity; `out` is then
+    undefined.
     """
     data = of_length(codec, payload, num_elements)
     out = destination(out, (num_elements,), np.float32)
@@ -146,6 +155,10 @@ def decode(
             out.view(np.uint8)[:] = data
         case Codec.INT8:
             check_status(_kernels.decode_int8(data, out), "payload")
+        case Codec.TERNARY:
+            check_status(trits.check(data, num_elements), "payload")
+            out.fill(0)
+            trits.add(data, 1.0, out)
     return out
 
 
@@ -164,6 +177,8 @@ def decode_add(codec: Codec, payload: Bytes, into: Vector, weight: float) -> Non
             _kernels.add_fp32(data, weight, into)
         case Codec.INT8:
             _kernels.add_int8(data, weight, into)
+        case Codec.TERNARY:
+            trits.add(data, weight, into)
 
 
 def is_finite(vector: Vector) -> bool:
@@ -222,6 +237,8 @@ def _checked(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uint
             check_status(_kernels.check_fp32(data), "payload")
         case Codec.INT8:
             check_status(_kernels.check_int8(data, num_elements), "payload")
+        case Codec.TERNARY:
+            check_status(trits.check(data, num_elements), "payload")
     return data
 
 

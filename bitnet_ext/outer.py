@@ -24,6 +24,8 @@ from bitnet_ext.memory import check_contiguous
 
 #: Submissions that one step takes; what is more goes into `mean` first.
 MOST_PARTS: Final = _kernels.most_parts()
+#: Codecs that it reads; the numbers of any other go into `mean` first.
+IN_ONE_PASS: Final = frozenset((Codec.FP32, Codec.INT8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,11 @@ def outer_step(
     `before` and `after` are weights and momentum, float32 (n,); `after` must be other
     memory. `mean` is what was added up before, None for nothing. Raises PayloadError
     or NonFiniteError for a payload that is not in order, as `decode` does; `after` is
-    then undefined.
+    then undefined. Raises ValueError for a codec that is not among `IN_ONE_PASS`.
     """
+    for part in parts:
+        if part.codec not in IN_ONE_PASS:
+            raise ValueError(f"codec must be fp32 or int8, got {part.codec}")
     weights, momentum = flat(before[0], "weights"), flat(before[1], "momentum")
     for name, vector in zip(("new weights", "new momentum"), after, strict=True):
         check_contiguous(vector, name, weights.shape, np.float32)

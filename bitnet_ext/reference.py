@@ -170,6 +170,61 @@ def decode_int8(payload: bytes, num_elements: int) -> Vector:
     return np.repeat(scales, BLOCK)[:num_elements] * q.astype(np.float32)
 
 
+def encode_ternary(vector: Vector) -> bytes:
+    """Return the ternary payload of finite numbers (n,)."""
+    sizes, values = [], []
+    for start in range(0, vector.size, BLOCK):
+        size, signs = ternary_block(vector[start : start + BLOCK])
+        sizes.append(int(to_bf16(np.array([size], dtype=np.float32))[0]))
+        values += signs
+    values += [0] * (-len(values) % 5)
+    codes = (0, 1, 2)
+    packed = [
+        sum(codes[sign] * 3**place for place, sign in enumerate(values[start:][:5]))
+        for start in range(0, len(values), 5)
+    ]
+    return np.array(sizes, dtype="<u2").tobytes() + bytes(packed)
+
+
+def ternary_block(x: Vector) -> tuple[np.float32, list[int]]:
+    """Return the size that the large numbers of a block share, and -1, 0, 1 each."""
+    heights = np.abs(x)
+    mean = np.float32(_tree_sum(heights) / len(x))
+    large = heights > np.float32(0.7) * mean
+    mean_large = _tree_sum(np.where(large, heights, 0)) / max(1, int(large.sum()))
+    bits = to_bf16(np.array([mean_large], dtype=np.float32))
+    size = from_bf16(bits)[0]
+    if size < _SMALLEST:
+        return np.float32(0), [0] * len(x)
+    return size, [
+        int(np.sign(one)) if big else 0 for one, big in zip(x, large, strict=True)
+    ]
+
+
+def _tree_sum(sizes: Vector) -> float:
+    """Return the sum of at most 256 doubles: halves onto halves, however few."""
+    rest = [float(size) for size in sizes] + [0.0] * (BLOCK - len(sizes))
+    while len(rest) > 1:
+        half = len(rest) // 2
+        rest = [rest[i] + rest[i + half] for i in range(half)]
+    return rest[0]
+
+
+def decode_ternary(payload: bytes, num_elements: int) -> Vector:
+    """Return the numbers (n,) of a sound ternary payload."""
+    num_blocks = -(-num_elements // BLOCK)
+    sizes = from_bf16(np.frombuffer(payload, "<u2", num_blocks))
+    values = [
+        (0, 1, -1)[byte // 3**place % 3]
+        for byte in payload[2 * num_blocks :]
+        for place in range(5)
+    ]
+    return np.array(
+        [sizes[i // BLOCK] * value for i, value in enumerate(values[:num_elements])],
+        dtype=np.float32,
+    )
+
+
 def decode_add(decoded: Vector, into: Vector, weight: float) -> Vector:
     """Return into + weight * decoded, two float32 roundings for each number."""
     return into + np.float32(weight) * decoded

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from bitnet_ext.codecs import Vector, decode_add
-from bitnet_ext.outer import MOST_PARTS, Part, Step
+from bitnet_ext.outer import IN_ONE_PASS, MOST_PARTS, Part, Step
 from bitnet_ext.outer import outer_step as step_in_one_pass
 
 
@@ -51,11 +51,22 @@ def outer_step(
     mean: Vector | None = None
     held: list[Part] = []
     for part in parts:
-        if len(held) == MOST_PARTS:
+        if len(held) == MOST_PARTS or part.codec not in IN_ONE_PASS:
             mean = np.zeros_like(before[0]) if mean is None else mean
-            for full in held:
-                decode_add(full.codec, full.payload, mean, full.share)
+            add_parts(held, mean)
             held.clear()
-        held.append(part)
+        if part.codec in IN_ONE_PASS:
+            held.append(part)
+        elif mean is not None:
+            add_parts([part], mean)
     step = Step(rate=rate, decay=decay)
     return step_in_one_pass(before, held, step, after=after, mean=mean)
+
+
+def add_parts(parts: Iterable[Part], mean: Vector) -> None:
+    """Add the numbers of each part times its share to `mean`, float32 (n,), in place.
+
+    Raises as `outer_step` does; `mean` is then undefined.
+    """
+    for part in parts:
+        decode_add(part.codec, part.payload, mean, part.share)

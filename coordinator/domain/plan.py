@@ -47,8 +47,10 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     batch_size: Count = 8
     #: Seconds that each task of a round should take.
     round_s: Positive = 60.0
-    #: Codec of pseudo-gradients: `int8` or `fp32`.
-    codec: Annotated[str, Meta(pattern=r"^(int8|fp32)\Z")] = "int8"
+    #: Share of a round's tokens after which it waits a grace period only; 1: for all.
+    quorum: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    #: Codec of pseudo-gradients: `ternary`, `int8` or `fp32`.
+    codec: Annotated[str, Meta(pattern=r"^(ternary|int8|fp32)\Z")] = "int8"
     #: Every n-th version is scored on the held-out shard.
     evaluate_every: Count = 10
 

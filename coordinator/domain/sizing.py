@@ -58,9 +58,13 @@ def cut(num_tokens: int, size: int) -> int:
     return num_tokens if num_tokens < size + size // 2 else size
 
 
-def divided(num_tokens: int, size: int) -> int:
-    """Return the head that a claimer gets of given-back work of `num_tokens`."""
-    return size if num_tokens > DIVIDE_FACTOR * size else num_tokens
+def divided(num_tokens: int, size: int, *, quorum: float = 1.0) -> int:
+    """Return the head that a claimer gets of given-back work of `num_tokens`.
+
+    A round with a quorum would go on without whoever takes much more than its size.
+    """
+    factor = DIVIDE_FACTOR if quorum >= 1.0 else 1
+    return size if num_tokens > factor * size else num_tokens
 
 
 def num_steps(num_tokens: int, *, seq_len: int, batch_size: int) -> int:

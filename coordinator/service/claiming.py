@@ -152,7 +152,8 @@ class _Claim:
             return None
         given_back = self._next_pending(run, TaskKind.TRAIN, live.round_id)
         if given_back is not None:
-            return self._divide(given_back, size, most)
+            head = sizing.divided(given_back.num_tokens, size, quorum=plan.quorum)
+            return self._divide(given_back, min(head, most))
         return self._cut(run, size, most)
 
     def _size(
@@ -185,12 +186,9 @@ class _Claim:
         seq_len = _seq_len(run)
         return max(0, -(-left // seq_len) * seq_len)
 
-    def _divide(self, task: TaskRow, size: int, most: int) -> TaskRow:
+    def _divide(self, task: TaskRow, head: int) -> TaskRow:
         """Return given-back work; what is too much for claimer or budget is cut off."""
-        head = task.num_tokens
-        if not task.fixed_size:
-            head = min(sizing.divided(task.num_tokens, size), most)
-        if head == task.num_tokens:
+        if task.fixed_size or head == task.num_tokens:
             return task
         tasks.shorten_task(self._connection, task.task_id, head)
         runs.add_range(

@@ -12,11 +12,14 @@ from sqlalchemy import Connection
 
 from bitnet_ext.wire.messages import FailRequest, ReleaseRequest, TaskAnswer
 from bitnet_ext.wire.verdicts import ErrorCode, FailCode, TaskState
-from coordinator.domain import leases
+from coordinator.domain import leases, sizing
 from coordinator.domain.errors import RefusedError
+from coordinator.domain.plan import TrainingPlan
+from coordinator.domain.rounds import ClaimedWork, stops_waiting_at
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
 from coordinator.service.own_files import look_after
+from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.rows import TaskRow
@@ -96,9 +99,12 @@ async def _is_our_fault(
 async def sweep_leases(fleet: Fleet) -> int:
     """End every lease that has run out; return how many."""
     now = await awake(fleet)
-    count = await fleet.store.write(
-        lambda connection: expire_overdue(connection, fleet, now)
-    )
+
+    def end(connection: Connection) -> int:
+        overdue = expire_overdue(connection, fleet, now)
+        return overdue + end_late(connection, fleet, now)
+
+    count = await fleet.store.write(end)
     fleet.swept_at = fleet.clock.monotonic()
     if count:
         _ring(fleet)
@@ -114,6 +120,71 @@ def expire_overdue(connection: Connection, fleet: Fleet, now: float) -> int:
         _attempt_lost(connection, task, "expired", reason, now, 0.0)
         _after(connection, fleet, task, "expired", now)
     return len(late)
+
+
+def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
+    """End the leases that the open round no longer waits for; return how many.
+
+    That is nobody's failure: it does not count as an attempt. Where only heartbeats
+    tell how fast the worker is, they count, or it would be late again.
+    """
+    run = runs.newest_run(connection)
+    live = None if run is None else rounds.live_round(connection, run.run_id)
+    if run is None or live is None or live.state != "open":
+        return 0
+    plan = plan_of(run)
+    claimed = _claimed_work(connection, live.round_id)
+    due = stops_waiting_at(claimed, quorum=plan.quorum, round_s=plan.round_s)
+    if due is None or now < due:
+        return 0
+    out = [
+        task
+        for task in tasks.all_leased(connection, run.run_id)
+        if task.round_id == live.round_id
+    ]
+    for task in out:
+        _measure(connection, task, plan, now)
+        tasks.return_task(
+            connection,
+            task.task_id,
+            attempt=task.attempt - 1,
+            reason="its round went on without it",
+            not_before_at=now,
+            round_id=task.round_id,
+        )
+        _after(connection, fleet, task, "late", now)
+    return len(out)
+
+
+def _claimed_work(connection: Connection, round_id: int) -> list[ClaimedWork]:
+    found = []
+    for claim in rounds.claims_of(connection, round_id):
+        worker = workers.find_worker(connection, claim.worker_id)
+        found.append(
+            ClaimedWork(
+                num_tokens=claim.num_tokens,
+                ended_at=claim.ended_at,
+                is_back=claim.outcome == "back",
+                is_probe=worker is not None and worker.tokens_per_s is None,
+            )
+        )
+    return found
+
+
+def _measure(
+    connection: Connection, task: TaskRow, plan: TrainingPlan, now: float
+) -> None:
+    """Let what a late worker did up to its last progress count for its speed."""
+    worker = workers.find_worker(connection, task.lease_worker_id or "")
+    if worker is None or task.claimed_at is None or not task.tokens_done:
+        return
+    speed = sizing.measured_speed(
+        worker.tokens_per_s,
+        task.tokens_done,
+        (task.progress_at or now) - task.claimed_at,
+        round_s=plan.round_s,
+    )
+    workers.change_worker(connection, worker.worker_id, tokens_per_s=speed)
 
 
 def held_task(

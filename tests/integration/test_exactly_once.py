@@ -41,7 +41,6 @@ from worker.errors import LeaseLostError, RefusedError
 NUM_TASKS = 10
 HASTY = "tests.integration.hasty_coordinator"
 SETTINGS = {
-    "CODEC": "fp32",
     "OUTER_RATE": 1.0,
     "OUTER_MOMENTUM": 0.0,
     "EVALUATE_EVERY": 10**6,
@@ -50,10 +49,13 @@ SETTINGS = {
 }
 
 
-@pytest.fixture
-def at_zero(tmp_path: Path) -> Iterator[tuple[CoordinatorProcess, Manifest]]:
+# A one among zeros loses nothing in a ternary payload either.
+@pytest.fixture(params=["fp32", "ternary"])
+def at_zero(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[CoordinatorProcess, Manifest]]:
     manifest = make_corpus(tmp_path / "corpus", num_files=12, words=300)
-    process = CoordinatorProcess(tmp_path, SETTINGS, HASTY)
+    process = CoordinatorProcess(tmp_path, {**SETTINGS, "CODEC": request.param}, HASTY)
     begin_at_zero(process)
     process.start()
     total = sum(shard.num_tokens for shard in manifest.train_shards())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from bitnet_ext.codecs import BLOCK
+from bitnet_ext.codecs import BLOCK, Codec
 from bitnet_ext.layout import num_params
 from bitnet_ext.wire.messages import Task
 from coordinator.control import Seed
@@ -101,10 +101,11 @@ def test_through_int8_they_are_off_by_half_a_quantisation_step(
     assert off.max() > 0.0
 
 
+@pytest.mark.parametrize("codec", Codec)
 def test_one_step_lowers_the_loss_of_its_own_batch(
-    tmp_path: Path, quiet: Hooks
+    tmp_path: Path, quiet: Hooks, codec: Codec
 ) -> None:
-    told = trained_once(tmp_path, quiet, num_steps=1)
+    told = trained_once(tmp_path, quiet, num_steps=1, CODEC=codec)
 
     assert told["num_steps"] == 1
     before = loss_of(told["model"], told["base"], told["tokens"], told["task"])

@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 
 from coordinator.domain.initial import initial_vector
+from coordinator.domain.muon import OptimiserState, StepSizes, gradient_step
 from coordinator.domain.plan import TrainingPlan, hyper_parameters
 from tests.sim import setting as costs
 from tests.sim.net import SEQ_LEN, Net
 from tests.sim.setting import Setting
-from tests.sim.steps import Local, Moments, adamw
+from tests.sim.steps import Local, Moments, adamw, clipped
 from tests.sim.text import Text, Windows
 
 
@@ -41,6 +42,40 @@ def alone(
             adamw(net.segments, flat_RP[row], grads_RP[row], task, 0)
         tokens += len(batch) * SEQ_LEN
     return [net.loss(flat_P, text.held_out) for flat_P in flat_RP]
+
+
+def alone_by_muon(
+    net: Net, text: Text, plan: TrainingPlan, *, num_windows: int, seed: int
+) -> float:
+    """Return the held-out loss of one worker that steps as a gradient round does.
+
+    With a batch of 8: ideal data-parallel training with the coordinator's optimiser.
+    """
+    first = initial_vector(net.segments, net.shape.num_layers, seed)
+    zeros = np.zeros_like(first)
+    state = OptimiserState(weights=first, momentum=zeros, square=zeros)
+    tokens = 0
+    for batch in batches(text, num_windows, plan.batch_size, seed):
+        _, grads_RP = net.gradients(state.weights[None], batch[None])
+        clip = np.float32(clipped(grads_RP[0], plan.clip_norm))
+        sizes = step_sizes(plan, tokens, tokens // (plan.batch_size * SEQ_LEN) + 1)
+        state = gradient_step(state, grads_RP[0] * clip, net.segments, sizes)
+        tokens += len(batch) * SEQ_LEN
+    return net.loss(state.weights, text.held_out)
+
+
+def step_sizes(plan: TrainingPlan, tokens_accepted: int, step: int) -> StepSizes:
+    """Return the numbers of one step of a gradient round."""
+    hyper = hyper_parameters(plan, tokens_accepted=tokens_accepted, task_tokens=0)
+    return StepSizes(
+        rate=hyper.lr_start,
+        decay=hyper.weight_decay,
+        momentum=plan.outer_momentum,
+        beta1=plan.beta1,
+        beta2=plan.beta2,
+        eps=plan.eps,
+        step=step,
+    )
 
 
 def batches(

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import torch
 
-from tests.sim.alone import alone, plan_for, windows_within
+from tests.sim.alone import alone, alone_by_muon, plan_for, windows_within
 from tests.sim.fleet import Fleet, Recipe
 from tests.sim.net import SEQ_LEN, Net, Shape
 from tests.sim.results import Job, Result, kept_or_done
@@ -47,33 +47,51 @@ SHOWN: Final = (
 )
 #: The recipe of the fleet, as tuned on seeds 0 to 9 (lab log).
 FLEET_PLAN: Final = {
-    "learning_rate": 4e-3,
-    "outer_rate": 0.9,
+    "learning_rate": 2e-2,
     "outer_momentum": 0.8,
-    "round_s": 8.0,
-    "codec": "int8",
+    "round_s": 2.0,
+    "codec": "ternary",
+    "quorum": 0.7,
 }
-FLEET: Final = {"quorum": 0.7, "keeps_state": True}
+FLEET: Final = {"kind": "gradient", "down": "ternary"}
+#: Rates of ideal data-parallel training with the optimiser of gradient rounds.
+MUON_RATES: Final = (1e-2, 2e-2, 4e-2)
 
 
 Submit = Callable[[Job], "Future[Result]"]
 Act = Callable[..., Result]
 #: A recipe of a grid: beta2 and learning rate.
 Point = tuple[float, float]
-Betas = Sequence[float]
 
 
 def run_alone(
-    *,
-    corpus: str,
-    seed: int,
-    num_windows: int,
-    plans: Sequence[dict[str, Any]],
-    batch_size: int = 1,
+    *, corpus: str, seed: int, num_windows: int, plans: Sequence[dict[str, Any]]
 ) -> Result:
     """Train one worker alone by each plan; return losses in the order of plans."""
-    made = [plan_for(num_windows, batch_size=batch_size, **plan) for plan in plans]
+    made = [plan_for(num_windows, **plan) for plan in plans]
     losses = alone(_net(), _text(corpus), made, num_windows=num_windows, seed=seed)
+    return {"losses": losses}
+
+
+def run_parallel(
+    *, corpus: str, seed: int, num_windows: int, plans: Sequence[dict[str, Any]]
+) -> Result:
+    """Train as gradient rounds do, without loss and without delay, by each plan."""
+    losses = [
+        alone_by_muon(
+            _net(),
+            _text(corpus),
+            plan_for(
+                num_windows,
+                batch_size=NUM_PARALLEL,
+                outer_momentum=FLEET_PLAN["outer_momentum"],
+                **plan,
+            ),
+            num_windows=num_windows,
+            seed=seed,
+        )
+        for plan in plans
+    ]
     return {"losses": losses}
 
 
@@ -113,12 +131,19 @@ class Grid:
     """Recipes of one baseline; where the best is at an end, the grid grows there."""
 
     def __init__(
-        self, submit: Submit, name: str, act: Act, same: dict[str, Any], betas: Betas
+        self,
+        submit: Submit,
+        name: str,
+        act: Act,
+        same: dict[str, Any],
+        *,
+        rates: Sequence[float] = RATES,
+        betas: Sequence[float] = BETAS,
     ) -> None:
         self._submit, self._name, self._act, self._same = submit, name, act, same
         self._betas = betas
-        self._found: dict[tuple[float, float], float] = {}
-        self._waiting = [self._ask(RATES)]
+        self._found: dict[Point, float] = {}
+        self._waiting = [self._ask(rates)]
 
     def _ask(self, rates: Sequence[float]) -> tuple[list[Point], Future[Result]]:
         points = [(beta, rate) for beta in self._betas for rate in rates]
@@ -184,17 +209,23 @@ def _compare(
         same = {"corpus": corpus, "seed": seed, "num_windows": num_windows}
         mine = {**same, "plan": FLEET_PLAN, "recipe": FLEET}
         fleet = submit(Job(f"fleet-{name}-{seed}", run_fleet, mine))
-        one = Grid(submit, f"alone-{name}-{seed}", run_alone, same, BETAS)
-        ideal = {**same, "batch_size": NUM_PARALLEL}
-        both = Grid(submit, f"parallel-{name}-{seed}", run_alone, ideal, BETAS[:1])
-        started.append((seed, fleet, one, both))
+        one = Grid(submit, f"alone-{name}-{seed}", run_alone, same)
+        ideal = Grid(
+            submit,
+            f"parallel-{name}-{seed}",
+            run_parallel,
+            same,
+            rates=MUON_RATES,
+            betas=BETAS[:1],
+        )
+        started.append((seed, fleet, one, ideal))
     rows = []
-    for seed, fleet, one, both in started:
+    for seed, fleet, one, ideal in started:
         figures = fleet.result()
         same = {"corpus": corpus, "seed": seed, "seconds": figures["virtual_s"]}
-        wall = Grid(submit, f"walltime-{name}-{seed}", run_walltime, same, BETAS)
+        wall = Grid(submit, f"walltime-{name}-{seed}", run_walltime, same)
         print(f"\n{name}, seed {seed}: fleet {figures['loss']:.4f}")
-        rows.append(_row(figures, {"adamw": one, "same": both, "walltime": wall}))
+        rows.append(_row(figures, {"adamw": one, "same": ideal, "walltime": wall}))
     return {
         f"{key}_{name}": sum(row[key] for row in rows) / len(rows) for key in rows[0]
     }

@@ -17,23 +17,25 @@ from numpy.typing import NDArray
 
 from bitnet_ext.codecs import Codec, decode, encode_with_feedback, is_finite
 from bitnet_ext.frames import frame_bytes
-from coordinator.domain import sizing
+from bitnet_ext.outer import Part
+from coordinator.domain import muon, sizing
 from coordinator.domain.initial import initial_vector
-from coordinator.domain.outer_step import outer_step
+from coordinator.domain.muon import OptimiserState, gradient_step
+from coordinator.domain.outer_step import add_parts, merge_weights, outer_step
 from coordinator.domain.plan import TrainingPlan, hyper_parameters
-from coordinator.service.closing import merged
+from coordinator.domain.rounds import ClaimedWork, stops_waiting_at
 from tests.sim import setting as costs
+from tests.sim.alone import step_sizes
 from tests.sim.net import SEQ_LEN, Net
 from tests.sim.setting import Setting
-from tests.sim.steps import Local, Moments, trained
+from tests.sim.steps import Local, Moments, clipped, trained
 from tests.sim.text import Text, Windows
 
 Vector = NDArray[np.float32]
 
-#: JSON around a claim, its task and a submission, in bytes: measured, rounded up.
+#: What goes with a payload, each way, in bytes: an estimate. A submission's JSON block
+#: has 400, a task 600 to 900; the rest are HTTP headers of four requests.
 TALK_BYTES: Final = 1500
-#: After the quorum a round waits for the others this share of its round time.
-GRACE_SHARE: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +43,15 @@ class Recipe:
     """How a fleet learns: the plan of a run, and what is not in a plan yet."""
 
     plan: TrainingPlan
+    #: `delta`: local steps and an outer step; `gradient`: mean gradients and Muon.
+    kind: str = "delta"
     #: Codec of what workers download; fp32 is whole versions, else a chain of steps.
     down: str = "fp32"
     #: Whether moments and residual outlive their process.
     keeps_state: bool = True
-    #: Share of leased tokens that must be back before the grace period; 1: all.
-    quorum: float = 1.0
+    #: Whether the next round begins while the coordinator still makes its step: then
+    #: its work is of the version before.
+    overlaps: bool = False
     #: What the last worker multiplies its pseudo-gradients by.
     poison: float = 1.0
 
@@ -122,14 +127,20 @@ class Fleet:
         self._setting = setting or Setting()
         self._seed = seed
         self._random = np.random.default_rng((seed, 1))
-        self.master = initial_vector(net.segments, net.shape.num_layers, seed)
-        self.published = self.master.copy()
-        self._momentum = np.zeros_like(self.master)
+        first = initial_vector(net.segments, net.shape.num_layers, seed)
+        zeros = np.zeros_like(first)
+        self._state = OptimiserState(weights=first, momentum=zeros, square=zeros)
+        self.published = first.copy()
         self._workers = [
             Worker(speed, Moments.zeros(net.num_params))
             for speed in self._setting.speeds
         ]
         self._version = 0
+        #: What workers train from, and what comes after it once it is ready.
+        self._base = self.published
+        self._coming: list[tuple[float, Vector]] = []
+        #: Until when the coordinator's optimiser is at work.
+        self._busy_until = 0.0
         self._given_back: list[Stretch] = []
         self._epoch, self._next = 0, 0
         self._order = text.order(seed, 0)
@@ -141,8 +152,10 @@ class Fleet:
             self._round(budget)
             if self.tokens >= due - SEQ_LEN:
                 loss = self._net.loss(self.published, self._text.held_out)
-                self.counts.curve.append((self.now, self.tokens, loss))
+                ready_at = max(self.now, self._busy_until)
+                self.counts.curve.append((ready_at, self.tokens, loss))
                 due += budget / num_scores
+        self.now = max(self.now, self._busy_until)
         return self._figures()
 
     def _figures(self) -> dict[str, object]:
@@ -169,9 +182,15 @@ class Fleet:
             "curve": counts.curve,
         }
 
+    @property
+    def master(self) -> Vector:
+        """The weights of the coordinator."""
+        return self._state.weights
+
     # One round.
 
     def _round(self, budget: int) -> None:
+        self._take_newest()
         claims = self._claims(budget)
         closes_at = self._closes_at(claims)
         back = [c for c in claims if c.back_at is not None and c.back_at <= closes_at]
@@ -179,7 +198,15 @@ class Fleet:
             self._end(claim, closes_at, is_back=claim in back)
         self.now = closes_at
         if back:
+            self._busy_until = max(self.now, self._busy_until)
             self._apply(sorted(back, key=lambda claim: claim.stretch))
+
+    def _take_newest(self) -> None:
+        """Begin a round on the newest version, or on the one before it."""
+        num_ahead = 1 if self._recipe.overlaps else 0
+        while len(self._coming) > num_ahead:
+            ready_at, self._base = self._coming.pop(0)
+            self.now = max(self.now, ready_at)
 
     def _claims(self, budget: int) -> list[Claim]:
         """Give out the tasks of a round, in the order in which workers ask."""
@@ -207,7 +234,8 @@ class Fleet:
         )
         if self._given_back:
             found = self._given_back.pop(0)
-            num = min(sizing.divided(found.num * SEQ_LEN, size) // SEQ_LEN, most)
+            head = sizing.divided(found.num * SEQ_LEN, size, quorum=plan.quorum)
+            num = min(head // SEQ_LEN, most)
             if num < found.num:
                 rest = Stretch(found.epoch, found.start + num, found.num - num)
                 self._given_back.insert(0, rest)
@@ -256,7 +284,8 @@ class Fleet:
         num_steps = sizing.num_steps(
             stretch.num * SEQ_LEN, seq_len=SEQ_LEN, batch_size=plan.batch_size
         )
-        flop = (costs.ADAMW * num_steps + costs.ENCODE) * size
+        each = costs.ADAMW if self._recipe.kind == "delta" else costs.ACCUMULATE
+        flop = (each * num_steps + costs.ENCODE) * size
         optimiser_s = self._setting.optimiser_s(
             flop, num_params=size, speed=worker.speed
         )
@@ -265,15 +294,19 @@ class Fleet:
 
     def _closes_at(self, claims: list[Claim]) -> float:
         """Return when the round closes: all back or over, or quorum and grace."""
+        plan = self._recipe.plan
+        claimed = [
+            ClaimedWork(
+                num_tokens=claim.stretch.num * SEQ_LEN,
+                ended_at=claim.over_at,
+                is_back=claim.back_at is not None,
+                is_probe=claim.worker.tokens_per_s is None,
+            )
+            for claim in claims
+        ]
+        due = stops_waiting_at(claimed, quorum=plan.quorum, round_s=plan.round_s)
         all_over = max(claim.over_at for claim in claims)
-        leased = sum(claim.stretch.num for claim in claims)
-        backs = sorted((c.back_at, c.stretch.num) for c in claims if c.back_at)
-        num_back = 0
-        for at, num in backs:
-            num_back += num
-            if num_back >= self._recipe.quorum * leased:
-                return min(all_over, at + GRACE_SHARE * self._recipe.plan.round_s)
-        return all_over
+        return all_over if due is None else min(all_over, due)
 
     def _end(self, claim: Claim, closes_at: float, *, is_back: bool) -> None:
         """Settle what a claim means for its worker and its stretch."""
@@ -305,55 +338,84 @@ class Fleet:
 
     def _apply(self, claims: list[Claim]) -> None:
         """Train what came back, merge it and publish the next version."""
-        recipe, codec = self._recipe, Codec(self._recipe.plan.codec)
-        payloads = [
-            (codec, memoryview(self._payload(claim, gradient)))
-            for claim, gradient in zip(claims, self._train(claims), strict=True)
-        ]
+        codec = Codec(self._recipe.plan.codec)
         tokens = [claim.stretch.num * SEQ_LEN for claim in claims]
-        mean = merged(iter(payloads), tokens, self._net.num_params)
-        master, momentum = outer_step(
-            self.master,
-            self._momentum,
-            mean,
-            rate=recipe.plan.outer_rate,
-            decay=recipe.plan.outer_momentum,
-        )
-        flop = (costs.NESTEROV + costs.DECODE * len(claims)) * self._net.num_params
-        self._spend(flop)
+        parts = [
+            Part(codec, self._payload(claim, gradient), share)
+            for claim, gradient, share in zip(
+                claims, self._train(claims), merge_weights(tokens), strict=True
+            )
+        ]
+        self._spend(costs.DECODE * len(claims) * self._net.num_params)
+        state = self._stepped(parts)
         self.tokens += sum(tokens)
-        if is_finite(master) and is_finite(momentum):
-            self.master, self._momentum = master, momentum
+        if state is not None:
+            self._state = state
             self._publish()
+
+    def _stepped(self, parts: list[Part]) -> OptimiserState | None:
+        """Return the next state of the coordinator, and let that take its time.
+
+        None where it is not finite.
+        """
+        plan, state, num_params = self._recipe.plan, self._state, self._net.num_params
+        if self._recipe.kind == "gradient":
+            mean = np.zeros_like(state.weights)
+            add_parts(parts, mean)
+            self._spend(muon.flop(self._net.segments) + costs.ADAMW * num_params)
+            sizes = step_sizes(plan, self.tokens, self.counts.num_rounds + 1)
+            new = gradient_step(state, mean, self._net.segments, sizes)
+            return new if is_finite(new.weights) else None
+        self._spend(costs.NESTEROV * num_params)
+        after = np.empty_like(state.weights), np.empty_like(state.momentum)
+        fine = outer_step(
+            (state.weights, state.momentum),
+            parts,
+            after,
+            rate=plan.outer_rate,
+            decay=plan.outer_momentum,
+        )
+        weights, momentum = after
+        new = OptimiserState(weights=weights, momentum=momentum, square=state.square)
+        return new if fine else None
 
     def _spend(self, flop: float) -> None:
         """Let the coordinator's optimiser take its time."""
         seconds = self._setting.optimiser_s(
             flop, num_params=self._net.num_params, speed=self._setting.mean_speed
         )
-        self.now += seconds
+        self._busy_until += seconds
         self.counts.optimiser_s += seconds
 
     def _publish(self) -> None:
         """Make the next version what workers get: whole, or by one coded step."""
         self._version += 1
         self.counts.num_rounds += 1
-        codec = Codec(self._recipe.down)
+        codec, size = Codec(self._recipe.down), self._net.num_params
         if codec is Codec.FP32:
             self.published = self.master.copy()
-            return
-        # The difference holds all that earlier steps rounded away: feedback for free.
-        payload, _ = encode_with_feedback(codec, self.master - self.published, None)
-        self.published = self.published + decode(codec, payload, self._net.num_params)
-        self._spend(costs.ENCODE * self._net.num_params)
+        else:
+            # The difference holds all that earlier steps rounded away.
+            payload, _ = encode_with_feedback(codec, self.master - self.published, None)
+            self.published = self.published + decode(codec, payload, size)
+            self._spend(costs.ENCODE * size)
+        self._coming.append((self._busy_until, self.published))
 
     def _train(self, claims: list[Claim]) -> Iterator[Vector]:
-        """Yield the pseudo-gradient of each claim."""
+        """Yield the pseudo-gradient, or the mean gradient, of each claim."""
+        if self._recipe.kind == "gradient":
+            for claim in claims:
+                windows = self._windows(claim.stretch)
+                _, grads = self._net.gradients(self._base[None], windows[None])
+                yield grads[0] * np.float32(
+                    clipped(grads[0], self._recipe.plan.clip_norm)
+                )
+            return
         locals_ = [self._local(claim) for claim in claims]
-        flats = trained(self._net, self.published, locals_)
+        flats = trained(self._net, self._base, locals_)
         for claim, local, flat in zip(claims, locals_, flats, strict=True):
             claim.worker.moments = local.moments
-            yield self.published - flat
+            yield self._base - flat
 
     def _local(self, claim: Claim) -> Local:
         plan, stretch = self._recipe.plan, claim.stretch

@@ -20,9 +20,13 @@ CODE: Final = (
     *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone", "fleet")),
     "tests/sim/setting.py",
     "bitnet_ext/codecs.py",
+    "bitnet_ext/outer.py",
+    "bitnet_ext/trits.py",
     "coordinator/domain/initial.py",
+    "coordinator/domain/muon.py",
     "coordinator/domain/outer_step.py",
     "coordinator/domain/plan.py",
+    "coordinator/domain/rounds.py",
     "coordinator/domain/sizing.py",
 )
 

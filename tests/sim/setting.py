@@ -15,6 +15,8 @@ from tests.sim.net import SEQ_LEN
 #: FLOP of one number of the flat vector in one go; divisions and roots count as one.
 ADAMW: Final = 14
 NESTEROV: Final = 6
+#: Adding one gradient to another.
+ACCUMULATE: Final = 1
 #: Decoding and adding one number of a payload, and encoding one.
 DECODE: Final = 3
 ENCODE: Final = 6

@@ -263,7 +263,11 @@ def test_finite_looks_into_any_shape():
 
 
 def test_the_number_of_a_codec_is_its_own():
-    assert {codec: codec.number for codec in Codec} == {Codec.FP32: 1, Codec.INT8: 2}
+    assert {codec: codec.number for codec in Codec} == {
+        Codec.FP32: 1,
+        Codec.INT8: 2,
+        Codec.TERNARY: 3,
+    }
 
 
 def test_other_types_are_refused():

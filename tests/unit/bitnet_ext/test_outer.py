@@ -14,6 +14,7 @@ from bitnet_ext.outer import MOST_PARTS, Part, Step, outer_step
 
 SIZES = [1, 255, 4096, 4097, 65_536 + 300, 3 * 65_536]
 STEP = Step(rate=0.7, decay=0.9)
+BOTH = [Codec.FP32, Codec.INT8]
 
 
 def normal(size, seed):
@@ -43,7 +44,7 @@ def run(before, parts, step, mean=None):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("codecs", [[Codec.INT8], [Codec.FP32], [*Codec] * 2, []])
+@pytest.mark.parametrize("codecs", [[Codec.INT8], [Codec.FP32], BOTH * 2, []])
 def test_it_equals_its_twin_bit_by_bit(size, codecs):
     before = normal(size, 10), normal(size, 11)
     parts, mean = submissions(size, codecs), normal(size, 12)
@@ -52,6 +53,13 @@ def test_it_equals_its_twin_bit_by_bit(size, codecs):
         after = run(before, parts, STEP, given_mean)
         due = twin(before, parts, STEP, given_mean)
         assert [x.tobytes() for x in after] == [x.tobytes() for x in due]
+
+
+def test_a_codec_that_it_cannot_read_is_refused():
+    before = normal(300, 10), normal(300, 11)
+
+    with pytest.raises(ValueError, match="codec must be fp32 or int8, got ternary"):
+        run(before, submissions(300, [Codec.INT8, Codec.TERNARY]), STEP)
 
 
 @given(st.integers(1, 200_000), st.integers(1, 4), st.sampled_from(supported_isas()))

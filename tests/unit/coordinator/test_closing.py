@@ -452,11 +452,12 @@ def test_every_nth_version_gets_an_evaluation(world: World):
     ) == len(due)
 
 
-def test_int8_payloads_are_merged_as_they_decode(world: World):
-    world.start_run(msgspec.structs.replace(PLAN, codec="int8"))
+@pytest.mark.parametrize("codec", [Codec.INT8, Codec.TERNARY])
+def test_coded_payloads_are_merged_as_they_decode(world: World, codec):
+    world.start_run(msgspec.structs.replace(PLAN, codec=codec))
     world.register("w1")
     base, task = world.state(1), world.claimed()
-    sent = frame(task, noise(3), codec=Codec.INT8)
+    sent = frame(task, noise(3), codec=codec)
     world.send(body(world.meta(task), sent))
 
     world.close_round()

@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
+import msgspec
 import pytest
 from sqlalchemy import Connection, select
 
@@ -13,12 +14,12 @@ from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
 from coordinator.service.starting import reconcile
-from coordinator.store.tables import ranges, rounds, runs, submissions, tasks
+from coordinator.store.tables import events, ranges, rounds, runs, submissions, tasks
 from tests.unit.coordinator.fleets import World, open_world
 
 NAMES = ["w1", "w2", "w3"]
 #: Short rounds, so that leases, rounds and epochs end within a short story.
-PLAN = TrainingPlan(batch_size=2, round_s=20.0, codec="fp32")
+PLAN = TrainingPlan(batch_size=2, round_s=20.0, codec="fp32", evaluate_every=10**6)
 NUM_EVENTS = 150
 
 
@@ -80,7 +81,7 @@ class Story:
         """Let one thing happen."""
         act = self.chance.choices(
             [self.claim, self.submit, self.give_back, self.wait, self.close],
-            [6, 6, 1, 1, 3],
+            [6, 6, 1, 2, 3],
         )[0]
         act(self.chance.choice(NAMES))
 
@@ -110,16 +111,17 @@ class Story:
         self.happened[what] += 1
 
     def wait(self, _name: str) -> None:
-        self.world.clock.advance(self.chance.choice([1.0, 31.0]))
+        self.world.clock.advance(self.chance.choice([1.0, 6.0, 31.0]))
         self.happened["expired"] += self.world.sweep()
 
     def close(self, _name: str) -> None:
+        self.happened["expired"] += self.world.sweep()
         self.happened["closed"] += self.world.close_round()
 
 
-def tell(folder: Path, seed: int) -> Story:
+def tell(folder: Path, seed: int, quorum: float) -> Story:
     with open_world(folder) as world:
-        world.start_run(PLAN)
+        world.start_run(msgspec.structs.replace(PLAN, quorum=quorum))
         for name in NAMES:
             world.register(name)
         story = Story(world, random.Random(seed))
@@ -129,14 +131,27 @@ def tell(folder: Path, seed: int) -> Story:
         reconcile(world.fleet)
         check(world)
         story.happened["epochs"] = world.run_row().epoch
+        kinds = world.read(lambda c: list(c.execute(select(events.c.kind)).scalars()))
+        story.happened["late"] = kinds.count("lease.late")
         return story
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_every_token_of_an_epoch_is_accounted_for_once(tmp_path: Path, seed):
-    story = tell(tmp_path, seed)
+@pytest.mark.parametrize(
+    ("seed", "quorum"),
+    [
+        (0, 1.0),
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (1, 0.3),
+        (2, 0.3),
+    ],
+)
+def test_every_token_of_an_epoch_is_accounted_for_once(tmp_path: Path, seed, quorum):
+    story = tell(tmp_path, seed, quorum)
 
     # Guards the story: it would prove nothing if nothing happened in it.
     assert story.happened["claimed"] > 10
     for what in ("submitted", "expired", "closed", "lost"):
         assert story.happened[what] > 0
+    assert (story.happened["late"] > 0) == (quorum < 1)

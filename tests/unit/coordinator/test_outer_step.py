@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bitnet_ext import reference
-from bitnet_ext.codecs import Codec, encode
+from bitnet_ext.codecs import Codec, decode, encode
 from bitnet_ext.outer import MOST_PARTS, Part
 from coordinator.domain.outer_step import merge_weights, outer_step
 
@@ -117,3 +117,34 @@ def test_shares_go_by_tokens_and_sum_to_one(tokens):
 def test_nothing_cannot_be_shared(tokens):
     with pytest.raises(ValueError, match="positive sum"):
         merge_weights(tokens)
+
+
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        [Codec.TERNARY],
+        [Codec.TERNARY] * 3,
+        [Codec.INT8, Codec.TERNARY, Codec.FP32, Codec.TERNARY, Codec.INT8],
+        [*Codec] * MOST_PARTS,
+    ],
+    ids=len,
+)
+def test_parts_of_every_codec_are_added_in_their_order(codecs):
+    random = np.random.default_rng(0)
+    weights, momentum, *gradients = random.standard_normal(
+        (2 + len(codecs), 700), dtype=np.float32
+    )
+    parts = [
+        Part(codec, encode(codec, gradient), 1 / (place + 1.5))
+        for place, (codec, gradient) in enumerate(zip(codecs, gradients, strict=True))
+    ]
+    mean = np.zeros(700, dtype=np.float32)
+    for part in parts:
+        numbers = decode(part.codec, part.payload, 700)
+        mean = reference.decode_add(numbers, mean, part.share)
+    after = np.empty_like(weights), np.empty_like(weights)
+
+    assert outer_step((weights, momentum), parts, after, rate=0.9, decay=0.8)
+
+    due = reference.outer_step(weights, momentum, mean, rate=0.9, decay=0.8)
+    assert [x.tobytes() for x in after] == [x.tobytes() for x in due]

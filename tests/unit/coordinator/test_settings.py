@@ -46,7 +46,8 @@ GOOD_PLAN = {
     "OUTER_MOMENTUM": ("0", 0.0),
     "BATCH_SIZE": ("4", 4),
     "ROUND_S": ("30", 30.0),
-    "CODEC": ("fp32", "fp32"),
+    "QUORUM": ("0.7", 0.7),
+    "CODEC": ("ternary", "ternary"),
     "EVALUATE_EVERY": ("1", 1),
 }
 BAD = [
@@ -82,6 +83,8 @@ BAD = [
     ("BATCH_SIZE", "0"),
     ("BATCH_SIZE", "2.5"),
     ("ROUND_S", "nan"),
+    ("QUORUM", "0"),
+    ("QUORUM", "1.1"),
     ("CODEC", "int4"),
     ("EVALUATE_EVERY", "0"),
 ]

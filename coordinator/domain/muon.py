@@ -1,0 +1,199 @@
+"""The step of a gradient round: Muon on hidden matrices, AdamW on all else.
+
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by the orthogonal matrix
+that is nearest to it, by five Newton-Schulz iterations:
+
+    momentum <- mu * momentum + gradient
+    x        <- (gradient + mu * momentum) / its Frobenius norm
+    x        <- a x + (b x x' + c (x x')^2) x,   five times
+    weights  <- (1 - rate * decay) * weights - rate * 0.2 * sqrt(max(N, K)) * x
+
+The factor gives its entries the size of a step of AdamW (Liu et al. 2025,
+2502.16982), so both share one rate.
+
+The same gradients must give the same bytes on every CPU and for every number of
+threads, but a matrix product adds in whatever order the BLAS likes. So factors are
+rounded to integers, few enough bits that every sum is exact in float64: then no order
+matters. All else is elementwise, one rounding an operation.
+
+Letters in shapes: N rows and K columns of one weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_ext.fused import norm_of
+from bitnet_ext.layout import Segment, SegmentKind
+
+#: Quintic that pushes all singular values towards 1 (Jordan et al. 2024).
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+NUM_ITERATIONS: Final = 5
+#: Root mean square of a step of AdamW.
+_ADAMW_RMS: Final = 0.2
+#: Bits of an integer that float64 holds exactly.
+_EXACT_BITS: Final = 53
+
+Vector = NDArray[np.float32]
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimiserState:
+    """Weights, and what the optimiser remembers; float32 (n,) each."""
+
+    weights: Vector
+    #: Of Muon where a matrix is hidden, the first moment of AdamW elsewhere.
+    momentum: Vector
+    #: The second moment of AdamW; zeros where a matrix is hidden.
+    square: Vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSizes:
+    """The numbers of one step."""
+
+    rate: float
+    #: Decoupled weight decay, on all but norms.
+    decay: float
+    #: mu of Muon.
+    momentum: float
+    beta1: float
+    beta2: float
+    eps: float
+    #: Which step this is, counted from 1.
+    step: int
+
+
+def is_hidden(segment: Segment) -> bool:
+    """Return whether Muon takes this segment: the matrices between the tables."""
+    return segment.kind in (SegmentKind.LINEAR, SegmentKind.RESIDUAL)
+
+
+def gradient_step(
+    state: OptimiserState,
+    gradient: Vector,
+    parts: Iterable[Segment],
+    sizes: StepSizes,
+) -> OptimiserState:
+    """Return the state after one step down the mean gradient; inputs stay untouched.
+
+    Whatever is not finite ends in weights that are not.
+    """
+    new = OptimiserState(
+        weights=state.weights.copy(),
+        momentum=state.momentum.copy(),
+        square=state.square.copy(),
+    )
+    for segment in parts:
+        place = slice(segment.offset, segment.offset + segment.size)
+        grad, momentum = gradient[place], new.momentum[place]
+        if is_hidden(segment):
+            change = _muon_change(grad, momentum, segment.shape, sizes)
+        else:
+            change = _adamw_change(grad, momentum, new.square[place], sizes)
+        weights = new.weights[place]
+        if segment.kind is not SegmentKind.NORM:
+            weights *= np.float32(1.0 - sizes.rate * sizes.decay)
+        weights -= change
+    return new
+
+
+def flop(parts: Iterable[Segment]) -> int:
+    """Return the FLOP of the Newton-Schulz iterations of one step."""
+    total = 0
+    for segment in parts:
+        if is_hidden(segment):
+            short, long = sorted(segment.shape)
+            products = 4 * short * short * long + 2 * short**3
+            total += NUM_ITERATIONS * products
+    return total
+
+
+def _muon_change(
+    grad: Vector, momentum: Vector, shape: Sequence[int], sizes: StepSizes
+) -> Vector:
+    """Update the momentum in place, and return what to subtract, flat."""
+    mu = np.float32(sizes.momentum)
+    momentum *= mu
+    momentum += grad
+    direction = momentum * mu
+    direction += grad
+    orthogonal = orthogonalised(direction.reshape(shape)).reshape(-1)
+    factor = sizes.rate * _ADAMW_RMS * math.sqrt(max(shape))
+    return orthogonal.astype(np.float32) * np.float32(factor)
+
+
+def _adamw_change(
+    grad: Vector, mean: Vector, square: Vector, sizes: StepSizes
+) -> Vector:
+    """Update both moments in place, and return what to subtract."""
+    mean *= np.float32(sizes.beta1)
+    mean += grad * np.float32(1.0 - sizes.beta1)
+    square *= np.float32(sizes.beta2)
+    square += grad * grad * np.float32(1.0 - sizes.beta2)
+    height = np.sqrt(square)
+    height *= np.float32(1.0 / math.sqrt(1.0 - _power(sizes.beta2, sizes.step)))
+    height += np.float32(sizes.eps)
+    change = mean * np.float32(sizes.rate / (1.0 - _power(sizes.beta1, sizes.step)))
+    change /= height
+    return change
+
+
+def orthogonalised(x_NK: NDArray[np.float32]) -> Matrix:
+    """Return nearly the nearest matrix with orthonormal rows or columns, float64.
+
+    Its singular values are around 1, from about 0.5 to 1.2, but for those that were
+    next to nothing. Zeros stay zeros.
+    """
+    norm = norm_of(np.ascontiguousarray(x_NK).reshape(-1))
+    if norm == 0.0 or not math.isfinite(norm):
+        return x_NK * np.float64(norm)
+    wide = x_NK.astype(np.float64) / norm
+    is_tall = wide.shape[0] > wide.shape[1]
+    if is_tall:
+        wide = wide.T
+    for _ in range(NUM_ITERATIONS):
+        gram = exact_product(wide, wide.T)
+        polynomial = _B * gram + _C * exact_product(gram, gram)
+        wide = _A * wide + exact_product(polynomial, wide)
+    return wide.T if is_tall else wide
+
+
+def exact_product(left_NK: Matrix, right_KM: Matrix) -> Matrix:
+    """Return the product of both factors, rounded to 20 bits or more, (N, M).
+
+    The bits are as many as let every partial sum be an integer below 2**53: so it
+    is the same in whatever order, and with or without fused multiply-add.
+    """
+    length_bits = math.ceil(math.log2(max(2, left_NK.shape[1])))
+    bits = (_EXACT_BITS - length_bits) // 2
+    left, left_step = _integers(left_NK, bits)
+    right, right_step = _integers(right_KM, bits)
+    product: Matrix = left @ right
+    product *= left_step * right_step
+    return product
+
+
+def _integers(x: Matrix, bits: int) -> tuple[Matrix, float]:
+    """Return x as integers of so many bits, and the power of two between them."""
+    largest = float(np.abs(x).max(initial=0.0))
+    step = math.ldexp(1.0, math.frexp(largest)[1] - bits)
+    return np.rint(x / step), step
+
+
+def _power(base: float, exponent: int) -> float:
+    """Return base ** exponent by products alone; `pow` is not the same everywhere."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
