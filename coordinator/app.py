@@ -227,7 +227,9 @@ async def _listen(
     door.on_logout(live.clients.recheck)
     application = _application(settings, fleet, feed, lag, door, live)
     server = Server(application, limit=allow_connections())
-    control = ControlServer(fleet, settings.data)
+    control = ControlServer(
+        fleet, settings.data, key_is_set=settings.worker_api_key is not None
+    )
     await control.start()
     # Last of all: it is shown once, so nothing may fail between here and there.
     password = await ensure_admin_password(fleet.store, fleet.rng)

@@ -16,7 +16,7 @@ from typing import Final
 
 from bitnet_ext.wire.log import configure_logging
 from coordinator import verbs
-from coordinator.app import KEY_NAME, Listening, serve, worker_key
+from coordinator.app import KEY_NAME, Listening, serve
 from coordinator.control import (
     AcknowledgeReset,
     ResetPassword,
@@ -212,9 +212,7 @@ def _reset_password(options: argparse.Namespace) -> int:
 
 
 def _worker_key(options: argparse.Namespace) -> int:
-    settings = _settings(options)
-    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    print(worker_key(settings))
+    print(verbs.worker_key(_settings(options)))
     return 0
 
 

@@ -83,6 +83,15 @@ class ResetPassword(Struct, frozen=True, tag="reset-admin-password"):
 Command = Seed | TrainFor | AcknowledgeReset | ResetPassword
 
 
+class KeyOrigin(Struct, frozen=True, tag="key-origin"):
+    """Say whether the key of workers is the one in the data folder, or was set."""
+
+
+#: What `KeyOrigin` is answered for a key from the environment.
+KEY_IS_SET: Final = "set"
+_KEY_IN_FOLDER: Final = "in the folder"
+
+
 class Outcome(Struct, frozen=True, kw_only=True):
     """What became of a command: a sentence, or an error."""
 
@@ -115,10 +124,11 @@ async def obey(fleet: Fleet, command: Command) -> str:
 
 
 class ControlServer:
-    """Listens on `data/control.sock`."""
+    """Listens on `data/control.sock`; `key_is_set`: workers' key is of no file."""
 
-    def __init__(self, fleet: Fleet, folder: Path) -> None:
+    def __init__(self, fleet: Fleet, folder: Path, *, key_is_set: bool) -> None:
         self._fleet = fleet
+        self._key_is_set = key_is_set
         self._path = folder / SOCKET_NAME
         self._server: asyncio.Server | None = None
 
@@ -154,7 +164,11 @@ class ControlServer:
                 error=f"a command must be a line of at most {_MAX_LINE_BYTES} bytes"
             )
         try:
-            command: Command = msgspec.json.decode(line, type=Command)
+            command: Command | KeyOrigin = msgspec.json.decode(
+                line, type=Command | KeyOrigin
+            )
+            if isinstance(command, KeyOrigin):
+                return Outcome(said=KEY_IS_SET if self._key_is_set else _KEY_IN_FOLDER)
             return Outcome(said=await obey(self._fleet, command))
         except (FleetError, msgspec.DecodeError) as error:
             return Outcome(error=str(error))
@@ -163,7 +177,7 @@ class ControlServer:
             return Outcome(error="internal error; the log has the story")
 
 
-def ask(folder: Path, command: Command) -> str | None:
+def ask(folder: Path, command: Command | KeyOrigin) -> str | None:
     """Send a command to the coordinator of a data folder; None when none runs.
 
     Raises StartError with the reason when it is refused, or when no answer comes.

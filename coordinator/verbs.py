@@ -13,7 +13,9 @@ import time
 from sqlalchemy import Connection
 
 from coordinator.app import DATABASE_NAME, open_fleet, run_settings
-from coordinator.control import Command, Seed, ask, obey
+from coordinator.app import worker_key as stored_key
+from coordinator.control import KEY_IS_SET, Command, KeyOrigin, Seed, ask, obey
+from coordinator.domain.errors import StartError
 from coordinator.service.corpus import Recipe, Stage, prepare_corpus
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.starting import (
@@ -23,7 +25,7 @@ from coordinator.service.starting import (
     reconcile,
 )
 from coordinator.service.steering import check_task_size
-from coordinator.settings import CoordinatorSettings
+from coordinator.settings import PREFIX, CoordinatorSettings
 from coordinator.store import runs
 from coordinator.store.engine import read_once
 from coordinator.store.rows import RunRow
@@ -33,11 +35,13 @@ from coordinator.store.schema import has_tables
 def command(settings: CoordinatorSettings, wish: Command) -> str:
     """Do what was asked, by the running coordinator or in its place.
 
-    Raises FleetError.
+    Only a new epoch is reason enough to make a fleet. Raises FleetError.
     """
     said = ask(settings.data, wish)
     if said is not None:
         return said
+    if not isinstance(wish, Seed):
+        _check_fleet(settings)
     with open_fleet(settings, _tell_nobody) as fleet:
         reconcile(fleet)
         fleet.manifest = load_corpus(fleet.corpus)
@@ -47,6 +51,34 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
         if run is None:
             ensure_run(fleet, fleet.manifest, run_settings(settings))
         return asyncio.run(obey(fleet, wish))
+
+
+def worker_key(settings: CoordinatorSettings) -> str:
+    """Return the key that workers need; makes it where the fleet has none yet.
+
+    Raises StartError where the folder has no fleet, or the coordinator that runs has
+    its key from elsewhere.
+    """
+    if settings.worker_api_key is not None:
+        return settings.worker_api_key
+    origin = ask(settings.data, KeyOrigin())
+    if origin == KEY_IS_SET:
+        raise StartError(
+            f"the key of the running coordinator comes from {PREFIX}WORKER_API_KEY in "
+            f"its environment, not from {settings.data}: take it from there"
+        )
+    if origin is None:
+        _check_fleet(settings)
+    return stored_key(settings)
+
+
+def _check_fleet(settings: CoordinatorSettings) -> None:
+    """Refuse a data folder that has no fleet; nothing is made there."""
+    if not (settings.data / DATABASE_NAME).exists():
+        raise StartError(
+            f"{settings.data} holds no fleet ({DATABASE_NAME}): name its folder with "
+            f"--data or {PREFIX}DATA, or begin one with `bitnet-coordinator serve`"
+        )
 
 
 def _check_seed(fleet: Fleet, run: RunRow | None, wish: Seed) -> None:

@@ -9,11 +9,13 @@ from typing import Final
 
 from sqlalchemy import Connection
 
+from bitnet_ext.wire.verdicts import TaskState
 from coordinator.app import DATABASE_NAME
 from coordinator.demo.processes import Child
 from coordinator.service.view import FleetView, WorkerView
 from coordinator.store import rounds, tasks
 from coordinator.store.engine import read_once
+from coordinator.store.rows import TaskRow
 
 #: A task is in its middle between these shares.
 MIDDLE: Final = (0.1, 0.7)
@@ -41,22 +43,24 @@ class Killing:
         self._database = data / DATABASE_NAME
         self._workers = workers
         self._after_s = after_s
+        #: Names of the workers that were killed.
+        self.killed: set[str] = set()
+        #: None also where the one killed held nothing any more.
         self.victim: Victim | None = None
         #: Seconds until others had trained all of it; None while they have not.
         self.retrained_after_s: float | None = None
 
-    @property
-    def killed(self) -> set[str]:
-        """Names of the workers that were killed."""
-        return set() if self.victim is None else {self.victim.name}
-
     def step(self, view: FleetView, elapsed_s: float) -> None:
         """Kill when the time has come; afterwards look whether the work is done."""
-        if self.victim is None:
+        if not self.killed:
             worker = view.workers[-1] if view.workers else None
             if elapsed_s >= self._after_s and worker and _in_mid_task(worker):
                 self._kill(worker)
-        elif self.retrained_after_s is None and self._is_retrained(self.victim):
+        elif (
+            self.victim is not None
+            and self.retrained_after_s is None
+            and self._is_retrained(self.victim)
+        ):
             self.retrained_after_s = time.monotonic() - self.victim.at
             print(
                 f"\nThe stretch of {self.victim.name} is trained, "
@@ -65,14 +69,20 @@ class Killing:
             )
 
     def _kill(self, worker: WorkerView) -> None:
+        """Kill a worker, unless its task has come back since the view was taken."""
+        if self._held(worker) is None:
+            return  # at a later look, then
         self._workers[worker.worker_id].kill()
         at = time.monotonic()
-        task = read_once(
-            self._database, lambda c: tasks.find_task(c, worker.task_id or "")
-        )
-        # It may have come back in the very moment before: then the next one.
-        if task is None or task.lease_worker_id != worker.worker_id:
-            raise LookupError(f"{worker.worker_id} held no task when it was killed")
+        self.killed.add(worker.worker_id)
+        task = self._held(worker)
+        if task is None:
+            print(
+                f"\nKilled {worker.worker_id} with -9, just after it had handed its "
+                "task in: nothing of it has to be trained again.",
+                flush=True,
+            )
+            return
         self.victim = Victim(
             name=worker.worker_id,
             at=at,
@@ -86,6 +96,14 @@ class Killing:
             f"of {worker.num_tokens} tokens of {task.task_id}.",
             flush=True,
         )
+
+    def _held(self, worker: WorkerView) -> TaskRow | None:
+        task = read_once(
+            self._database, lambda c: tasks.find_task(c, worker.task_id or "")
+        )
+        if task is None or task.lease_worker_id != worker.worker_id:
+            return None
+        return task if task.state == TaskState.LEASED else None
 
     def _is_retrained(self, victim: Victim) -> bool:
         def trained(connection: Connection) -> int:

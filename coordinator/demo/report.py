@@ -16,7 +16,7 @@ from coordinator.demo.killing import Killing
 from coordinator.domain.errors import StartError
 from coordinator.domain.manifest import TOKENIZER_NAME, Manifest
 from coordinator.service.corpus import tokenized_folder
-from coordinator.service.view import FleetView
+from coordinator.service.view import FleetView, VersionPoint
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind, version_blob
 from coordinator.store.engine import read_once
@@ -47,6 +47,8 @@ class Screen:
         self._budget_s = budget_s
         self._out = out
         self._drawn_at = float("-inf")
+        #: Set where training was told to end before its time.
+        self.is_ending = False
 
     def draw(self, view: FleetView, elapsed_s: float) -> None:
         """Draw the state: in place on a terminal, else now and then."""
@@ -54,13 +56,16 @@ class Screen:
         if not on_terminal and time.monotonic() < self._drawn_at + LINE_S:
             return
         self._drawn_at = time.monotonic()
-        line = progress_line(view, elapsed_s, self._budget_s)
+        is_ending = self.is_ending or elapsed_s >= self._budget_s
+        line = progress_line(view, elapsed_s, self._budget_s, is_ending=is_ending)
         end = "" if on_terminal else "\n"
         start = "\r\x1b[2K" if on_terminal else ""
         print(f"{start}{line}", end=end, file=self._out, flush=True)
 
 
-def progress_line(view: FleetView, elapsed_s: float, budget_s: float) -> str:
+def progress_line(
+    view: FleetView, elapsed_s: float, budget_s: float, *, is_ending: bool
+) -> str:
     """Return the state of training in one line."""
     if view.run is None:
         return "no run yet"
@@ -68,13 +73,14 @@ def progress_line(view: FleetView, elapsed_s: float, budget_s: float) -> str:
     bar = ("#" * round(share * _BAR)).ljust(_BAR, ".")
     speed = view.run.tokens_per_s
     left = max(0.0, budget_s - elapsed_s)
+    left_said = f"ETA {int(left) // 60}:{int(left) % 60:02d}"
     parts = [
-        f"[{bar}] {100 * share:3.0f} %",
+        "ending" if is_ending else f"[{bar}] {100 * share:3.0f} %",
         f"v{view.run.newest_version}",
         f"{view.run.tokens_accepted} tokens",
         "- tokens/s" if speed is None else f"{speed:.0f} tokens/s",
         _losses(view),
-        f"ETA {int(left) // 60}:{int(left) % 60:02d}",
+        "the last round closes and is scored" if is_ending else left_said,
     ]
     return "  ".join(part for part in parts if part)
 
@@ -188,13 +194,27 @@ def _newest_score(view: FleetView) -> float:
     return newest.bits_per_byte
 
 
+def running_minutes(points: list[VersionPoint]) -> dict[int, float]:
+    """Return how long each version had been trained for: the time of all rounds so far.
+
+    What passed between them, most of all between two runs of the demo, is left out.
+    """
+    minutes, minutes_so_far, tokens_before = {}, 0.0, 0
+    for point in points:
+        if point.tokens_per_s:
+            tokens = point.tokens_total - tokens_before
+            minutes_so_far += tokens / point.tokens_per_s / 60.0
+        tokens_before = point.tokens_total
+        minutes[point.version] = minutes_so_far
+    return minutes
+
+
 def _print_scores(manifest: Manifest, view: FleetView) -> None:
-    started_at = view.versions[0].at
-    at = {point.version: point.at for point in view.versions}
+    minutes = running_minutes(view.versions)
     rows = [
         (
             f"{score.version}",
-            f"{(at[score.version] - started_at) / 60.0:.2f}",
+            f"{minutes[score.version]:.2f}",
             f"{score.tokens_total}",
             f"{score.loss:.4f}",
             f"{score.bits_per_byte:.4f}",

@@ -218,6 +218,7 @@ def _train(demo: Demo) -> report.Outcome:
         except KeyboardInterrupt:
             print("\nStopping: the open round closes, then its version is scored.")
             demo.tell(TrainFor(seconds=1e-3))
+            screen.is_ending = True
     return report.outcome(before, view, started_at, killing)
 
 

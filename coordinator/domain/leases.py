@@ -19,6 +19,8 @@ MAX_BACKOFF_S: Final = 60.0
 #: `hard_at` = claim + this many times the prediction + slack.
 HARD_FACTOR: Final = 3.0
 HARD_SLACK_S: Final = 60.0
+#: A task is cut to last a round: where its prediction is so many, the speed is wrong.
+MAX_ROUNDS: Final = 4.0
 #: The most that an unmeasured worker gets by what it says of its own speed. Its first
 #: task is a probe of a few local steps, or one pass over the held-out text: a box
 #: that needs an hour for that is of no use to rounds of minutes.
@@ -39,11 +41,21 @@ def hard_at(claimed_at: float, predicted_s: float) -> float:
     return claimed_at + HARD_FACTOR * predicted_s + HARD_SLACK_S
 
 
-def first_hard_at(claimed_at: float, predicted_s: float | None) -> float:
-    """Return the same at the claim; `predicted_s` is None before any measurement."""
+def first_hard_at(
+    claimed_at: float, predicted_s: float | None, *, round_s: float, fixed_size: bool
+) -> float:
+    """Return the same at the claim; `predicted_s` is None before any measurement.
+
+    A prediction counts for `MAX_ROUNDS` at most, else a worker that takes all it may
+    would be given more for each task. Where the size was not cut to the round it
+    counts for as long as that worker had before it was measured.
+    """
     if predicted_s is None:
         return claimed_at + MAX_UNMEASURED_S
-    return hard_at(claimed_at, predicted_s)
+    most_s = MAX_ROUNDS * round_s
+    if fixed_size:
+        most_s = max(most_s, MAX_UNMEASURED_S)
+    return hard_at(claimed_at, min(predicted_s, most_s))
 
 
 def own_hard_at(claimed_at: float, predicted_s: float) -> float:

@@ -22,6 +22,7 @@ from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Shard
 from coordinator.domain.plan import TrainingPlan, hyper_parameters
 from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.grace import awake
 from coordinator.service.returning import expire_overdue
 from coordinator.service.roster import heartbeat_s, known_worker, plan_of
 from coordinator.service.seeding import budget_left, task_id
@@ -45,7 +46,7 @@ async def claim(fleet: Fleet, request: ClaimRequest) -> Task | None:
     if fleet.is_stopping:
         return None
     await _check_disk(fleet)
-    now = fleet.clock.now()
+    now = await awake(fleet)
     task = await fleet.store.write(
         lambda connection: _Claim(connection, fleet, request, now).make()
     )
@@ -244,7 +245,12 @@ class _Claim:
             claimed_at=self._now,
             progress_at=self._now,
             expires_at=self._now + ttl,
-            hard_at=leases.first_hard_at(self._now, predicted),
+            hard_at=leases.first_hard_at(
+                self._now,
+                predicted,
+                round_s=plan_of(run).round_s,
+                fixed_size=task.fixed_size,
+            ),
             predicted_s=predicted,
         )
         if live is not None:

@@ -13,6 +13,7 @@ from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Shard
 from coordinator.service.fleet import Fleet
+from coordinator.service.grace import awake
 from coordinator.service.returning import held_task, lease_lost
 from coordinator.service.view import EvaluationPoint
 from coordinator.store import tasks, versions, workers
@@ -27,7 +28,7 @@ async def take_evaluation(
     Raises RefusedError: unknown_task, lease_lost, stale_base, wrong_length,
     submission_conflict.
     """
-    now = fleet.clock.now()
+    now = await awake(fleet)
     shard = fleet.the_manifest().held_out_shard()
     answer, point = await fleet.store.write(
         lambda connection: _take(connection, shard, task_id, request, now)

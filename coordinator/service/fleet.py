@@ -87,6 +87,10 @@ class Fleet:
     keep_versions: int
     #: The prepared corpus; None until there is one.
     manifest: Manifest | None = None
+    #: When leases were last looked at, `Clock.monotonic`; None before that.
+    swept_at: float | None = None
+    #: Held while leases get the grace that a sleep of this process has cost them.
+    waking: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: Set once the coordinator was told to stop: no more work is given out.
     is_stopping: bool = False
     #: Why the corpus that is there cannot be used; None where it can, or is none.

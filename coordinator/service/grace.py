@@ -6,6 +6,7 @@ Nobody could renew a lease while there was nobody to answer.
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from sqlalchemy import Connection
 
@@ -16,6 +17,9 @@ from coordinator.store import tasks, workers
 
 log = logging.getLogger(__name__)
 
+#: Leases are looked at each second; later than this, the process itself stood still.
+SLEPT_S: Final = 10.0
+
 
 def extend_leases(fleet: Fleet) -> None:
     """Give every live lease the grace of a start. Blocking.
@@ -24,11 +28,32 @@ def extend_leases(fleet: Fleet) -> None:
     data folder, or is refused, must not keep a lease alive.
     """
     now = fleet.clock.now()
-    fleet.store.write_now(lambda connection: give_grace(connection, fleet, now))
+    fleet.store.write_now(lambda connection: _give_grace(connection, fleet, now))
 
 
-def give_grace(connection: Connection, fleet: Fleet, now: float) -> None:
-    """Do the same inside the caller's transaction."""
+async def awake(fleet: Fleet) -> float:
+    """Return the lease clock; where this process slept, leases get that grace first.
+
+    Whoever judges a lease asks here for the time: what workers sent meanwhile is read
+    only now.
+    """
+    if _slept(fleet):
+        async with fleet.waking:
+            if _slept(fleet):
+                now = fleet.clock.now()
+                await fleet.store.write(lambda c: _give_grace(c, fleet, now))
+                fleet.swept_at = fleet.clock.monotonic()
+    return fleet.clock.now()
+
+
+def _slept(fleet: Fleet) -> bool:
+    return (
+        fleet.swept_at is not None
+        and fleet.clock.monotonic() - fleet.swept_at > SLEPT_S
+    )
+
+
+def _give_grace(connection: Connection, fleet: Fleet, now: float) -> None:
     by_id = {worker.worker_id: worker for worker in workers.all_workers(connection)}
     held = tasks.all_leased(connection)
     for task in held:

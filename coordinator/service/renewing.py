@@ -11,6 +11,7 @@ from bitnet_ext.wire.verdicts import LeaseState
 from coordinator.domain import leases
 from coordinator.domain.leases import Reported
 from coordinator.service.fleet import Fleet
+from coordinator.service.grace import awake
 from coordinator.service.returning import is_held
 from coordinator.service.roster import heartbeat_s, known_worker
 from coordinator.store import tasks, workers
@@ -22,7 +23,7 @@ async def heartbeat(fleet: Fleet, request: HeartbeatRequest) -> HeartbeatAnswer:
 
     Raises RefusedError `unknown_worker`.
     """
-    now = fleet.clock.now()
+    now = await awake(fleet)
     answer = await fleet.store.write(
         lambda connection: _heartbeat(connection, fleet, request, now)
     )

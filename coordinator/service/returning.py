@@ -17,6 +17,7 @@ from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
 from coordinator.domain.rounds import ClaimedWork, stops_waiting_at
 from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.grace import awake
 from coordinator.service.own_files import look_after
 from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_epoch_if_done
@@ -31,7 +32,7 @@ async def release(fleet: Fleet, task_id: str, request: ReleaseRequest) -> TaskAn
 
     Raises RefusedError: unknown_task, lease_lost.
     """
-    now = fleet.clock.now()
+    now = await awake(fleet)
 
     def give_back(connection: Connection) -> TaskAnswer:
         task = held_task(connection, task_id, request.lease_id, now)
@@ -58,13 +59,13 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
     Where a file of ours is to blame, it does not count as an attempt. Raises
     RefusedError: unknown_task, lease_lost.
     """
-    if await _is_our_fault(fleet, task_id, request):
+    now = await awake(fleet)
+    if await _is_our_fault(fleet, task_id, request, now):
         why = f"{request.code}: {request.message}"
         given_back = ReleaseRequest(
             worker_id=request.worker_id, lease_id=request.lease_id, reason=why
         )
         return await release(fleet, task_id, given_back)
-    now = fleet.clock.now()
 
     def give_up(connection: Connection) -> TaskAnswer:
         task = held_task(connection, task_id, request.lease_id, now)
@@ -79,9 +80,10 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
     return answer
 
 
-async def _is_our_fault(fleet: Fleet, task_id: str, request: FailRequest) -> bool:
+async def _is_our_fault(
+    fleet: Fleet, task_id: str, request: FailRequest, now: float
+) -> bool:
     """Return whether a file that a worker could not use is broken, or was."""
-    now = fleet.clock.now()
     task = await fleet.store.read(
         lambda connection: held_task(connection, task_id, request.lease_id, now)
     )
@@ -96,13 +98,14 @@ async def _is_our_fault(fleet: Fleet, task_id: str, request: FailRequest) -> boo
 
 async def sweep_leases(fleet: Fleet) -> int:
     """End every lease that has run out; return how many."""
-    now = fleet.clock.now()
+    now = await awake(fleet)
 
     def end(connection: Connection) -> int:
         overdue = expire_overdue(connection, fleet, now)
         return overdue + end_late(connection, fleet, now)
 
     count = await fleet.store.write(end)
+    fleet.swept_at = fleet.clock.monotonic()
     if count:
         _ring(fleet)
     return count

@@ -36,6 +36,7 @@ from coordinator.domain.errors import RefusedError
 from coordinator.service.accepting import Arrived, accept, acceptable
 from coordinator.service.bodies import parse
 from coordinator.service.fleet import Fleet
+from coordinator.service.grace import awake
 from coordinator.service.roster import plan_of
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind, Spool, Written
@@ -117,7 +118,7 @@ class Intake:
 
     async def _begin(self, meta: SubmissionMeta) -> None:
         """Refuse before the payload arrives, or open a spool for it."""
-        now = self._fleet.clock.now()
+        now = await awake(self._fleet)
 
         def look(connection: Connection) -> _Expected | None:
             if rounds.find_submission(connection, meta.submission_id) is not None:
@@ -179,7 +180,8 @@ class Intake:
         self._kept = await self._on_disk(work)
 
     async def _accept(self, meta: SubmissionMeta) -> tuple[SubmissionAnswer, bool]:
-        now, kept, expected = self._fleet.clock.now(), self._kept, self._expected
+        now = await awake(self._fleet)
+        kept, expected = self._kept, self._expected
         codec = Codec.FP32 if expected is None else expected.codec
         arrived = Arrived(
             meta=meta, kept=kept, codec=codec, body_sha256=self._body_hash.hexdigest()

@@ -63,12 +63,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     with coordinator(folder, TOKEN_BUDGET=epoch, **SETTINGS) as process:
         hand = Hand(process.url, manifest, "latecomer")
         hand.register()
-        process.tell(Seed())
-        late = too_late(hand)
         with (
             recording(process.port) as (url, seen),
             workers(folder, url, "one", "two", **MAY_TRAIN_INVENTED_TEXT),
         ):
+            # One could train the whole epoch while the other still times itself.
+            wait_for("both workers", lambda: num_timed(process.status()) == 2)
+            process.tell(Seed())
+            late = too_late(hand)
             status = wait_for(
                 "the end of the run",
                 lambda: finished(process.status()),
@@ -83,6 +85,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
             shape=hand.shape,
             rows=process.rows("SELECT task_id, version FROM submissions"),
         )
+
+
+def num_timed(status: Any) -> int:
+    speeds = [worker["calibrated_tokens_per_s"] for worker in status["workers"]]
+    return sum(speed is not None for speed in speeds)
 
 
 def finished(status: Any) -> Any:

@@ -53,7 +53,7 @@ from coordinator.service.closing import RoundCloser
 from coordinator.service.evaluating import take_evaluation
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.renewing import heartbeat
-from coordinator.service.returning import fail, release
+from coordinator.service.returning import fail, release, sweep_leases
 from coordinator.service.roster import register
 from coordinator.service.seeding import add_epoch, add_evaluation
 from coordinator.service.submitting import Intake
@@ -282,6 +282,13 @@ class World:
     def state(self, version: int) -> ServerState:
         """Return weights and momentum of a version."""
         return read_state(self.fleet.blobs, version)
+
+    def sweep(self) -> int:
+        """End leases that ran out, as if that had been done each second until now."""
+        self.fleet.swept_at = None
+        count = self.do(sweep_leases(self.fleet))
+        self.fleet.swept_at = None
+        return count
 
     # -- what workers do -------------------------------------------------------
 

@@ -227,7 +227,7 @@ def test_a_shard_that_changed_since_is_not_served(adopted: World, change):
 
     assert caught.value.code is ErrorCode.UNKNOWN_SHARD
     assert SHARD in caught.value.message
-    assert f"shard {path} is damaged" in adopted.fleet.file_faults[SHARD].reason
+    assert f"{path} is damaged" in adopted.fleet.file_faults[SHARD].reason
 
 
 def test_another_file_of_the_corpus_has_no_known_hash(adopted: World):

@@ -60,6 +60,9 @@ def said(capsys, *arguments: str) -> str:
 
 def test_the_worker_key_is_made_once_and_for_its_owner_alone(capsys, tmp_path):
     data = tmp_path / "deep" / "data"
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus)
+    said(capsys, "seed-real-tasks", "--data", str(data), "--corpus", str(corpus))
 
     first = said(capsys, "worker-key", "--data", str(data))
 
@@ -67,6 +70,36 @@ def test_the_worker_key_is_made_once_and_for_its_owner_alone(capsys, tmp_path):
     assert said(capsys, "worker-key", "--data", str(data)) == first
     assert stat.S_IMODE((data / "worker-api-key").stat().st_mode) == 0o600
     assert stat.S_IMODE(data.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["worker-key"],
+        ["train-for", "60"],
+        ["acknowledge-reset"],
+        ["reset-admin-password"],
+    ],
+)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_mistyped_data_folder_gets_no_fleet(
+    capsys, folders, tmp_path, command, is_there
+):
+    if is_there:
+        (tmp_path / "data").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+
+    line = refused(capsys, *command, *folders)
+
+    assert f"{tmp_path / 'data'} holds no fleet" in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_key_that_is_set_is_printed_without_a_folder(capsys, folders, monkeypatch):
+    monkeypatch.setenv(PREFIX + "WORKER_API_KEY", "k" * 40)
+
+    assert said(capsys, "worker-key", *folders) == "k" * 40 + "\n"
+    assert not Path(folders[1]).exists()
 
 
 def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):

@@ -13,7 +13,6 @@ from sqlalchemy import Connection, select
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
-from coordinator.service.returning import sweep_leases
 from coordinator.service.starting import reconcile
 from coordinator.store.tables import events, ranges, rounds, runs, submissions, tasks
 from tests.unit.coordinator.fleets import World, open_world
@@ -113,10 +112,10 @@ class Story:
 
     def wait(self, _name: str) -> None:
         self.world.clock.advance(self.chance.choice([1.0, 6.0, 31.0]))
-        self.happened["expired"] += self.world.do(sweep_leases(self.world.fleet))
+        self.happened["expired"] += self.world.sweep()
 
     def close(self, _name: str) -> None:
-        self.happened["expired"] += self.world.do(sweep_leases(self.world.fleet))
+        self.happened["expired"] += self.world.sweep()
         self.happened["closed"] += self.world.close_round()
 
 

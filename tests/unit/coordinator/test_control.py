@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coordinator.app import KEY_NAME
 from coordinator.control import (
     SOCKET_NAME,
     AcknowledgeReset,
@@ -24,15 +25,17 @@ from coordinator.control import (
 )
 from coordinator.domain.errors import StartError
 from coordinator.login.passwords import password_matches
+from coordinator.settings import CoordinatorSettings
 from coordinator.store import runs
 from coordinator.store.sessions import find_password_hash
+from coordinator.verbs import worker_key
 from tests.fakes import START
 from tests.unit.coordinator.fleets import World
 
 
 @contextlib.asynccontextmanager
-async def serving(world: World, folder: Path):
-    server = ControlServer(world.fleet, folder)
+async def serving(world: World, folder: Path, *, key_is_set: bool = False):
+    server = ControlServer(world.fleet, folder, key_is_set=key_is_set)
     await server.start()
     try:
         yield server
@@ -48,6 +51,28 @@ def asked(world: World, folder: Path, *commands) -> list[str | None]:
             return [await asyncio.to_thread(ask, folder, c) for c in commands]
 
     return world.do(story())
+
+
+def key_of(world: World, folder: Path, *, key_is_set: bool) -> str:
+    """Ask for the key of workers beside a running coordinator."""
+    settings = CoordinatorSettings.from_env({"BITNET_COORD_DATA": str(folder)})
+
+    async def story():
+        async with serving(world, folder, key_is_set=key_is_set):
+            return await asyncio.to_thread(worker_key, settings)
+
+    return world.do(story())
+
+
+def test_a_key_that_the_running_coordinator_does_not_take_is_not_made(world, tmp_path):
+    with pytest.raises(StartError, match="comes from BITNET_COORD_WORKER_API_KEY"):
+        key_of(world, tmp_path, key_is_set=True)
+
+    assert not (tmp_path / KEY_NAME).exists()
+    made = key_of(world, tmp_path, key_is_set=False)
+    assert (tmp_path / KEY_NAME).read_text() == made
+    with pytest.raises(StartError, match="comes from BITNET_COORD_WORKER_API_KEY"):
+        key_of(world, tmp_path, key_is_set=True)
 
 
 def sent(world: World, folder: Path, line: bytes) -> Outcome:

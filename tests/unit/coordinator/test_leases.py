@@ -75,10 +75,29 @@ def test_before_the_first_token_cpu_time_counts_for_an_hour(
 
 @given(predicted_s=st.floats(0.0, 1e12))
 def test_what_an_unmeasured_worker_says_gives_it_an_hour_at_most(predicted_s):
-    assert leases.first_hard_at(1000.0, None) == 4600.0
-    assert leases.first_hard_at(1000.0, 20.0) == 1120.0
+    assert leases.first_hard_at(1000.0, None, round_s=60.0, fixed_size=True) == 4600.0
     assert leases.own_hard_at(1000.0, 20.0) == 1120.0
     assert leases.own_hard_at(1000.0, predicted_s) <= 4600.0
+
+
+@pytest.mark.parametrize(
+    ("predicted_s", "round_s", "fixed_size", "due_s"),
+    [
+        (20.0, 60.0, False, 20.0),
+        (240.0, 60.0, False, 240.0),
+        (1e9, 60.0, False, 240.0),
+        (1e9, 60.0, True, 3600.0),
+        (1e9, 1800.0, True, 7200.0),
+    ],
+)
+def test_a_prediction_counts_for_four_rounds_or_an_hour_where_the_size_is_fixed(
+    predicted_s, round_s, fixed_size, due_s
+):
+    due = leases.first_hard_at(
+        1000.0, predicted_s, round_s=round_s, fixed_size=fixed_size
+    )
+
+    assert due == 1000.0 + 3 * due_s + 60.0
 
 
 def test_a_task_is_predicted_from_its_own_speed_once_there_is_one():

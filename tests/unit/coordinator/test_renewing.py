@@ -12,7 +12,8 @@ from bitnet_ext.wire.verdicts import ErrorCode, LeaseState, WorkerPhase
 from coordinator.domain.errors import RefusedError
 from coordinator.service.renewing import heartbeat
 from coordinator.service.returning import sweep_leases
-from coordinator.store import workers
+from coordinator.service.seeding import add_fixed_tasks
+from coordinator.store import runs, workers
 from tests.fakes import START
 from tests.unit.coordinator.fleets import World
 
@@ -45,9 +46,23 @@ def test_presence_alone_does_not(running: World):
     assert running.worker("w1").heartbeat_at == START + 20.0
 
 
-def test_cpu_time_counts_for_an_hour_before_the_first_step(running: World):
-    running.set_speed("w1", 0.001)  # 8 tokens: a hard limit of 24,060 s
-    task = running.claimed()
+def fixed_task(world, speed):
+    """Return a claimed task of 8 tokens whose size nobody may change."""
+    world.start_run(seeded=False)
+    world.register("w1")
+    world.set_speed("w1", speed)
+
+    def seed(connection):
+        run = runs.newest_run(connection)
+        manifest = world.fleet.the_manifest()
+        add_fixed_tasks(connection, run, manifest, tokens=8, now=START, rng=world.rng)
+
+    world.write(seed)
+    return world.claimed("w1")
+
+
+def test_cpu_time_counts_for_an_hour_before_the_first_step(world: World):
+    running, task = world, fixed_task(world, 0.001)  # a hard limit of 10,860 s
     for minute in range(1, 121):
         running.clock.advance(29.0)
         answer = running.heartbeat(task, cpu_s=float(minute))
@@ -245,6 +260,34 @@ def test_an_unmeasured_worker_is_predicted_by_the_fleet(running: World):
 
     assert running.task(task.task_id).predicted_s == pytest.approx(20.0)
     assert limits(running, task)[1] - START == pytest.approx(120.0)
+
+
+def test_a_speed_that_falls_with_each_task_holds_no_round_longer(running: World):
+    spans = []
+    for _ in range(6):
+        task = running.claimed()
+        due = limits(running, task)[1]
+        spans.append(due - running.clock.now())
+        for beats in range(1, 1000):
+            if running.clock.now() + 25.0 >= due:
+                break
+            running.clock.advance(25.0)
+            running.heartbeat(task, bytes_done=beats)
+        running.submit(task)
+        assert running.close_round()
+
+    assert spans[0] == 3600.0
+    assert spans[1:] == pytest.approx([3 * 240.0 + 60.0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("speed", "due_s"),
+    [(0.1, 3 * 80.0 + 60.0), (0.01, 3 * 800.0 + 60.0), (0.001, 3 * 3600.0 + 60.0)],
+)
+def test_a_task_of_a_fixed_size_may_take_longer_than_rounds(world: World, speed, due_s):
+    task = fixed_task(world, speed)
+
+    assert limits(world, task)[1] - START == pytest.approx(due_s)
 
 
 def test_a_heartbeat_cannot_revive_a_lease(running: World):

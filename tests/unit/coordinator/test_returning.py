@@ -11,7 +11,7 @@ from sqlalchemy import select
 from bitnet_ext.wire.messages import ReleaseRequest
 from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain.errors import RefusedError
-from coordinator.service.returning import release, sweep_leases
+from coordinator.service.returning import release
 from coordinator.service.steering import seed_epoch
 from coordinator.store import rounds, runs, tasks
 from coordinator.store.tables import claims, events
@@ -25,7 +25,7 @@ def two(running: World) -> World:
 
 
 def sweep(world):
-    return world.do(sweep_leases(world.fleet))
+    return world.sweep()
 
 
 def outcomes(world):

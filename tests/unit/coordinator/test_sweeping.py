@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from bitnet_ext.wire.verdicts import TaskKind
+from bitnet_ext.wire.verdicts import LeaseState, TaskKind
 from coordinator.service.starting import RunSettings
 from coordinator.service.sweeping import (
     CLOCK_FACT,
@@ -106,6 +106,58 @@ def test_a_sweep_ends_leases_that_ran_out(running: World):
     running.clock.advance(30.0)
 
     do_sweep(running)
+
+    assert running.task(task.task_id).state == "pending"
+
+
+@pytest.fixture
+def asleep(running: World) -> World:
+    """A task is out, and the coordinator was stopped for 40 s between two sweeps."""
+    running.held = running.claimed()
+    do_sweep(running)
+    running.clock.advance(40.0)
+    return running
+
+
+def test_after_a_sleep_of_its_own_a_sweep_ends_no_lease(asleep: World):
+    do_sweep(asleep)
+
+    assert asleep.heartbeat(asleep.held).lease_s == 30.0
+    assert asleep.submit(asleep.held).state == "accepted"
+
+
+@pytest.mark.parametrize("asks", ["heartbeat", "release", "fail", "submit"])
+def test_who_is_heard_before_that_sweep_has_the_same_grace(asleep: World, asks):
+    before = asleep.task(asleep.held.task_id)
+
+    answer = getattr(asleep, asks)(asleep.held)
+
+    assert before.expires_at < asleep.clock.now()
+    if asks == "heartbeat":
+        assert answer.lease is LeaseState.HELD
+
+
+def test_a_claim_before_that_sweep_ends_no_lease(asleep: World):
+    asleep.register("w2")
+
+    asleep.claim("w2")
+
+    assert asleep.task(asleep.held.task_id).lease_worker_id == "w1"
+
+
+def test_a_lease_that_nobody_renews_after_a_sleep_runs_out(asleep: World):
+    for _ in range(31):
+        do_sweep(asleep)
+        asleep.clock.advance(1.0)
+
+    assert asleep.task(asleep.held.task_id).state == "pending"
+
+
+def test_sweeps_that_come_a_little_late_give_nothing(running: World):
+    task = running.claimed()
+    for _ in range(4):
+        do_sweep(running)
+        running.clock.advance(10.0)
 
     assert running.task(task.task_id).state == "pending"
 
