@@ -41,12 +41,13 @@ def test_a_wrong_sign_is_caught(tmp_path: Path) -> None:
         check=False,
     )
 
-    cases = {
-        str(case.get("name")): {child.tag for child in case}
-        for case in ET.parse(report).iter("testcase")
-    }
+    cases: dict[str, list[set[str]]] = {}
+    for case in ET.parse(report).iter("testcase"):
+        name = str(case.get("name")).partition("[")[0]
+        cases.setdefault(name, []).append({child.tag for child in case})
     assert cases.keys() == MUST_FAIL | MUST_PASS
     for name in MUST_FAIL:
-        assert "failure" in cases[name], name
+        # With each codec where there are several.
+        assert all("failure" in found for found in cases[name]), name
     for name in MUST_PASS:
-        assert not cases[name] & {"failure", "error"}, name
+        assert not any(found & {"failure", "error"} for found in cases[name]), name
