@@ -41,6 +41,7 @@ from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet, OnEvent
 from coordinator.service.grace import extend_leases
 from coordinator.service.lag import LoopLag
+from coordinator.service.own_files import look_again
 from coordinator.service.starting import RunSettings, reconcile
 from coordinator.service.sweeping import (
     CLOCK_FACT,
@@ -188,6 +189,8 @@ def _background(
     return [
         every(SWEEP_S, partial(sweep, fleet, new_run), "sweep"),
         every(CLOCK_S, partial(keep_clock, fleet), "clock"),
+        # Apart from the sweep: hashing a file can take longer than a lease may wait.
+        every(SWEEP_S, partial(look_again, fleet), "looking at broken files"),
         every(SWEEP_S, closer.run, "closing a round"),
         every(SWEEP_S, feed.run, "the live feed"),
         every(SWEEP_S, lag.run, "the lag metric"),

@@ -35,7 +35,7 @@ _SETTINGS: Final = {
     "corpus": "folder of text",
     "host": "address to listen on",
     "port": "port to listen on, 0 for any",
-    "preset": "size of the model of a new run",
+    "preset": "size of the model; another than the run's replaces the run",
     "seed": "seed of a new run",
 }
 

@@ -48,9 +48,9 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
         run = fleet.store.read_now(runs.newest_run)
         if isinstance(wish, Seed):
             _check_seed(fleet, run, wish)
-        if run is None:
-            ensure_run(fleet, fleet.manifest, run_settings(settings))
-        return asyncio.run(obey(fleet, wish))
+        made = run is None and ensure_run(fleet, fleet.manifest, run_settings(settings))
+        said = asyncio.run(obey(fleet, wish))
+        return f"new run in {settings.data}; {said}" if made else said
 
 
 def worker_key(settings: CoordinatorSettings) -> str:

@@ -123,10 +123,11 @@ def corpus_hash(
     """Return the SHA-256 that says which corpus this is, whenever it was prepared.
 
     Over the line `vocab_size eot_id tokenizer_sha256`, then one line
-    `id sha256 held_out text_bytes` a shard, sorted.
+    `id sha256 held_out text_bytes synthetic` a shard, sorted.
     """
     lines = sorted(
-        f"{s.shard_id} {s.sha256} {int(s.held_out)} {s.text_bytes}\n" for s in shards
+        f"{s.shard_id} {s.sha256} {int(s.held_out)} {s.text_bytes} {int(s.synthetic)}\n"
+        for s in shards
     )
     head = f"{vocab_size} {eot_id} {tokenizer_sha256}\n"
     return hashlib.sha256("".join([head, *lines]).encode()).hexdigest()

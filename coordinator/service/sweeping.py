@@ -13,7 +13,6 @@ from bitnet_ext.wire.verdicts import TaskState
 from coordinator.domain.errors import FleetError, RefusedError
 from coordinator.service.adopting import adopt_corpus
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
-from coordinator.service.own_files import look_again
 from coordinator.service.returning import sweep_leases
 from coordinator.service.seeding import add_evaluation, budget_left
 from coordinator.service.starting import RunSettings
@@ -45,7 +44,6 @@ async def sweep(fleet: Fleet, settings: RunSettings) -> None:
     """Do everything that is due."""
     if fleet.manifest is None:
         await _look_for_corpus(fleet, settings)
-    await look_again(fleet)
     await sweep_leases(fleet)
     await _end_run(fleet)
 

@@ -11,6 +11,7 @@ from sqlalchemy import select
 from bitnet_ext.wire.verdicts import ErrorCode, FailCode
 from coordinator.domain.errors import RefusedError
 from coordinator.service.looking import look
+from coordinator.service.own_files import look_again
 from coordinator.service.serving import open_shard, open_weights
 from coordinator.service.shard_check import check_shards
 from coordinator.service.starting import RunSettings
@@ -69,6 +70,7 @@ def kinds(world: World) -> list[str]:
 def sweep_later(world: World, seconds: float) -> None:
     world.clock.advance(seconds)
     world.do(sweep(world.fleet, SETTINGS))
+    world.do(look_again(world.fleet))
 
 
 def flip(path: Path) -> None:
