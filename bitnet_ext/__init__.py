@@ -8,6 +8,7 @@ Map of the package:
 - `fused`: what surrounds those products in a training step: norms, gate, AdamW, ...
 - `head`: logits, softmax and both gradients of the head in int8
 - `attention`: causal attention with its rotary embedding
+- `infer`: the forward pass of a finished model, in our numerics and in llama.cpp's
 - `packing`: ternary values at 2 bits each, or five to a byte
 - `codecs`: how a flat vector becomes payload bytes (fp32, block int8 with error
   feedback); finite checks

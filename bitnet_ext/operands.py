@@ -49,6 +49,24 @@ class PackedTernary:
     #: The value of +1; a float32.
     scale: float
 
+    @classmethod
+    def of(cls, values_NK: NDArray[np.int8], scale: float) -> PackedTernary:
+        """Return the packed form of values -1, 0, 1, int8 (N, K).
+
+        Raises ValueError when a value is another.
+        """
+        if values_NK.size and np.abs(values_NK.astype(np.int16)).max() > 1:
+            raise ValueError("values must be -1, 0 or 1")
+        num_rows, num_columns = values_NK.shape
+        missing = -num_rows % TILE_ROWS, -num_columns % TILE_COLUMNS
+        codes = np.pad(values_NK + np.int8(1), ((0, missing[0]), (0, missing[1])))
+        blocks = codes.reshape(-1, TILE_ROWS, codes.shape[1] // TILE_COLUMNS, 4)
+        tiles = aligned(codes.size, np.uint8)
+        tiles.reshape(blocks.transpose(0, 2, 1, 3).shape)[...] = blocks.transpose(
+            0, 2, 1, 3
+        )
+        return cls(tiles, num_rows, num_columns, scale)
+
     def values(self) -> NDArray[np.int8]:
         """Return the values -1, 0, 1 as int8 (N, K)."""
         num_k4 = -(-self.num_columns // TILE_COLUMNS)
