@@ -9,6 +9,7 @@ Map of the package:
 - `head`: logits, softmax and both gradients of the head in int8
 - `attention`: causal attention with its rotary embedding
 - `infer`: the forward pass of a finished model, in our numerics and in llama.cpp's
+- `decode`: the same for a text that grows token by token, one call of C each
 - `packing`: ternary values at 2 bits each, or five to a byte
 - `codecs`: how a flat vector becomes payload bytes (fp32, block int8 with error
   feedback); finite checks
@@ -19,7 +20,8 @@ Map of the package:
 - `errors`: what importing the kernels can end with
 - `frames`: header + payload + SHA-256, the only binary format on wire and disk
 - `exports`: finished models in the files of other software
-- `reference`, `reference_head`, `reference_attention`: plain NumPy twins of the kernels
+- `reference`, `reference_attention`, `reference_decode`, `reference_head`: plain NumPy
+  twins of the kernels
 - `wire`: messages, verdicts and errors that both processes speak
 
 It imports NumPy and the standard library (msgspec in `wire`; in

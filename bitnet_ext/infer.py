@@ -275,8 +275,13 @@ def check_ids(ids: Ids, vocab_size: int) -> NDArray[np.int64]:
     if checked.ndim != 1 or not checked.size:
         raise ValueError("ids must hold at least one id, got none")
     for token in checked[(checked < 0) | (checked >= vocab_size)]:
-        raise ValueError(f"ids must be from 0 to {vocab_size - 1}, got {token}")
+        raise out_of_range(token, vocab_size)
     return checked
+
+
+def out_of_range(token: int, vocab_size: int) -> ValueError:
+    """Return the error of an id that no word has."""
+    return ValueError(f"ids must be from 0 to {vocab_size - 1}, got {token}")
 
 
 def _at(number: int, keep: Keep) -> Callable[[Floats, Floats], None]:
