@@ -10,6 +10,7 @@ Map of the package:
 - `attention`: causal attention with its rotary embedding
 - `infer`: the forward pass of a finished model, in our numerics and in llama.cpp's
 - `decode`: the same for a text that grows token by token, one call of C each
+- `scoring`: how well a model predicts a text, and the windows that texts are cut into
 - `packing`: ternary values at 2 bits each, or five to a byte
 - `codecs`: how a flat vector becomes payload bytes (fp32, block int8 with error
   feedback); finite checks

@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("reset-admin-password", _reset_password, "make a new admin password")
     add("worker-key", _worker_key, "print the key that workers need")
     _add_export(add("export", _export, "write a version for other software"))
+    _add_eval(add("eval", _eval, "score a version or an exported folder"))
     _add_demo(verb.add_parser("demo", help="train on this machine for some minutes"))
     return parser
 
@@ -137,6 +138,19 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
             choices=names,
             help=f"of {form}: {', '.join(names)} (default: {names[0]})",
         )
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--version", default=Pick.LATEST, help="a number, latest (default) or best"
+    )
+    what.add_argument("--export", type=Path, help="an exported folder instead")
+    parser.add_argument(
+        "--text", type=Path, help="a file of text (default: the held-out text)"
+    )
+    cpus = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cpus, help="default: all CPUs")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -249,6 +263,20 @@ def _export(options: argparse.Namespace) -> int:
         options.out,
     )
     print(said)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    score = verbs.score(
+        _settings(options),
+        options.export or parse_version(options.version),
+        options.text,
+        options.threads,
+    )
+    print(f"loss           {score.loss:.4f} nats a token")
+    print(f"perplexity     {score.perplexity:.2f}")
+    print(f"bits per byte  {score.bits_per_byte:.4f}")
+    print(f"of             {score.tokens} tokens, {score.num_bytes} bytes")
     return 0
 
 

@@ -95,14 +95,17 @@ def export_version(
     Raises ExportError, ManifestError or OSError naming what is missing, damaged or in
     the way; `target` is not made then.
     """
-    flat = _read_weights(data, chosen)
-    tokenizer, eot_id = _read_tokenizer(corpus, chosen.run)
+    flat = read_weights(data, chosen)
+    tokenizer, eot_id = read_tokenizer(corpus, chosen.run)
     about = _provenance(chosen, variant, eot_id)
     return about, write_export(target, flat, about, tokenizer)
 
 
-def _read_weights(data: Path, chosen: Chosen) -> NDArray[np.float32]:
-    """Return the published weights. Raises ExportError when they are not whole."""
+def read_weights(data: Path, chosen: Chosen) -> NDArray[np.float32]:
+    """Return the published weights of a version, float32 in the order of the layout.
+
+    Raises ExportError when they are not whole, OSError when they are gone.
+    """
     path = data / BlobKind.PUBLISHED / version_blob(chosen.version.version)
     frame = path.read_bytes()
     if hashlib.sha256(frame).hexdigest() != chosen.version.published_sha256:
@@ -118,8 +121,11 @@ def _read_weights(data: Path, chosen: Chosen) -> NDArray[np.float32]:
     return decode(header.codec, payload, header.num_elements)
 
 
-def _read_tokenizer(corpus: Path, run: RunRow) -> tuple[bytes, int]:
-    """Return the tokenizer of a run, and its end of text."""
+def read_tokenizer(corpus: Path, run: RunRow) -> tuple[bytes, int]:
+    """Return the content of a run's `tokenizer.json`, and its end of text.
+
+    Raises ExportError for that of another run, OSError where there is none.
+    """
     folder = tokenized_folder(corpus)
     content = (folder / TOKENIZER_NAME).read_bytes()
     found = hashlib.sha256(content).hexdigest()

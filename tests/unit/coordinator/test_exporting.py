@@ -15,7 +15,6 @@ from coordinator.cli import main
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import load_manifest
 from coordinator.service.exporting import Pick, choose
-from coordinator.settings import PREFIX
 from coordinator.store import versions
 from coordinator.store.lock import DataLock
 from tests.integration.fleet import make_corpus
@@ -77,17 +76,6 @@ def test_nothing_is_best_before_a_score_and_nothing_at_all_before_a_run(world):
     assert wished(world, Pick.LATEST).version.version == 1
     with pytest.raises(RefusedError, match="latest or a number while none was scored"):
         wished(world, Pick.BEST)
-
-
-@pytest.fixture
-def fleet(tmp_path, monkeypatch, capsys) -> list[str]:
-    """The options that name a data folder with version 1 of a tiny model."""
-    monkeypatch.setenv(PREFIX + "PRESET", "tiny")
-    make_corpus(tmp_path / "corpus")
-    folders = ["--data", str(tmp_path / "data"), "--corpus", str(tmp_path / "corpus")]
-    assert main(["seed-real-tasks", *folders]) == 0
-    capsys.readouterr()
-    return folders
 
 
 def published(tmp_path):
