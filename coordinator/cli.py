@@ -28,7 +28,7 @@ from coordinator.demo.story import DemoOptions, run_demo
 from coordinator.domain.errors import FleetError, StartError
 from coordinator.login.handlers import HOME_PATH
 from coordinator.service.corpus import Recipe
-from coordinator.service.exporting import Pick
+from coordinator.service.exporting import Pick, parse_version
 from coordinator.settings import EVERY_ADDRESS, PREFIX, CoordinatorSettings
 
 #: Options that stand for a setting of the same name.
@@ -278,15 +278,6 @@ def _eval(options: argparse.Namespace) -> int:
     print(f"bits per byte  {score.bits_per_byte:.4f}")
     print(f"of             {score.tokens} tokens, {score.num_bytes} bytes")
     return 0
-
-
-def parse_version(given: str) -> int | Pick:
-    """Return a number, or what stands for one. Raises ValueError."""
-    if given in list(Pick):
-        return Pick(given)
-    if given.isascii() and given.isdecimal() and len(given) <= 18:
-        return int(given)
-    raise ValueError(f"version must be a number, latest or best, got {given!r}")
 
 
 def _variant(options: argparse.Namespace, form: Format) -> Variant:

@@ -38,6 +38,19 @@ class Pick(StrEnum):
     BEST = "best"  #: the one with the lowest held-out loss
 
 
+def parse_version(given: str) -> int | Pick:
+    """Return a number, or what stands for one. Raises RefusedError `bad_request`."""
+    if given in list(Pick):
+        return Pick(given)
+    if given.isascii() and given.isdecimal() and len(given) <= 18:
+        return int(given)
+    raise RefusedError(
+        ErrorCode.BAD_REQUEST,
+        f"version must be a number, latest or best, got {given[:80]!r}",
+        field="version",
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
     """A version that still has its frame, and all that is known of it."""

@@ -14,6 +14,7 @@ from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.cli import main
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import load_manifest
+from coordinator.service.downloading import open_archive
 from coordinator.service.exporting import Pick, choose
 from coordinator.store import versions
 from coordinator.store.lock import DataLock
@@ -177,3 +178,26 @@ def test_damaged_weights_are_not_exported(fleet, tmp_path, capsys):
 
     assert f"{frame} is damaged" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_only_one_export_is_written_for_the_page_at_a_time(running):
+    wish = (Format.HF, Variant.PACKED)
+
+    async def ask_twice() -> None:
+        async with running.fleet.exporting:
+            await open_archive(running.fleet, Pick.LATEST, wish)
+
+    with pytest.raises(RefusedError, match="another export") as error:
+        running.do(ask_twice())
+    assert error.value.code is ErrorCode.BUSY
+    assert error.value.retry_after_s
+
+
+def test_what_cannot_be_exported_is_told_to_the_page(running):
+    # Its corpus has no byte-level BPE, and its hidden size is 8.
+    with pytest.raises(RefusedError, match="multiple of 256, got 8") as error:
+        running.do(
+            open_archive(running.fleet, Pick.LATEST, (Format.GGUF, Variant.TQ2_0))
+        )
+    assert error.value.code is ErrorCode.BAD_REQUEST
+    assert not list(running.fleet.blobs.folder.glob(".export-*"))
