@@ -19,11 +19,13 @@ Map of the package:
 - `memory`: where their results go
 - `errors`: what importing the kernels can end with
 - `frames`: header + payload + SHA-256, the only binary format on wire and disk
+- `exports`: finished models in the files of other software
 - `reference`, `reference_attention`, `reference_decode`, `reference_head`: plain NumPy
   twins of the kernels
 - `wire`: messages, verdicts and errors that both processes speak
 
-It imports NumPy and the standard library (msgspec in `wire`), never torch.
+It imports NumPy and the standard library (msgspec in `wire`; in
+`exports` also `safetensors` and `gguf`), never torch.
 """
 
 from __future__ import annotations

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from pathlib import Path
 
 from sqlalchemy import Connection
 
+from bitnet_ext.exports.provenance import Format, Variant
 from coordinator.app import DATABASE_NAME, open_fleet, run_settings
 from coordinator.app import worker_key as stored_key
 from coordinator.control import KEY_IS_SET, Command, KeyOrigin, Seed, ask, obey
 from coordinator.domain.errors import StartError
 from coordinator.service.corpus import Recipe, Stage, prepare_corpus
+from coordinator.service.exporting import Pick, choose, export_version
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.starting import (
     check_corpus,
@@ -104,6 +107,32 @@ def tokenize_corpus(settings: CoordinatorSettings, recipe: Recipe) -> str:
         f"train on in {len(manifest.train_shards())} shards, {held_out.num_tokens} "
         f"tokens ({held_out.text_bytes} bytes) held out, vocabulary "
         f"{manifest.vocab_size}"
+    )
+
+
+def export(
+    settings: CoordinatorSettings,
+    wish: int | Pick,
+    variant: tuple[Format, Variant],
+    target: Path,
+) -> str:
+    """Write a weight version for other software; works beside a running coordinator.
+
+    Raises FleetError, ExportError or OSError; `target` is not made then.
+    """
+    _check_fleet(settings)
+    chosen = read_once(
+        settings.data / DATABASE_NAME, lambda connection: choose(connection, wish)
+    )
+    about, report = export_version(
+        settings.data, settings.corpus, chosen, variant, target
+    )
+    for warning in about.warnings():
+        print(f"WARNING: {warning}", file=sys.stderr)
+    return (
+        f"version {about.weight_version} as {' '.join(variant)} in {target}: "
+        f"{report.num_bytes} bytes; read back, its logits ({report.logits:.3g}) differ "
+        f"by {report.difference:.2g} (root mean square)"
     )
 
 
