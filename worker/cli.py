@@ -199,7 +199,11 @@ def _describe_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _describe_sampling(parser: argparse.ArgumentParser) -> None:
-    _add_weights(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", type=Path, help="a published frame; with --preset")
+    source.add_argument("--model", type=Path, help="an exported folder")
+    _add_preset(parser, required=False)
+    parser.add_argument("--threads", type=_threads, default=usable_cpus())
     parser.add_argument(
         "--prompt-ids",
         type=_ids,
@@ -239,8 +243,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_preset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", required=True, type=_preset, help="|".join(PRESETS))
+def _add_preset(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument(
+        "--preset", required=required, type=_preset, help="|".join(PRESETS)
+    )
 
 
 def _preset(value: str) -> str:

@@ -32,11 +32,12 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
     Raises SettingsError that names an argument or a file which is wrong.
     """
-    tokenizer = _tokenizer(arguments)
-    prompt = arguments.prompt_ids
-    if arguments.prompt is not None and tokenizer is not None:
-        prompt = prompt + tokenizer.encode(arguments.prompt)
-    talk = _talk(arguments, tokenizer)
+    if arguments.prompt is not None and not (arguments.tokenizer or arguments.model):
+        raise SettingsError("--prompt needs --tokenizer; --prompt-ids does not")
+    talk = _talk(arguments, text_needed=arguments.prompt is not None)
+    prompt = list(arguments.prompt_ids)
+    if arguments.prompt is not None and talk.tokenizer is not None:
+        prompt += talk.tokenizer.encode(arguments.prompt)
     talk.say(prompt)
 
 
@@ -45,14 +46,13 @@ def run_chat(arguments: argparse.Namespace) -> None:
 
     Raises SettingsError as `run_generate`.
     """
-    if arguments.tokenizer is None:
-        raise SettingsError("chat needs --tokenizer")
-    tokenizer = Tokenizer(arguments.tokenizer)
-    talk = _talk(arguments, tokenizer)
+    talk = _talk(arguments, text_needed=True)
+    if talk.tokenizer is None:
+        raise SettingsError("chat needs --tokenizer, or --model that has one")
     before = list(arguments.prompt_ids)
     try:
         while line := _next_line():
-            talk.say(before + tokenizer.encode(line))
+            talk.say(before + talk.tokenizer.encode(line))
             before = talk.unread
     except KeyboardInterrupt:
         print()
@@ -96,10 +96,21 @@ class _Talk:
         return count
 
 
-def _talk(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> _Talk:
-    weights = offline.load_weights(arguments.weights, arguments.preset)
+def _talk(arguments: argparse.Namespace, *, text_needed: bool) -> _Talk:
+    sampling = _sampling(arguments)
+    model, path = _model(arguments)
+    return _Talk(
+        Decoder(model, threads=arguments.threads),
+        sampling,
+        np.random.default_rng(sampling.seed),
+        _tokenizer(arguments.tokenizer or path, text_needed=text_needed),
+        [],
+    )
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
     try:
-        sampling = Sampling(
+        return Sampling(
             num_tokens=arguments.num_tokens,
             temperature=arguments.temperature,
             top_k=arguments.top_k,
@@ -109,14 +120,17 @@ def _talk(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> _Talk:
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    model = Model.from_flat(weights.shape, weights.flat)
-    return _Talk(
-        Decoder(model, threads=arguments.threads),
-        sampling,
-        np.random.default_rng(sampling.seed),
-        tokenizer,
-        [],
-    )
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Model, Path | None]:
+    """Return the model, and the tokenizer that came with it."""
+    if arguments.model is not None:
+        export = offline.load_export(arguments.model)
+        return Model.from_parts(export.shape, export.parts), export.tokenizer
+    if arguments.preset is None:
+        raise SettingsError("--weights needs --preset; --model does not")
+    weights = offline.load_weights(arguments.weights, arguments.preset)
+    return Model.from_flat(weights.shape, weights.flat), None
 
 
 def _speed(num_read: int, read_s: float, num_drawn: int, seconds: float) -> str:
@@ -135,14 +149,11 @@ def _next_line() -> str:
     return sys.stdin.readline()
 
 
-def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
+def _tokenizer(path: Path | None, *, text_needed: bool) -> Tokenizer | None:
     """Return the tokenizer to print text with; None prints ids."""
-    path: Path | None = arguments.tokenizer
-    if arguments.prompt is not None and path is None:
-        raise SettingsError("--prompt needs --tokenizer; --prompt-ids does not")
     if path is None:
         return None
-    if arguments.prompt is None and not is_installed():
+    if not text_needed and not is_installed():
         print("no package tokenizers, ids follow", file=sys.stderr)
         return None
     return Tokenizer(path)

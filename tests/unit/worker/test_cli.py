@@ -19,10 +19,13 @@ import pytest
 import torch
 
 from bitnet_ext.decode import Decoder
+from bitnet_ext.exports.folder import open_export
+from bitnet_ext.exports.provenance import Format, Variant
 from bitnet_ext.infer import Model
 from bitnet_ext.layout import PRESETS
 from bitnet_ext.ternary import supported_isas
 from bitnet_ext.wire.verdicts import ErrorCode
+from tests import exported
 from tests.unit.worker.fleet import ENV, published
 from tests.unit.worker.shapes import (
     EOT,
@@ -258,6 +261,58 @@ def test_chat_goes_on_with_one_text_in_turn(
     first = list(generate(decoder, [EOT, 10, 11], sampling))
     second = list(generate(decoder, [first[-1], 12, 10, 11], sampling))
     assert lines == [tokenizer.decode(first), tokenizer.decode(second)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return an exported folder."""
+    finished = exported.Finished(
+        shape=replace(SMALL, vocab_size=exported.tokenizer().vocab_size),
+        flat=seeded_weights(replace(SMALL, vocab_size=exported.tokenizer().vocab_size)),
+    )
+    finished.write(tmp_path / "model", Format.HF, Variant.PACKED)
+    return tmp_path / "model"
+
+
+def test_an_exported_folder_needs_no_more(capsys, folder) -> None:
+    given = ("generate", "--model", folder, "--num-tokens", 9, "--temperature", 0)
+    export = open_export(folder)
+    tokenizer = Tokenizer(export.tokenizer)
+
+    text = prints(capsys, *given, "--prompt", "ka lo")
+
+    decoder = Decoder(Model.from_parts(export.shape, export.parts))
+    prompt = [0, *tokenizer.encode("ka lo")]
+    ids = list(generate(decoder, prompt, Sampling(num_tokens=9, temperature=0.0)))
+    piece = tokenizer.pieces()
+    assert "\n".join(text) == "".join(map(piece, ids))
+
+
+def test_a_folder_that_is_damaged_or_none_is_named(capsys, folder) -> None:
+    model = folder / "model.safetensors"
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+
+    assert "model.safetensors" in fails(capsys, "generate", "--model", folder)
+    nowhere = folder / "nowhere"
+    assert str(nowhere) in fails(capsys, "generate", "--model", nowhere)
+
+
+def test_without_its_packages_a_folder_is_refused(capsys, folder, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitnet_ext.exports.folder", None)
+
+    line = fails(capsys, "generate", "--model", folder)
+
+    assert "--model needs the packages safetensors and gguf" in line
+
+
+def test_where_weights_come_from_is_said_once(capsys, frame) -> None:
+    given = ("generate", "--weights", frame)
+
+    assert "--weights needs --preset" in fails(capsys, *given)
+    assert "not allowed with" in fails(capsys, *given, "--model", frame)
+    assert "one of the arguments --weights --model" in fails(capsys, "generate")
 
 
 def test_chat_needs_a_tokenizer(capsys, frame) -> None:
