@@ -23,12 +23,14 @@ help: ## List the targets
 
 setup: $(VENV)/.built ## Make .venv, install what is needed, build the extension
 
-$(VENV)/.installed: ci/requirements.lock
+$(VENV)/.installed: ci/requirements.lock ci/after-torch.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --require-hashes -r ci/requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --require-hashes --no-deps -r ci/after-torch.lock
 	touch $@
 
 SOURCES := setup.py pyproject.toml $(wildcard bitnet_ext/*.pyx bitnet_ext/*.pxi bitnet_ext/kernels_*.[ch])

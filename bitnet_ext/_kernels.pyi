@@ -207,3 +207,20 @@ def attend_backward(
     dv: Floats,
     threads: int,
 ) -> int: ...
+
+class Decoder:
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int],
+        embeddings: Floats,
+        head: tuple[Floats, NDArray[np.uint8], Floats],
+        angles: tuple[Floats, Floats],
+        norms: list[tuple[Floats, ...]],
+        weights: list[tuple[tuple[NDArray[np.uint8], int, int, float], ...]],
+        keys: Floats,
+        values: Floats,
+        eps: float,
+        gate: int,
+    ) -> None: ...
+    def step(self, token: int, position: int, logits: Floats, threads: int) -> int: ...
+    def head(self, hidden: Floats, logits: Floats, threads: int) -> int: ...

@@ -33,6 +33,20 @@ class QuantisedRows:
     group: int
 
 
+def tiles_of(bytes_NK: NDArray[np.uint8], *, fill: int) -> NDArray[np.uint8]:
+    """Return a matrix of bytes in tiles; what lies past its edges is `fill`."""
+    edges = tuple(
+        (0, -size % step)
+        for size, step in zip(bytes_NK.shape, (TILE_ROWS, TILE_COLUMNS), strict=True)
+    )
+    whole = np.pad(bytes_NK, edges, constant_values=fill)
+    blocks = whole.reshape(-1, TILE_ROWS, whole.shape[1] // TILE_COLUMNS, TILE_COLUMNS)
+    tiles = aligned(whole.size, np.uint8)
+    ordered = blocks.transpose(0, 2, 1, 3)
+    tiles.reshape(ordered.shape)[...] = ordered
+    return tiles
+
+
 @dataclass(frozen=True)
 class PackedTernary:
     """A ternary matrix (N, K) in the order in which the kernel reads it.
@@ -48,6 +62,18 @@ class PackedTernary:
     num_columns: int
     #: The value of +1; a float32.
     scale: float
+
+    @classmethod
+    def of(cls, values_NK: NDArray[np.int8], scale: float) -> PackedTernary:
+        """Return the packed form of values -1, 0, 1, int8 (N, K).
+
+        Raises ValueError when a value is another.
+        """
+        if values_NK.size and np.abs(values_NK.astype(np.int16)).max() > 1:
+            raise ValueError("values must be -1, 0 or 1")
+        num_rows, num_columns = values_NK.shape
+        codes = (values_NK + np.int8(1)).view(np.uint8)
+        return cls(tiles_of(codes, fill=1), num_rows, num_columns, scale)
 
     def values(self) -> NDArray[np.int8]:
         """Return the values -1, 0, 1 as int8 (N, K)."""

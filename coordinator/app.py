@@ -22,6 +22,7 @@ from tornado.web import Application, RequestHandler
 
 import webui
 from coordinator.api.base import Api, UnknownRoute, secret_hash
+from coordinator.api.exports import export_routes
 from coordinator.api.files import file_routes
 from coordinator.api.gradient import gradient_routes
 from coordinator.api.status import status_routes
@@ -303,6 +304,7 @@ def _application(
             *worker_routes(api),
             *gradient_routes(api),
             *file_routes(api),
+            *export_routes(api),
             *status_routes(api),
             *page_routes(site),
             live_route(live),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from bitnet_ext.exports.provenance import VARIANTS, Format, Variant
 from bitnet_ext.wire.log import configure_logging
 from coordinator import verbs
 from coordinator.app import KEY_NAME, Listening, serve
@@ -27,6 +28,7 @@ from coordinator.demo.story import DemoOptions, run_demo
 from coordinator.domain.errors import FleetError, StartError
 from coordinator.login.handlers import HOME_PATH
 from coordinator.service.corpus import Recipe
+from coordinator.service.exporting import Pick, parse_version
 from coordinator.settings import EVERY_ADDRESS, PREFIX, CoordinatorSettings
 
 #: Options that stand for a setting of the same name.
@@ -38,6 +40,10 @@ _SETTINGS: Final = {
     "preset": "size of the model; another than the run's replaces the run",
     "seed": "seed of a new run",
 }
+
+
+#: The option that chooses a variant, of a format that has several.
+_VARIANT_OPTIONS: Final = {"layout": Format.HF, "type": Format.GGUF}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     add("acknowledge-reset", _acknowledge, "take the banner of a hard reset down")
     add("reset-admin-password", _reset_password, "make a new admin password")
     add("worker-key", _worker_key, "print the key that workers need")
+    _add_export(add("export", _export, "write a version for other software"))
+    _add_eval(add("eval", _eval, "score a version or an exported folder"))
     _add_demo(verb.add_parser("demo", help="train on this machine for some minutes"))
     return parser
 
@@ -113,6 +121,36 @@ def _add_tokenize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--synthetic", action="store_true", help="mark the text as generated"
     )
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", required=True, choices=list(Format))
+    parser.add_argument(
+        "--version", default=Pick.LATEST, help="a number, latest (default) or best"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the folder to make; must not exist"
+    )
+    for option, form in _VARIANT_OPTIONS.items():
+        names = [str(variant) for variant in VARIANTS[form]]
+        parser.add_argument(
+            f"--{option}",
+            choices=names,
+            help=f"of {form}: {', '.join(names)} (default: {names[0]})",
+        )
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--version", default=Pick.LATEST, help="a number, latest (default) or best"
+    )
+    what.add_argument("--export", type=Path, help="an exported folder instead")
+    parser.add_argument(
+        "--text", type=Path, help="a file of text (default: the held-out text)"
+    )
+    cpus = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cpus, help="default: all CPUs")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +252,43 @@ def _reset_password(options: argparse.Namespace) -> int:
 def _worker_key(options: argparse.Namespace) -> int:
     print(verbs.worker_key(_settings(options)))
     return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    form = Format(options.format)
+    said = verbs.export(
+        _settings(options),
+        parse_version(options.version),
+        (form, _variant(options, form)),
+        options.out,
+    )
+    print(said)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    score = verbs.score(
+        _settings(options),
+        options.export or parse_version(options.version),
+        options.text,
+        options.threads,
+    )
+    print(f"loss           {score.loss:.4f} nats a token")
+    print(f"perplexity     {score.perplexity:.2f}")
+    print(f"bits per byte  {score.bits_per_byte:.4f}")
+    print(f"of             {score.tokens} tokens, {score.num_bytes} bytes")
+    return 0
+
+
+def _variant(options: argparse.Namespace, form: Format) -> Variant:
+    for option, of in _VARIANT_OPTIONS.items():
+        given = getattr(options, option)
+        if given is None:
+            continue
+        if of is not form:
+            raise StartError(f"--{option} is for --format {of}, got --format {form}")
+        return Variant(given)
+    return VARIANTS[form][0]
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -9,15 +9,25 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from pathlib import Path
 
 from sqlalchemy import Connection
 
+from bitnet_ext.exports.provenance import Format, Variant
+from bitnet_ext.scoring import TextScore, score_text
 from coordinator.app import DATABASE_NAME, open_fleet, run_settings
 from coordinator.app import worker_key as stored_key
 from coordinator.control import KEY_IS_SET, Command, KeyOrigin, Seed, ask, obey
 from coordinator.domain.errors import StartError
 from coordinator.service.corpus import Recipe, Stage, prepare_corpus
+from coordinator.service.exporting import Chosen, Pick, choose, export_version
 from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.scoring import (
+    export_to_score,
+    file_text,
+    held_out_text,
+    version_to_score,
+)
 from coordinator.service.starting import (
     check_corpus,
     ensure_run,
@@ -105,6 +115,63 @@ def tokenize_corpus(settings: CoordinatorSettings, recipe: Recipe) -> str:
         f"tokens ({held_out.text_bytes} bytes) held out, vocabulary "
         f"{manifest.vocab_size}"
     )
+
+
+def export(
+    settings: CoordinatorSettings,
+    wish: int | Pick,
+    variant: tuple[Format, Variant],
+    target: Path,
+) -> str:
+    """Write a weight version for other software; works beside a running coordinator.
+
+    Raises FleetError, ExportError or OSError; `target` is not made then.
+    """
+    about, report = export_version(
+        settings.data, settings.corpus, _chosen(settings, wish), variant, target
+    )
+    for warning in about.warnings():
+        print(f"WARNING: {warning}", file=sys.stderr)
+    return (
+        f"version {about.weight_version} as {' '.join(variant)} in {target}: "
+        f"{report.num_bytes} bytes; read back, its logits ({report.logits:.3g}) differ "
+        f"by {report.difference:.2g} (root mean square)"
+    )
+
+
+def score(
+    settings: CoordinatorSettings,
+    what: int | Pick | Path,
+    text: Path | None,
+    threads: int,
+) -> TextScore:
+    """Score a version or an exported folder on a file, or on the held-out text.
+
+    Raises FleetError, ExportError or OSError.
+    """
+    if isinstance(what, Path):
+        scored = export_to_score(what)
+    else:
+        chosen = _chosen(settings, what)
+        scored = version_to_score(settings.data, settings.corpus, chosen)
+    if text is None:
+        found = held_out_text(settings.corpus, scored)
+    else:
+        found = file_text(text, scored)
+    return score_text(
+        scored.model,
+        found.tokens,
+        eot_id=scored.tokenizer.eot_id,
+        num_bytes=found.num_bytes,
+        threads=threads,
+    )
+
+
+def _chosen(settings: CoordinatorSettings, wish: int | Pick) -> Chosen:
+    """Return the version that is wished for, whether a coordinator runs or not."""
+    _check_fleet(settings)
+    path = settings.data / DATABASE_NAME
+    return read_once(path, lambda connection: choose(connection, wish))
 
 
 def protected_corpus(settings: CoordinatorSettings) -> str | None:

@@ -1,4 +1,4 @@
-"""The command `bitnet-worker`: run, calibrate, eval, generate.
+"""The command `bitnet-worker`: run, calibrate, eval, generate, chat.
 
 Results go to standard output, everything else to standard error; the last line of
 `calibrate` and `eval` is JSON. Wrong arguments or settings end the process with
@@ -31,10 +31,9 @@ from bitnet_ext.wire.log import configure_logging
 from worker import offline, process, tune
 from worker.calibrate import use_threads
 from worker.errors import SettingsError, WorkerError
-from worker.generate import Sampling, generate
 from worker.model.transformer import BitNetModel
 from worker.settings import WorkerSettings, chosen_isa, usable_cpus
-from worker.text import Tokenizer, is_installed
+from worker.talk import run_chat, run_generate
 from worker.train import Hooks
 from worker.trainer import DEVICES, TorchTrainer, find_device
 
@@ -142,41 +141,6 @@ def _eval(arguments: argparse.Namespace) -> None:
     )
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    tokenizer = _tokenizer(arguments)
-    if arguments.prompt is None or tokenizer is None:
-        prompt = arguments.prompt_ids
-    else:
-        prompt = arguments.prompt_ids + tokenizer.encode(arguments.prompt)
-    use_threads(arguments.threads)
-    weights = offline.load_weights(arguments.weights, arguments.preset)
-    model = BitNetModel(weights.shape, threads=arguments.threads)
-    try:
-        sampling = Sampling(
-            num_tokens=arguments.num_tokens,
-            temperature=arguments.temperature,
-            seed=arguments.seed,
-            stop_id=arguments.stop_id,
-        )
-        ids = generate(model, weights.flat, prompt, sampling)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    print(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))
-
-
-def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
-    """Return the tokenizer to print text with; None prints ids."""
-    path: Path | None = arguments.tokenizer
-    if arguments.prompt is not None and path is None:
-        raise SettingsError("--prompt needs --tokenizer; --prompt-ids does not")
-    if path is None:
-        return None
-    if arguments.prompt is None and not is_installed():
-        print(f"{PROGRAM}: no package tokenizers, ids follow", file=sys.stderr)
-        return None
-    return Tokenizer(path)
-
-
 def _print_json(**fields: Any) -> None:
     print(msgspec.json.encode(fields).decode())
 
@@ -191,9 +155,13 @@ def _parser() -> argparse.ArgumentParser:
     _describe_eval(
         _add(commands, "eval", _eval, "score a frame of weights on a prepared corpus")
     )
-    _describe_generate(
-        _add(commands, "generate", _generate, "sample from a frame of weights")
+    writes = _add(commands, "generate", run_generate, "continue a text with a model")
+    _describe_sampling(writes)
+    writes.add_argument(
+        "--prompt", help="text to continue, after the ids; needs --tokenizer"
     )
+    talks = _add(commands, "chat", run_chat, "continue a text in turn with a model")
+    _describe_sampling(talks)
     return parser
 
 
@@ -230,8 +198,12 @@ def _describe_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_size, default=BATCH_SIZE)
 
 
-def _describe_generate(parser: argparse.ArgumentParser) -> None:
-    _add_weights(parser)
+def _describe_sampling(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", type=Path, help="a published frame; with --preset")
+    source.add_argument("--model", type=Path, help="an exported folder")
+    _add_preset(parser, required=False)
+    parser.add_argument("--threads", type=_threads, default=usable_cpus())
     parser.add_argument(
         "--prompt-ids",
         type=_ids,
@@ -239,13 +211,19 @@ def _describe_generate(parser: argparse.ArgumentParser) -> None:
         help="ids to continue, e.g. 0,17,4 (default: a text starts)",
     )
     parser.add_argument(
-        "--prompt", help="text to continue, after the ids; needs --tokenizer"
-    )
-    parser.add_argument(
         "--tokenizer", type=Path, help="tokenizer.json: print text instead of ids"
     )
     parser.add_argument("--num-tokens", type=_size, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument(
+        "--top-k", type=_size, help="draw among so many of the likeliest"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw among the likeliest that have this probability together",
+    )
     parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--stop-id", type=int, help="stop after this id")
 
@@ -265,8 +243,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_preset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", required=True, type=_preset, help="|".join(PRESETS))
+def _add_preset(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument(
+        "--preset", required=required, type=_preset, help="|".join(PRESETS)
+    )
 
 
 def _preset(value: str) -> str:

@@ -1,14 +1,10 @@
 """Scores a weight version on the held-out stream: summed nats, in full precision.
 
-The stream is `EOT document EOT document ...`. Every token but EOT is scored once,
-with its own document alone as context: windows start at the document's EOT,
-never reach into the next one, and overlap by half, so that a token in a long
-document still sees at least half a window of what came before.
+Which windows it is cut into is in `bitnet_ext.scoring`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from bitnet_ext.scoring import Window, windows
 from worker.model.transformer import NO_TARGET, BitNetModel
 from worker.train import Hooks
 
@@ -27,18 +24,6 @@ class Score:
     nats: float
     tokens: int
     compute_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A run of inputs of one document and what to score in it."""
-
-    #: Index of the first input in the stream.
-    start: int
-    #: Number of inputs; the target of each is the token after it.
-    length: int
-    #: Targets before this one belong to an earlier window.
-    first_scored: int
 
 
 def evaluate(
@@ -71,31 +56,6 @@ def evaluate(
         num_scored += batch_scored
         hooks.progress(num_scored, hooks.clock() - step_started_s)
     return Score(nats=nats, tokens=num_scored, compute_s=hooks.clock() - started_s)
-
-
-def windows(tokens: NDArray[np.int32], eot_id: int, seq_len: int) -> Iterator[Window]:
-    """Yield the windows of a stream, document by document."""
-    if not len(tokens) or tokens[0] != eot_id:
-        raise ValueError(
-            f"tokens must start with EOT ({eot_id}), got {tokens[:1].tolist()}"
-        )
-    starts = np.flatnonzero(tokens == eot_id)
-    ends = np.append(starts[1:], len(tokens))
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        yield from _windows_of_document(start, end - start - 1, seq_len)
-
-
-def _windows_of_document(
-    start: int, num_targets: int, seq_len: int
-) -> Iterator[Window]:
-    """Yield the windows of the document whose EOT is at `start`."""
-    stride = max(1, seq_len // 2)
-    offset, num_scored = 0, 0
-    while num_scored < num_targets:
-        length = min(seq_len, num_targets - offset)
-        yield Window(start + offset, length, num_scored - offset)
-        num_scored = offset + length
-        offset += stride
 
 
 @torch.no_grad()

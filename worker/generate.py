@@ -1,26 +1,33 @@
-"""Samples text as token ids; the same seed gives the same ids."""
+"""Draws token ids one after the other; the same seed gives the same ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from worker.model.transformer import BitNetModel
+from bitnet_ext.decode import Decoder
+from bitnet_ext.infer import Floats
+
+#: Below, float32 has no temperature; the likeliest id is drawn in any case.
+_COLDEST: Final = 1e-30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to draw the next token."""
+    """How to draw the next token. Raises ValueError that names a field."""
 
     #: Ids to add at most.
     num_tokens: int
     #: Divides the logits: below 1 is safer, above 1 wilder, 0 takes the likeliest.
     temperature: float = 1.0
+    #: Draw among so many of the likeliest; None: among all.
+    top_k: int | None = None
+    #: Draw among the likeliest that have this probability together, at least.
+    top_p: float = 1.0
     seed: int = 0
     #: Stop when this id is drawn (it is kept); None never stops early.
     stop_id: int | None = None
@@ -32,48 +39,59 @@ class Sampling:
             raise ValueError(
                 f"temperature must be finite and not negative, got {self.temperature}"
             )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
-@torch.no_grad()
 def generate(
-    model: BitNetModel,
-    weights: NDArray[np.float32],
+    decoder: Decoder,
     prompt: Sequence[int],
     sampling: Sampling,
-) -> list[int]:
-    """Return the ids drawn after `prompt`, without it.
+    random: np.random.Generator | None = None,
+) -> Iterator[int]:
+    """Yield the ids drawn after the text of `decoder` and `prompt`.
 
-    The context is the last `seq_len` ids, computed anew for each one: presets are
-    short, and a cache of keys would be shifted at every step beyond them.
-    Raises ValueError when the prompt is empty or holds an id out of range.
+    Each id is part of the text when the next is asked for. Without `random` the seed
+    begins anew. Raises ValueError when the prompt is empty or holds an id out of range.
     """
-    _check_prompt(prompt, model.shape.vocab_size)
-    model.flat.load(weights)
-    random = torch.Generator().manual_seed(sampling.seed)
-    ids = list(prompt)
-    for _ in range(sampling.num_tokens):
-        context = torch.tensor([ids[-model.shape.seq_len :]])
-        logits_V = model.logits(model(context)[0, -1])
-        ids.append(_draw(logits_V, sampling.temperature, random))
-        if ids[-1] == sampling.stop_id:
+    if random is None:
+        random = np.random.default_rng(sampling.seed)
+    logits_V = decoder.feed(prompt)
+    for number in range(sampling.num_tokens):
+        token = draw(logits_V, sampling, random)
+        yield token
+        if token == sampling.stop_id or number == sampling.num_tokens - 1:
             break
-    return ids[len(prompt) :]
+        logits_V = decoder.step(token)
 
 
-def _draw(logits_V: Tensor, temperature: float, random: torch.Generator) -> int:
-    if temperature == 0.0:
+def draw(logits_V: Floats, sampling: Sampling, random: np.random.Generator) -> int:
+    """Return one id; temperature comes first, then `top_k`, then `top_p`."""
+    if sampling.temperature == 0.0:
         return int(logits_V.argmax())
+    ids = _likeliest(logits_V, sampling)
+    kept = logits_V if ids is None else logits_V[ids]
     # The largest logit is taken away before the division: tiny temperatures
     # must not make infinities.
-    odds_V = torch.softmax((logits_V - logits_V.max()) / temperature, -1)
-    return int(torch.multinomial(odds_V, 1, generator=random))
+    temperature = np.float32(max(sampling.temperature, _COLDEST))
+    with np.errstate(over="ignore"):
+        heights = (kept - kept.max()) / temperature
+    sums = np.exp(heights).cumsum(dtype=np.float64)
+    # The first whose sum reaches the share stays.
+    last = int(sums.searchsorted(sampling.top_p * sums[-1]))
+    place = int(sums.searchsorted(random.random() * sums[min(last, sums.size - 1)]))
+    return place if ids is None else int(ids[place])
 
 
-def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
-    if not prompt:
-        raise ValueError("prompt must hold at least one id, got none")
-    for token in prompt:
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"prompt must hold ids from 0 to {vocab_size - 1}, got {token}"
-            )
+def _likeliest(logits_V: Floats, sampling: Sampling) -> NDArray[np.intp] | None:
+    """Return the ids to draw among, the likeliest first; None: all, in any order."""
+    ids = None
+    if sampling.top_k is not None and sampling.top_k < logits_V.size:
+        ids = np.argpartition(-logits_V, sampling.top_k - 1)[: sampling.top_k]
+    if sampling.top_p == 1.0 and ids is None:
+        return None
+    if ids is None:
+        return np.argsort(-logits_V, kind="stable")
+    return ids[np.argsort(-logits_V[ids], kind="stable")]

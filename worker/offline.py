@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import numpy as np
@@ -33,6 +33,9 @@ from worker.evaluate import Score, evaluate
 from worker.model.transformer import BitNetModel
 from worker.train import Hooks
 from worker.weights import read_weights
+
+if TYPE_CHECKING:
+    from bitnet_ext.exports.folder import Export
 
 MANIFEST_NAME: Final = "manifest.json"
 TOKENIZED: Final = "tokenized"
@@ -90,6 +93,25 @@ def load_weights(path: Path, preset: str) -> Weights:
         return Weights(shape=shape, flat=read_weights(frame, shape))
     except (FrameError, BadWeightsError, UnknownPresetError) as error:
         raise SettingsError(f"{path}: {error}") from error
+
+
+def load_export(folder: Path) -> Export:
+    """Open an exported folder, whose files are checked first.
+
+    Raises SettingsError naming what is wrong, or the packages that are missing.
+    """
+    try:
+        from bitnet_ext.exports.folder import open_export
+    except ImportError as error:
+        raise SettingsError(
+            "--model needs the packages safetensors and gguf"
+        ) from error
+    try:
+        return open_export(folder)
+    except OSError as error:
+        raise SettingsError(f"{folder}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise SettingsError(f"{folder}: {error}") from error
 
 
 def _shape(preset: str, header: FrameHeader) -> ModelShape:

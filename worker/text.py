@@ -5,7 +5,7 @@ A worker needs none to train, and the worker image holds none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,15 @@ class Tokenizer:
         """Return the ids of a text."""
         return list(self._inner.encode(text).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; an end of text is nothing."""
-        return str(self._inner.decode(list(ids)))
+    def pieces(self) -> Callable[[int], str]:
+        """Return what turns ids, one after the other, into the text that each adds.
+
+        Letters whose bytes are not all there yet come with their last.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._inner, token) or ""
 
 
 def is_installed() -> bool:

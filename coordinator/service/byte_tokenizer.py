@@ -48,7 +48,12 @@ class ByteTokenizer:
     @classmethod
     def load(cls, path: Path) -> ByteTokenizer:
         """Read a `tokenizer.json`."""
-        return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        return cls.parse(path.read_bytes())
+
+    @classmethod
+    def parse(cls, content: bytes) -> ByteTokenizer:
+        """Return the tokenizer of the content of a `tokenizer.json`."""
+        return cls(Tokenizer.from_str(content.decode("utf-8")))
 
     @property
     def vocab_size(self) -> int:

@@ -91,6 +91,8 @@ class Fleet:
     swept_at: float | None = None
     #: Held while leases get the grace that a sleep of this process has cost them.
     waking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: Held while an export is written.
+    exporting: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: Set once the coordinator was told to stop: no more work is given out.
     is_stopping: bool = False
     #: Why the corpus that is there cannot be used; None where it can, or is none.

@@ -82,7 +82,8 @@ class Blobs:
     """The three folders of blobs below one data folder. Blocking: never on the loop."""
 
     def __init__(self, folder: Path, fs: Fs, rng: Rng) -> None:
-        self._folder = folder
+        #: The data folder, which holds a folder of each kind.
+        self.folder = folder
         self._fs = fs
         self._rng = rng
         for kind in BlobKind:
@@ -92,7 +93,7 @@ class Blobs:
         """Open a new blob for writing."""
         return Spool(
             self._fs,
-            self._folder / kind / f"{_TEMPORARY}{self._rng.token(8).hex()}",
+            self.folder / kind / f"{_TEMPORARY}{self._rng.token(8).hex()}",
         )
 
     def keep(self, spool: Spool, kind: BlobKind, name: str) -> Written:
@@ -115,7 +116,7 @@ class Blobs:
 
     def path(self, kind: BlobKind, name: str) -> Path:
         """Return where the blob lies."""
-        return self._folder / kind / name
+        return self.folder / kind / name
 
     def open(self, kind: BlobKind, name: str) -> BinaryIO:
         """Open a blob; stays readable when it is removed meanwhile."""
@@ -130,11 +131,11 @@ class Blobs:
         """Remove blobs; missing ones are no error."""
         for name in names:
             self._fs.unlink(self.path(kind, name))
-        self._fs.sync_folder(self._folder / kind)
+        self._fs.sync_folder(self.folder / kind)
 
     def free_bytes(self) -> int:
         """Return the space left on the disk of the blobs."""
-        return self._fs.free_bytes(self._folder)
+        return self._fs.free_bytes(self.folder)
 
     def names(self, kind: BlobKind) -> list[str]:
         """Return the names of all blobs of a kind, leftovers included.
@@ -142,7 +143,7 @@ class Blobs:
         A folder is none: whoever put it there, it was not this program.
         """
         return sorted(
-            path.name for path in (self._folder / kind).iterdir() if not path.is_dir()
+            path.name for path in (self.folder / kind).iterdir() if not path.is_dir()
         )
 
 

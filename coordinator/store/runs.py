@@ -23,6 +23,12 @@ def newest_run(connection: Connection) -> RunRow | None:
     return None if row is None else typed(RunRow, row)
 
 
+def find_run(connection: Connection, run_id: str) -> RunRow:
+    """Return a run by its id, which some row names, so there is one."""
+    row = connection.execute(select(runs).where(runs.c.run_id == run_id)).one()
+    return typed(RunRow, row)
+
+
 def change_run(connection: Connection, run_id: str, **columns: Any) -> None:
     """Set columns of a run."""
     connection.execute(update(runs).where(runs.c.run_id == run_id).values(**columns))

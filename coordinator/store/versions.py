@@ -83,6 +83,17 @@ def find_evaluation(connection: Connection, submission_id: str) -> EvaluationRow
     return None if row is None else typed(EvaluationRow, row)
 
 
+def score_of(connection: Connection, version: int) -> EvaluationRow | None:
+    """Return the lowest score of a version, None where it has none."""
+    row = connection.execute(
+        select(evaluations)
+        .where(evaluations.c.version == version)
+        .order_by(evaluations.c.nats / evaluations.c.tokens)
+        .limit(1)
+    ).first()
+    return None if row is None else typed(EvaluationRow, row)
+
+
 def evaluations_of(connection: Connection, run_id: str) -> list[EvaluationRow]:
     """Return every score of a run, by version."""
     rows = connection.execute(

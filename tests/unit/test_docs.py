@@ -19,6 +19,7 @@ import worker.settings
 from bitnet_ext.ternary import ISA_VARIABLE
 from bitnet_ext.wire import messages, verdicts
 from coordinator.api.base import STATUS
+from coordinator.api.exports import export_routes
 from coordinator.api.files import file_routes
 from coordinator.api.gradient import gradient_routes
 from coordinator.api.status import metrics_text, status_routes
@@ -91,6 +92,7 @@ def routes():
         *worker_routes(nobody),
         *gradient_routes(nobody),
         *file_routes(nobody),
+        *export_routes(nobody),
         *status_routes(nobody),
         *page_routes(nobody),
         live_route(nobody),

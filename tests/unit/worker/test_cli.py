@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -17,9 +18,14 @@ import numpy as np
 import pytest
 import torch
 
+from bitnet_ext.decode import Decoder
+from bitnet_ext.exports.folder import open_export
+from bitnet_ext.exports.provenance import Format, Variant
+from bitnet_ext.infer import Model
 from bitnet_ext.layout import PRESETS
 from bitnet_ext.ternary import supported_isas
 from bitnet_ext.wire.verdicts import ErrorCode
+from tests import exported
 from tests.unit.worker.fleet import ENV, published
 from tests.unit.worker.shapes import (
     EOT,
@@ -34,6 +40,7 @@ from worker.cli import main
 from worker.evaluate import evaluate
 from worker.generate import Sampling, generate
 from worker.model.transformer import BitNetModel
+from worker.text import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -197,14 +204,16 @@ def test_a_file_that_is_no_frame_of_the_preset_is_named(
 def test_generate_prints_ids(capsys, frame) -> None:
     given = ("generate", "--weights", frame, "--preset", "tiny", "--num-tokens", 9)
     expected = generate(
-        BitNetModel(SMALL),
-        seeded_weights(SMALL),
+        Decoder(Model.from_flat(SMALL, seeded_weights(SMALL))),
         [3, 5],
-        Sampling(num_tokens=9, temperature=0.5, seed=4),
+        Sampling(num_tokens=9, temperature=0.5, top_k=30, top_p=0.9, seed=4),
     )
 
     lines = prints(
-        capsys, *given, "--prompt-ids", "3,5", "--temperature", 0.5, "--seed", 4
+        capsys,
+        *given,
+        *("--prompt-ids", "3,5", "--temperature", 0.5, "--seed", 4),
+        *("--top-k", 30, "--top-p", 0.9),
     )
 
     assert lines == [" ".join(map(str, expected))]
@@ -228,10 +237,114 @@ def test_generate_prints_text_with_a_tokenizer(capsys, frame, tmp_path) -> None:
     assert text != decoded("10,11")
 
 
+def test_how_fast_it_was_goes_to_standard_error(capsys, frame) -> None:
+    given = ("generate", "--weights", str(frame), "--preset", "tiny")
+
+    assert main([*given, "--num-tokens", "9", "--prompt-ids", "3,5"]) == 0
+
+    out, err = capsys.readouterr()
+    assert len(out.split()) == 9
+    assert re.fullmatch(r"prompt of 2 tokens: 0\.\d+ s; then [1-9]\d* tokens/s\n", err)
+
+
+def test_chat_goes_on_with_one_text_in_turn(
+    capsys, frame, tmp_path, monkeypatch
+) -> None:
+    path, tokenizer = a_tokenizer(tmp_path)
+    given = ("chat", "--weights", frame, "--preset", "tiny", "--tokenizer", path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\ncab"))
+
+    lines = prints(capsys, *given, "--num-tokens", 3, "--temperature", 0)
+
+    decoder = Decoder(Model.from_flat(SMALL, seeded_weights(SMALL)))
+    sampling = Sampling(num_tokens=3, temperature=0.0)
+    first = list(generate(decoder, [EOT, 10, 11], sampling))
+    second = list(generate(decoder, [first[-1], 12, 10, 11], sampling))
+    assert lines == [tokenizer.decode(first), tokenizer.decode(second)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return an exported folder."""
+    finished = exported.Finished(
+        shape=replace(SMALL, vocab_size=exported.tokenizer().vocab_size),
+        flat=seeded_weights(replace(SMALL, vocab_size=exported.tokenizer().vocab_size)),
+    )
+    finished.write(tmp_path / "model", Format.HF, Variant.PACKED)
+    return tmp_path / "model"
+
+
+def test_an_exported_folder_needs_no_more(capsys, folder) -> None:
+    given = ("generate", "--model", folder, "--num-tokens", 9, "--temperature", 0)
+    export = open_export(folder)
+    tokenizer = Tokenizer(export.tokenizer)
+
+    text = prints(capsys, *given, "--prompt", "ka lo")
+
+    decoder = Decoder(Model.from_parts(export.shape, export.parts))
+    prompt = [0, *tokenizer.encode("ka lo")]
+    ids = list(generate(decoder, prompt, Sampling(num_tokens=9, temperature=0.0)))
+    piece = tokenizer.pieces()
+    assert "\n".join(text) == "".join(map(piece, ids))
+
+
+def test_a_folder_that_is_damaged_or_none_is_named(capsys, folder) -> None:
+    model = folder / "model.safetensors"
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+
+    assert "model.safetensors" in fails(capsys, "generate", "--model", folder)
+    nowhere = folder / "nowhere"
+    assert str(nowhere) in fails(capsys, "generate", "--model", nowhere)
+
+
+def test_without_its_packages_a_folder_is_refused(capsys, folder, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitnet_ext.exports.folder", None)
+
+    line = fails(capsys, "generate", "--model", folder)
+
+    assert "--model needs the packages safetensors and gguf" in line
+
+
+def test_where_weights_come_from_is_said_once(capsys, frame) -> None:
+    given = ("generate", "--weights", frame)
+
+    assert "--weights needs --preset" in fails(capsys, *given)
+    assert "not allowed with" in fails(capsys, *given, "--model", frame)
+    assert "one of the arguments --weights --model" in fails(capsys, "generate")
+
+
+def test_chat_needs_a_tokenizer(capsys, frame) -> None:
+    line = fails(capsys, "chat", "--weights", frame, "--preset", "tiny")
+
+    assert "chat needs --tokenizer" in line
+
+
+def test_letters_come_when_all_their_bytes_are_there(tmp_path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocab = {letter: number for number, letter in enumerate(sorted(alphabet))}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+
+    piece = tokenizer.pieces()
+
+    ids = tokenizer.encode("a é€ b")
+    assert [piece(token) for token in ids] == [
+        *("a", " ", "", "é", "", "", "€", " ", "b")
+    ]
+
+
 def a_tokenizer(folder):
     """Write a tokenizer of 64 letters; `a` is 10, `b` is 11, and so on."""
     tokenizers = pytest.importorskip("tokenizers")
-    vocab = {chr(87 + number): number for number in range(1, 64)} | {"<e>": 0}
+    # From 40 on other letters: those after `~` end lines.
+    letters = {chr(87 + n + 100 * (n > 39)): n for n in range(1, 64)}
+    vocab = letters | {"<e>": 0}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     path = folder / "tokenizer.json"
     tokenizer.save(str(path))
@@ -261,6 +374,8 @@ def test_without_the_package_ids_are_printed_and_a_text_prompt_is_refused(
         (["--tokenizer", "/nowhere.json"], "/nowhere.json: No such file"),
         (["--tokenizer", __file__], "is no tokenizer"),
         (["--temperature", "nan"], "temperature must be finite"),
+        (["--top-k", "0"], "--top-k: must be a whole number from 1"),
+        (["--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["--num-tokens", "0"], "from 1 to 1048576, got '0'"),
         (["--seed", "-1"], "--seed"),

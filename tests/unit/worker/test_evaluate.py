@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from bitnet_ext.infer import Model
+from bitnet_ext.scoring import score_text, windows
 from tests.unit.worker.shapes import (
     EOT,
     SMALL,
@@ -14,7 +16,7 @@ from tests.unit.worker.shapes import (
     seeded_weights,
     silent_hooks,
 )
-from worker.evaluate import evaluate, windows
+from worker.evaluate import evaluate
 from worker.model.transformer import BitNetModel
 
 #: Documents without tokens, of one, below, at and above a window and its half.
@@ -115,3 +117,25 @@ def test_progress_counts_scored_tokens_up_to_the_end() -> None:
     assert done == sorted(done)
     assert done[-1] == sum(LENGTHS)
     assert {seconds for _, seconds in seen} == {1.0}
+
+
+def test_a_score_without_torch_is_that_of_the_worker() -> None:
+    tokens, weights = stream(), seeded_weights(SMALL)
+    due = evaluate(BitNetModel(SMALL), weights, tokens, EOT, 4, silent_hooks())
+    model = Model.from_flat(SMALL, weights)
+
+    score = score_text(model, tokens, eot_id=EOT, num_bytes=700, threads=2)
+
+    assert score.tokens == due.tokens == sum(LENGTHS)
+    assert score.nats == pytest.approx(due.nats, rel=1e-5)
+    assert score.loss == pytest.approx(due.nats / due.tokens, rel=1e-5)
+    assert score.perplexity == pytest.approx(np.exp(due.nats / due.tokens), rel=1e-4)
+    assert score.bits_per_byte == pytest.approx(due.nats / np.log(2) / 700, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [[EOT], [EOT, EOT], [5, 3], []])
+def test_a_text_without_anything_to_score_is_refused(tokens) -> None:
+    model = Model.from_flat(SMALL, seeded_weights(SMALL))
+
+    with pytest.raises(ValueError, match="must"):
+        score_text(model, np.array(tokens, np.int32), eot_id=EOT, num_bytes=1)

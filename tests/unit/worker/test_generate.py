@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from bitnet_ext.decode import Decoder
+from bitnet_ext.infer import Model
 from tests.unit.worker.shapes import (
     SMALL,
     a_task,
@@ -14,14 +16,22 @@ from tests.unit.worker.shapes import (
     seeded_weights,
     silent_hooks,
 )
-from worker.generate import Sampling, generate
+from worker.generate import Sampling, draw, generate
 from worker.model.transformer import BitNetModel
 from worker.train import Moments, train
 
 
 def sample(prompt, **fields) -> list[int]:
-    weights = seeded_weights(SMALL)
-    return generate(BitNetModel(SMALL), weights, prompt, Sampling(**fields))
+    decoder = Decoder(Model.from_flat(SMALL, seeded_weights(SMALL)))
+    return list(generate(decoder, prompt, Sampling(**fields)))
+
+
+def draws(logits, count=2000, **fields) -> np.ndarray:
+    """Return how often each id is drawn."""
+    random = np.random.default_rng(0)
+    sampling = Sampling(num_tokens=1, **fields)
+    found = [draw(logits, sampling, random) for _ in range(count)]
+    return np.bincount(found, minlength=logits.size) / count
 
 
 def test_the_same_seed_gives_the_same_ids() -> None:
@@ -67,25 +77,81 @@ def test_a_trained_model_continues_what_it_learnt() -> None:
         model, base, Moments.zeros(SMALL), tokens, a_task(2560), silent_hooks()
     )
 
-    ids = generate(
-        model,
-        base - trained.pseudo_gradient,
-        period[:6],
-        Sampling(num_tokens=5, temperature=0.0),
-    )
+    decoder = Decoder(Model.from_flat(SMALL, base - trained.pseudo_gradient))
+    sampling = Sampling(num_tokens=5, temperature=0.0)
+    ids = list(generate(decoder, period[:6], sampling))
 
     assert ids == period[6:]
+
+
+#: Probabilities 0.5, 0.25, 0.15, 0.1 of the ids 2, 0, 3, 1.
+LOGITS = np.log(np.array([0.25, 0.1, 0.5, 0.15], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [0.25, 0.1, 0.5, 0.15]),
+        ({"temperature": 0.0}, [0, 0, 1, 0]),
+        ({"temperature": 1e-300}, [0, 0, 1, 0]),
+        # Squares, as shares.
+        ({"temperature": 0.5}, [0.181, 0.029, 0.725, 0.065]),
+        ({"top_k": 1}, [0, 0, 1, 0]),
+        ({"top_k": 2}, [1 / 3, 0, 2 / 3, 0]),
+        ({"top_k": 9}, [0.25, 0.1, 0.5, 0.15]),
+        ({"top_p": 0.01}, [0, 0, 1, 0]),
+        ({"top_p": 0.6}, [1 / 3, 0, 2 / 3, 0]),
+        ({"top_p": 0.89}, [0.278, 0, 0.556, 0.167]),
+        # Of the two likeliest the first has two thirds.
+        ({"top_k": 2, "top_p": 0.6}, [0, 0, 1, 0]),
+    ],
+)
+def test_ids_are_drawn_as_often_as_they_should_be(fields, expected) -> None:
+    found = draws(LOGITS, **fields)
+
+    np.testing.assert_allclose(found, expected, atol=0.035)
+    assert ((found == 0) == (np.array(expected) == 0)).all()
+
+
+def test_of_many_words_those_of_the_top_are_drawn_and_no_others() -> None:
+    logits = np.random.default_rng(1).normal(size=5000).astype(np.float32)
+    likeliest = set(np.argsort(-logits)[:40].tolist())
+
+    assert set(np.flatnonzero(draws(logits, top_k=40))) == likeliest
+    odds = np.exp(logits) / np.exp(logits).sum()
+    share = odds[np.flatnonzero(draws(logits, 20000, top_p=0.3))]
+    assert 0.29 < share.sum() <= 0.301
+
+
+def test_each_id_is_part_of_the_text_when_the_next_is_asked_for() -> None:
+    decoder = Decoder(Model.from_flat(SMALL, seeded_weights(SMALL)))
+    sampling = Sampling(num_tokens=3, temperature=0.0)
+    one = list(generate(decoder, [3, 5], sampling))
+
+    more = list(generate(decoder, one[-1:], sampling))
+
+    assert one + more == sample([3, 5], num_tokens=6, temperature=0.0)
 
 
 @pytest.mark.parametrize(
     ("prompt", "said"), [([], "got none"), ([3, 64], "0 to 63, got 64")]
 )
 def test_a_bad_prompt_is_refused(prompt, said) -> None:
-    with pytest.raises(ValueError, match=f"prompt must hold .*{said}"):
+    with pytest.raises(ValueError, match=f"ids must .*{said}"):
         sample(prompt, num_tokens=1)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"num_tokens": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"num_tokens": -1},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+)
 def test_bad_sampling_is_refused_by_name(bad) -> None:
     (field,) = bad
     with pytest.raises(ValueError, match=f"{field} must"):

@@ -6,6 +6,7 @@ import { html } from "../lib.js";
 import { fleet } from "../store.js";
 import { Answers } from "./answers.js";
 import { FailedTasks, Speed, TaskCounts } from "./counts.js";
+import { ExportsPanel } from "./exports.js";
 import { LossPanel } from "./loss.js";
 import { Command } from "./parts.js";
 import { RoundPanel } from "./round.js";
@@ -28,6 +29,7 @@ export function Dashboard() {
         : null
     }
     <${FailedTasks} tasks=${view.tasks} />
+    ${view.run !== null && html`<${ExportsPanel} view=${view} />`}
     <p class="foot">
       bitnet-fleet ${view.package_version}. Event loop of the coordinator: at most
       ${" "}${number(view.server.loop_lag_ms)} ms late in the last 10 s.
