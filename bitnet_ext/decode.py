@@ -82,6 +82,10 @@ class Decoder:
         self._ids += check_ids(ids, shape.vocab_size).tolist()
         return self._read(shape.seq_len)
 
+    def clear(self) -> None:
+        """Begin a new text."""
+        self._ids.clear()
+
     def step(self, token: int) -> Floats:
         """Add one id to the text; as `feed`, and as fast as decoding is."""
         shape, position = self._model.shape, len(self._ids)
