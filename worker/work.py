@@ -36,7 +36,7 @@ from worker.shards import TOKEN_BYTES, fetch_tokens
 from worker.shutdown import Shutdown
 from worker.train import Hooks, TrainResult
 from worker.trainer import Trainer
-from worker.weights import WeightCache
+from worker.weights import Version, WeightCache
 
 log = logging.getLogger(__name__)
 
@@ -177,9 +177,8 @@ class Work:
         task, kit = lease.task, self._kit
         kit.heartbeat.phase = WorkerPhase.DOWNLOADING
         started_s = kit.clock()
-        weights = self._weights.get(
-            task.base_version, task.base_sha256, run.shape, self._took_bytes
-        )
+        wanted = Version(task.base_version, task.base_sha256, run.shape, task.broadcast)
+        weights = self._weights.get(wanted, self._took_bytes)
         tokens = fetch_tokens(self._fetch, task, run.shape.vocab_size, self._took_bytes)
         return _Fetched(weights, tokens, kit.clock() - started_s, lease.bytes_done)
 

@@ -61,6 +61,9 @@ FRAMES = {
     (FrameKind.SERVER_STATE, Codec.FP32, 600): (
         "5d2a615df982647f465449910e395b82214e2043440968cb5b729bd3f3b7b338"
     ),
+    (FrameKind.LINK, Codec.INT8, 513): (
+        "26e8646f6866dd239e8b8af4f3635f370a25371c1511249eaea7c9e4eb078ec5"
+    ),
 }
 LAYOUTS = {
     "tiny": "db30de6e784de0579bc749c36208d345dfdb61e41dff0d7b26b0ef7d1d92b507",

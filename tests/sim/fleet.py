@@ -15,9 +15,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext.codecs import Codec, decode, encode_with_feedback, is_finite
+from bitnet_ext.chain import next_link
+from bitnet_ext.codecs import Codec, encode_with_feedback, is_finite
 from bitnet_ext.frames import frame_bytes
 from bitnet_ext.outer import Part
+from bitnet_ext.wire.messages import EXACT
 from coordinator.domain import muon, sizing
 from coordinator.domain.initial import initial_vector
 from coordinator.domain.muon import OptimiserState, gradient_step
@@ -45,8 +47,6 @@ class Recipe:
     plan: TrainingPlan
     #: `delta`: local steps and an outer step; `gradient`: mean gradients and Muon.
     kind: str = "delta"
-    #: Codec of what workers download; fp32 is whole versions, else a chain of steps.
-    down: str = "fp32"
     #: Whether moments and residual outlive their process.
     keeps_state: bool = True
     #: Whether the next round begins while the coordinator still makes its step: then
@@ -273,9 +273,10 @@ class Fleet:
         """Return the bytes of the weights a worker lacks, and let it have them."""
         size = self._net.num_params
         whole = frame_bytes(Codec.FP32, size)
-        if worker.held is not None and self._recipe.down != Codec.FP32:
-            steps = self._version - worker.held
-            whole = min(whole, steps * frame_bytes(Codec(self._recipe.down), size))
+        broadcast = self._recipe.plan.broadcast
+        if worker.held is not None and broadcast != EXACT:
+            num_links = self._version - worker.held
+            whole = min(whole, num_links * frame_bytes(Codec(broadcast), size))
         worker.held = self._version
         return whole + TALK_BYTES
 
@@ -388,17 +389,16 @@ class Fleet:
         self.counts.optimiser_s += seconds
 
     def _publish(self) -> None:
-        """Make the next version what workers get: whole, or by one coded step."""
+        """Make the next version what workers get: whole, or by the next link."""
         self._version += 1
         self.counts.num_rounds += 1
-        codec, size = Codec(self._recipe.down), self._net.num_params
-        if codec is Codec.FP32:
+        broadcast = self._recipe.plan.broadcast
+        if broadcast == EXACT:
             self.published = self.master.copy()
         else:
-            # The difference holds all that earlier steps rounded away.
-            payload, _ = encode_with_feedback(codec, self.master - self.published, None)
-            self.published = self.published + decode(codec, payload, size)
-            self._spend(costs.ENCODE * size)
+            self.published = self.published.copy()
+            next_link(Codec(broadcast), self.master, self.published)
+            self._spend(costs.ENCODE * self._net.num_params)
         self._coming.append((self._busy_until, self.published))
 
     def _train(self, claims: list[Claim]) -> Iterator[Vector]:

@@ -19,6 +19,7 @@ ROOT: Final = Path(__file__).parents[2]
 CODE: Final = (
     *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone", "fleet")),
     "tests/sim/setting.py",
+    "bitnet_ext/chain.py",
     "bitnet_ext/codecs.py",
     "bitnet_ext/outer.py",
     "bitnet_ext/trits.py",
