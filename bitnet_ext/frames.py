@@ -59,7 +59,7 @@ _KIND_NUMBERS: Final = {
     FrameKind.DELTA: 2,
     FrameKind.GRADIENT: 3,
     FrameKind.SERVER_STATE: 4,
-    FrameKind.LINK: 5,
+    FrameKind.LINK: 6,
 }
 _KINDS: Final = {number: kind for kind, number in _KIND_NUMBERS.items()}
 _CODECS: Final = {codec.number: codec for codec in Codec}

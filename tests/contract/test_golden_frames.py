@@ -62,7 +62,7 @@ FRAMES = {
         "5d2a615df982647f465449910e395b82214e2043440968cb5b729bd3f3b7b338"
     ),
     (FrameKind.LINK, Codec.INT8, 513): (
-        "26e8646f6866dd239e8b8af4f3635f370a25371c1511249eaea7c9e4eb078ec5"
+        "8c4c00f25d378cdec6ee48aae111534b75ffcbdb085c30b4f25da7bce8d81abd"
     ),
 }
 LAYOUTS = {
