@@ -47,6 +47,10 @@ class FrameKind(StrEnum):
     SERVER_STATE = "server_state"
     #: A published version minus the one before it, as coded: n elements.
     LINK = "link"
+    #: What a worker's codec rounded away: n elements; stays on its disk.
+    RESIDUAL = "residual"
+    #: Both moments of AdamW, then steps by segment: 2n + s elements; as the residual.
+    MOMENTS = "moments"
 
     @property
     def number(self) -> int:
@@ -60,6 +64,8 @@ _KIND_NUMBERS: Final = {
     FrameKind.GRADIENT: 3,
     FrameKind.SERVER_STATE: 4,
     FrameKind.LINK: 6,
+    FrameKind.RESIDUAL: 7,
+    FrameKind.MOMENTS: 8,
 }
 _KINDS: Final = {number: kind for kind, number in _KIND_NUMBERS.items()}
 _CODECS: Final = {codec.number: codec for codec in Codec}

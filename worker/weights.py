@@ -12,7 +12,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -32,6 +32,7 @@ from bitnet_ext.wire.messages import EXACT
 from bitnet_ext.wire.verdicts import ErrorCode
 from worker.client import Download
 from worker.errors import BadDownloadError, BadWeightsError, RefusedError
+from worker.shelf import Kept, Owner, Shelf
 
 log = logging.getLogger(__name__)
 
@@ -42,22 +43,31 @@ KEPT: Final = 2
 class Version:
     """A published version that is wanted."""
 
+    run_id: str
     number: int
     #: Of the whole published frame, in hexadecimal.
     sha256: str
     shape: ModelShape
     #: Codec of the links that lead there; any other word: it comes whole.
-    broadcast: str = EXACT
+    broadcast: str = field(default=EXACT, compare=False)
+
+    @property
+    def owner(self) -> Owner:
+        """What its vector belongs to."""
+        return Owner(self.run_id, layout_hash(self.shape))
 
 
 class WeightCache:
     """The flat vectors of the latest versions asked for.
 
-    `fetch` fills a Download or raises; it does the retrying.
+    `fetch` fills a Download or raises; it does the retrying. Where versions follow
+    from each other by links, the newest is kept on the shelf: a process that starts
+    again goes on from it.
     """
 
-    def __init__(self, fetch: Callable[[Download], None]) -> None:
+    def __init__(self, fetch: Callable[[Download], None], shelf: Shelf) -> None:
         self._fetch = fetch
+        self._shelf = shelf
         self._kept: OrderedDict[Version, NDArray[np.float32]] = OrderedDict()
 
     def get(
@@ -69,18 +79,42 @@ class WeightCache:
         are shorter than the whole. Raises BadWeightsError when the bytes, the header
         or the numbers are not those of this version and model.
         """
+        if not self._kept and version.broadcast != EXACT:
+            self._read(version)
         if version not in self._kept:
             weights = self._by_links(version, on_bytes)
             if weights is None:
                 frame = self._whole(version, on_bytes)
                 weights = read_weights(frame, version.shape, version=version.number)
-            # Shared by every task of this version: a write would poison them all.
-            weights.flags.writeable = False
-            self._kept[version] = weights
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            self._keep(version, weights)
+            self._write(version, weights)
         self._kept.move_to_end(version)
         return self._kept[version]
+
+    def _keep(self, version: Version, weights: NDArray[np.float32]) -> None:
+        # Shared by every task of this version: a write would poison them all.
+        weights.flags.writeable = False
+        self._kept[version] = weights
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+
+    def _write(self, version: Version, weights: NDArray[np.float32]) -> None:
+        """Put a version on the shelf where links may lead on from it."""
+        is_newest = version.number == max(held.number for held in self._kept)
+        if is_newest and version.broadcast != EXACT:
+            kept = Kept(weights, version.number)
+            self._shelf.put(version.owner, FrameKind.WEIGHTS, kept)
+
+    def _read(self, version: Version) -> None:
+        """Take from the shelf what an earlier process held of this run and model."""
+        owner, size = version.owner, num_params(version.shape)
+        kept = self._shelf.get(owner, FrameKind.WEIGHTS, size)
+        if kept is not None:
+            sha256 = published_sha256(
+                kept.vector, layout_hash=owner.layout_hash, version=kept.version
+            )
+            held = replace(version, number=kept.version, sha256=sha256)
+            self._keep(held, kept.vector)
 
     def _by_links(
         self, version: Version, on_bytes: Callable[[int], None]
@@ -108,7 +142,7 @@ class WeightCache:
         older = (
             held
             for held in self._kept
-            if held.shape == version.shape and held.number < version.number
+            if held.owner == version.owner and held.number < version.number
         )
         return max(older, key=lambda held: held.number, default=None)
 

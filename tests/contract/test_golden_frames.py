@@ -64,6 +64,12 @@ FRAMES = {
     (FrameKind.LINK, Codec.INT8, 513): (
         "8c4c00f25d378cdec6ee48aae111534b75ffcbdb085c30b4f25da7bce8d81abd"
     ),
+    (FrameKind.RESIDUAL, Codec.FP32, 300): (
+        "faffe73ec39dc2b00e0491d9140e4393c69dfaa6ad8ed497b5f15c9d13e6fd22"
+    ),
+    (FrameKind.MOMENTS, Codec.FP32, 610): (
+        "51ed5e0eea699a13b5f1cb3d1f88cf666bf3871f30653d57c5df9bd11dff9760"
+    ),
 }
 LAYOUTS = {
     "tiny": "db30de6e784de0579bc749c36208d345dfdb61e41dff0d7b26b0ef7d1d92b507",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from tests.integration.fleet import (
     Hand,
     coordinator,
     make_corpus,
+    wait_for,
+    workers,
 )
 from worker.client import Download
+from worker.shelf import Shelf
 from worker.weights import Version, WeightCache
 
 NUM_ROUNDS = 6
@@ -44,7 +48,7 @@ class Holder:
     fetched: list[tuple[str, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.cache = WeightCache(self._fetch)
+        self.cache = WeightCache(self._fetch, Shelf(None))
 
     def _fetch(self, download: Download) -> None:
         self.fetched.append((download.path, download.total))
@@ -53,7 +57,11 @@ class Holder:
     def hold(self, task: Task) -> NDArray[np.float32]:
         """Return the weights of a task: what the task says, or this raises."""
         wanted = Version(
-            task.base_version, task.base_sha256, self.hand.shape, task.broadcast
+            task.run_id,
+            task.base_version,
+            task.base_sha256,
+            self.hand.shape,
+            task.broadcast,
         )
         return self.cache.get(wanted, lambda _: None)
 
@@ -125,3 +133,32 @@ def test_all_but_the_first_version_come_by_links(stories: list[Story]) -> None:
 def test_who_joins_late_holds_the_same_bytes(stories: list[Story]) -> None:
     for story in stories:
         assert story.joined.tobytes() == story.held.tobytes()
+
+
+def test_a_worker_killed_in_mid_task_goes_on_from_its_disk(tmp_path: Path) -> None:
+    """It has moments, residual and weights: only the first version came whole."""
+    make_corpus(tmp_path / "corpus", num_files=12, words=300)
+    with coordinator(tmp_path, **SETTINGS | {"ROUND_S": 1}) as process:
+        process.tell(Seed())
+        with workers(tmp_path, process.url, "one") as (running,):
+            process.wait_for_version(4)
+            running.kill()
+            running.wait(60.0)
+        told = (tmp_path / "one.log").read_text()
+        version = process.status()["run"]["newest_version"]
+        with workers(tmp_path, process.url, "one"):
+            wait_for(
+                "two more versions",
+                lambda: process.status()["run"]["newest_version"] >= version + 2,
+                timeout_s=120.0,
+            )
+        ((frame,),) = process.rows("SELECT MAX(published_bytes) FROM versions")
+        downloads = process.rows("SELECT download_bytes FROM submissions")
+
+    assert "goes on in run" not in told
+    again = (tmp_path / "one.log").read_text()[len(told) :]
+    assert "the last residual, the last moments" in again
+    assert "is of no use" not in again
+    # The root was fetched before, to be scored.
+    assert len(downloads) >= 5
+    assert max(size for (size,) in downloads) < frame / 10

@@ -18,12 +18,13 @@ from tests.unit.worker.fleet import published
 from tests.unit.worker.shapes import SMALL, seeded_weights
 from tests.unit.worker.stand_in import Reply, part_of, refuses
 from worker.errors import BadWeightsError, RefusedError, RetryLaterError
+from worker.shelf import Shelf
 from worker.weights import KEPT, Version, WeightCache, read_weights
 
 
 @pytest.fixture
 def cache(client) -> WeightCache:
-    return WeightCache(client.continue_download)
+    return WeightCache(client.continue_download, Shelf(None))
 
 
 def sha256(frame: bytes) -> str:
@@ -31,7 +32,7 @@ def sha256(frame: bytes) -> str:
 
 
 def get(cache, version: int, frame: bytes, on_bytes=lambda _: None):
-    return cache.get(Version(version, sha256(frame), SMALL), on_bytes)
+    return cache.get(Version("r1", version, sha256(frame), SMALL), on_bytes)
 
 
 def test_a_version_is_fetched_and_decoded(coordinator, cache) -> None:
@@ -85,7 +86,7 @@ def test_bytes_with_another_hash_are_refused(coordinator, cache) -> None:
     coordinator.on("GET /weights/1", Reply(206, bytes(frame), headers))
 
     with pytest.raises(BadWeightsError, match=f"must have SHA-256 {expected}"):
-        cache.get(Version(1, expected, SMALL), lambda _: None)
+        cache.get(Version("r1", 1, expected, SMALL), lambda _: None)
 
 
 def test_weights_of_a_model_of_another_size_are_refused(coordinator, cache) -> None:
@@ -165,7 +166,7 @@ class Chain:
     """Versions 1, 2, ... that a stand-in serves whole and by their links."""
 
     def __init__(self, coordinator, cache, num_versions: int) -> None:
-        self.coordinator, self._cache = coordinator, cache
+        self.coordinator, self.cache = coordinator, cache
         self.weights = {1: seeded_weights(SMALL, 1)}
         self.links: dict[int, bytes] = {}
         for number in range(2, num_versions + 1):
@@ -192,8 +193,8 @@ class Chain:
         self.coordinator.serve(f"/weights/{version}?from={held}", content)
 
     def get(self, number: int, **changes):
-        wanted = Version(number, sha256(self.frame(number)), SMALL, "ternary")
-        return self._cache.get(replace(wanted, **changes), lambda _: None)
+        wanted = Version("r1", number, sha256(self.frame(number)), SMALL, "ternary")
+        return self.cache.get(replace(wanted, **changes), lambda _: None)
 
     def asked(self) -> list[str]:
         paths = [request.path for request in self.coordinator.requests]
@@ -224,7 +225,7 @@ def test_links_that_break_off_are_asked_for_again(coordinator, client) -> None:
         if download.received < len(download.into):
             client.continue_download(download)
 
-    chain = Chain(coordinator, WeightCache(patiently), 2)
+    chain = Chain(coordinator, WeightCache(patiently, Shelf(None)), 2)
     chain.get(1)
     link = chain.links[2]
     coordinator.on(
@@ -303,3 +304,65 @@ def test_a_version_that_is_gone_altogether_is_a_bad_version(chain, coordinator) 
 
     with pytest.raises(BadWeightsError, match="unknown_version"):
         chain.get(2)
+
+
+def test_a_worker_that_starts_again_goes_on_from_the_version_it_held(
+    coordinator, client, tmp_path
+) -> None:
+    def cache() -> WeightCache:
+        return WeightCache(client.continue_download, Shelf(tmp_path))
+
+    chain = Chain(coordinator, cache(), 5)
+    chain.serve(1, 2)
+    chain.serve(2, 3)
+    for number in (1, 2):
+        chain.get(number)
+
+    chain.cache = cache()
+    assert chain.get(3).tobytes() == chain.weights[3].tobytes()
+    chain.cache = cache()
+    chain.get(3)
+
+    assert chain.asked() == ["1", "2?from=1", "3?from=2"]
+
+
+def test_scoring_an_old_version_leaves_the_newest_on_the_shelf(
+    coordinator, client, tmp_path
+) -> None:
+    def cache() -> WeightCache:
+        return WeightCache(client.continue_download, Shelf(tmp_path))
+
+    chain = Chain(coordinator, cache(), 4)
+    chain.get(4)
+    chain.get(1)
+
+    chain.cache = cache()
+    chain.get(4)
+
+    assert chain.asked() == ["4", "1"]
+
+
+def test_whole_versions_are_not_kept_on_disk(coordinator, client, tmp_path) -> None:
+    cache = WeightCache(client.continue_download, Shelf(tmp_path))
+    coordinator.serve("/weights/1", published())
+
+    get(cache, 1, published())
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_held_version_of_another_coordinator_is_found_out(
+    coordinator, client, tmp_path
+) -> None:
+    other = Chain(
+        coordinator, WeightCache(client.continue_download, Shelf(tmp_path)), 2
+    )
+    other.weights[1] = seeded_weights(SMALL, 99)
+    coordinator.serve("/weights/1", other.frame(1))
+    other.get(1)
+    cache = WeightCache(client.continue_download, Shelf(tmp_path))
+    chain = Chain(coordinator, cache, 2)
+    chain.serve(1, 2)
+
+    assert chain.get(2).tobytes() == chain.weights[2].tobytes()
+    assert chain.asked()[-2:] == ["2?from=1", "2"]
