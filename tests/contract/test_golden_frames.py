@@ -53,7 +53,7 @@ FRAMES = {
         "54f2e5a247b6257615a32dc4101be08a2de406b11c38c226a0aa433f210cddb8"
     ),
     (FrameKind.DELTA, Codec.TERNARY, 1003): (
-        "2146b98a43264a74f3f251f3345e5f5eb690c3e26862a10c1ab8e2afe3acc426"
+        "afda9dbadfb0464de5b78c484f91b50b93680fcd8932af1b96c7c269541c5f6c"
     ),
     (FrameKind.GRADIENT, Codec.FP32, 300): (
         "358279f8818fcf410b06d927fedc25af977f0f4df8c36d748cf2331b7397c7f7"
