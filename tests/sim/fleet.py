@@ -35,9 +35,10 @@ from tests.sim.text import Text, Windows
 
 Vector = NDArray[np.float32]
 
-#: What goes with a payload, each way, in bytes: an estimate. A submission's JSON block
-#: has 400, a task 600 to 900; the rest are HTTP headers of four requests.
-TALK_BYTES: Final = 1500
+#: What goes with a payload, in bytes as measured: claim, weights, tokens, a heartbeat
+#: and the submission, with their HTTP headers. Tokens of the text are no part of it.
+TALK_UP_BYTES: Final = 1850
+TALK_DOWN_BYTES: Final = 1930
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,12 +253,12 @@ class Fleet:
     def _timed(self, worker: Worker, stretch: Stretch, at: float) -> Claim:
         """Say how the task will go: how long each part takes, and who dies."""
         setting, counts, random = self._setting, self.counts, self._random
-        whole_bytes = frame_bytes(Codec.FP32, self._net.num_params) + TALK_BYTES
+        whole_bytes = frame_bytes(Codec.FP32, self._net.num_params)
         codec = Codec(self._recipe.plan.codec)
-        up_bytes = frame_bytes(codec, self._net.num_params) + TALK_BYTES
+        up_bytes = frame_bytes(codec, self._net.num_params) + TALK_UP_BYTES
         down_bytes = self._download(worker)
         counts.bytes_down += down_bytes
-        counts.bytes_down_fp32 += whole_bytes
+        counts.bytes_down_fp32 += whole_bytes + TALK_DOWN_BYTES
         compute_s = self._compute_s(worker, stretch)
         fetched_at = at + setting.transfer_s(down_bytes)
         if random.random() < setting.deaths:
@@ -265,7 +266,7 @@ class Fleet:
             silent_s = costs.HEARTBEAT_S * random.random()
             return Claim(worker, stretch, at, None, died_at - silent_s + costs.TTL_S)
         counts.bytes_up += up_bytes
-        counts.bytes_up_fp32 += whole_bytes
+        counts.bytes_up_fp32 += whole_bytes + TALK_UP_BYTES
         back_at = fetched_at + compute_s + setting.transfer_s(up_bytes)
         return Claim(worker, stretch, at, back_at, back_at)
 
@@ -278,7 +279,7 @@ class Fleet:
             num_links = self._version - worker.held
             whole = min(whole, num_links * frame_bytes(Codec(broadcast), size))
         worker.held = self._version
-        return whole + TALK_BYTES
+        return whole + TALK_DOWN_BYTES
 
     def _compute_s(self, worker: Worker, stretch: Stretch) -> float:
         plan, size = self._recipe.plan, self._net.num_params
