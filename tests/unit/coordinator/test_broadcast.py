@@ -225,6 +225,25 @@ def test_after_a_crash_the_round_is_closed_again_with_the_same_bytes(
     assert followed(chained, 3, 2).tobytes() == due.tobytes()
 
 
+def test_a_failing_disk_changes_nothing_of_what_is_published_next(
+    chained: World, tmp_path: Path
+):
+    train(chained, 2)
+    (tmp_path / "twin").mkdir()
+    with open_world(tmp_path / "twin") as twin:
+        start(twin)
+        train(twin, 2)
+        train(twin, 1, seed=1)
+        due = published(twin, 4)
+    submit(chained, (1, 0))
+    with chained.fs.failing(5), pytest.raises(MadeToFailError):
+        chained.close_round()
+
+    assert chained.close_round()  # by the same process, which remembers
+
+    assert published(chained, 4).tobytes() == due.tobytes()
+
+
 def test_a_published_frame_is_made_anew_from_the_one_before_and_its_link(
     chained: World,
 ):
