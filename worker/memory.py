@@ -19,8 +19,8 @@ from worker.train import Moments
 class Learned:
     """The state behind a submission; flat vectors in layout order."""
 
-    #: What AdamW remembers after the last local step.
-    moments: Moments
+    #: What AdamW remembers after the last local step; None in gradient rounds.
+    moments: Moments | None
     #: What the codec rounded away; part of the next payload. None: nothing.
     residual: NDArray[np.float32] | None
 

@@ -29,8 +29,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_ext.codecs import is_finite
 from bitnet_ext.fused import norm_of
 from bitnet_ext.layout import Segment, SegmentKind
+from bitnet_ext.outer import Part
+from coordinator.domain.outer_step import add_parts
 
 #: Quintic that pushes all singular values towards 1 (Jordan et al. 2024).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -74,6 +77,25 @@ class StepSizes:
 def is_hidden(segment: Segment) -> bool:
     """Return whether Muon takes this segment: the matrices between the tables."""
     return segment.kind in (SegmentKind.LINEAR, SegmentKind.RESIDUAL)
+
+
+def merged_step(
+    state: OptimiserState,
+    submissions: Iterable[Part],
+    parts: Iterable[Segment],
+    sizes: StepSizes,
+) -> OptimiserState | None:
+    """Return the state after a round; None where it would not be finite.
+
+    Submissions are added up in their order, each times its share. Raises
+    PayloadError or NonFiniteError for a payload that is not in order.
+    """
+    mean = np.zeros_like(state.weights)
+    add_parts(submissions, mean)
+    with np.errstate(over="ignore", invalid="ignore"):
+        new = gradient_step(state, mean, parts, sizes)
+    vectors = (new.weights, new.momentum, new.square)
+    return new if all(map(is_finite, vectors)) else None
 
 
 def gradient_step(

@@ -326,6 +326,7 @@ class _Claim:
                 shard_id=task.shard_id,
                 start_token=task.start_token,
             ),
+            round_kind=plan.round_kind,
             codec=plan.codec,
             hyper=hyper_parameters(
                 plan, tokens_accepted=run.tokens_accepted, task_tokens=task.num_tokens
