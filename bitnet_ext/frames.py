@@ -45,6 +45,8 @@ class FrameKind(StrEnum):
     GRADIENT = "gradient"  #: the gradient at the base version: n elements
     #: fp32 master weights, then momentum: *2n* elements, never sent to workers.
     SERVER_STATE = "server_state"
+    #: The same in gradient rounds, then the mean of squares of AdamW: *3n* elements.
+    GRADIENT_STATE = "gradient_state"
 
     @property
     def number(self) -> int:
@@ -57,6 +59,7 @@ _KIND_NUMBERS: Final = {
     FrameKind.DELTA: 2,
     FrameKind.GRADIENT: 3,
     FrameKind.SERVER_STATE: 4,
+    FrameKind.GRADIENT_STATE: 5,
 }
 _KINDS: Final = {number: kind for kind, number in _KIND_NUMBERS.items()}
 _CODECS: Final = {codec.number: codec for codec in Codec}
@@ -84,7 +87,7 @@ class FrameHeader:
     layout_hash: bytes
     #: Weight version; for a delta or a gradient the version it starts from.
     version: int
-    #: Numbers in the payload; for a server state twice those of the flat vector.
+    #: Numbers in the payload; of a server state two or three flat vectors.
     num_elements: int
 
     def __post_init__(self) -> None:

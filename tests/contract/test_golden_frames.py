@@ -61,6 +61,9 @@ FRAMES = {
     (FrameKind.SERVER_STATE, Codec.FP32, 600): (
         "5d2a615df982647f465449910e395b82214e2043440968cb5b729bd3f3b7b338"
     ),
+    (FrameKind.GRADIENT_STATE, Codec.FP32, 900): (
+        "4fd4659e6b8ec51131b9da72b77ee19951d5a5be389ea29d11608812e69d8037"
+    ),
 }
 LAYOUTS = {
     "tiny": "db30de6e784de0579bc749c36208d345dfdb61e41dff0d7b26b0ef7d1d92b507",
