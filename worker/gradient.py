@@ -34,8 +34,7 @@ def mean_gradient(
 ) -> TrainResult:
     """Return the mean gradient of `task` at the flat vector `base`.
 
-    Afterwards the model holds `base` and gradients of zeros. Raises as
-    `worker.train.take_steps` does.
+    Afterwards the model holds `base`. Raises as `worker.train.take_steps` does.
     """
     steps = MeanGradient(model, task.hyper.clip_norm, len(tokens) - 1)
     return take_steps(model, base, steps, tokens, task, hooks)
@@ -60,7 +59,5 @@ class MeanGradient(Backward):
 
     def result(self, _base: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
         """Return the mean gradient, clipped and known to be finite."""
-        grads = self._model.flat.grads
-        scaled = grads.cpu().numpy() * np.float32(self.clip(self._nats))
-        grads.zero_()
-        return scaled, None
+        grads = self._model.flat.grads.cpu().numpy()
+        return grads * np.float32(self.clip(self._nats)), None

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -84,6 +86,8 @@ def merged_step(
     submissions: Iterable[Part],
     parts: Iterable[Segment],
     sizes: StepSizes,
+    *,
+    threads: int = 1,
 ) -> OptimiserState | None:
     """Return the state after a round; None where it would not be finite.
 
@@ -92,8 +96,7 @@ def merged_step(
     """
     mean = np.zeros_like(state.weights)
     add_parts(submissions, mean)
-    with np.errstate(over="ignore", invalid="ignore"):
-        new = gradient_step(state, mean, parts, sizes)
+    new = gradient_step(state, mean, parts, sizes, threads=threads)
     vectors = (new.weights, new.momentum, new.square)
     return new if all(map(is_finite, vectors)) else None
 
@@ -103,19 +106,34 @@ def gradient_step(
     gradient: Vector,
     parts: Iterable[Segment],
     sizes: StepSizes,
+    *,
+    threads: int = 1,
 ) -> OptimiserState:
     """Return the state after one step down the mean gradient; inputs stay untouched.
 
-    Whatever is not finite ends in weights that are not.
+    Whatever is not finite ends in a state that is not. At most `threads` segments
+    are worked on at a time.
     """
     new = OptimiserState(
         weights=state.weights.copy(),
         momentum=state.momentum.copy(),
         square=state.square.copy(),
     )
-    for segment in parts:
-        place = slice(segment.offset, segment.offset + segment.size)
-        grad, momentum = gradient[place], new.momentum[place]
+    with ThreadPoolExecutor(threads) as pool:
+        steps = pool.map(partial(_step_segment, new, gradient, sizes), parts)
+        # No more than waiting for all of them, and raising what one has raised.
+        list(steps)
+    return new
+
+
+def _step_segment(
+    new: OptimiserState, gradient: Vector, sizes: StepSizes, segment: Segment
+) -> None:
+    """Make the step of one segment in place; no other reads or writes its part."""
+    place = slice(segment.offset, segment.offset + segment.size)
+    grad, momentum = gradient[place], new.momentum[place]
+    # What is not finite is looked for in the end.
+    with np.errstate(over="ignore", invalid="ignore"):
         if is_hidden(segment):
             change = _muon_change(grad, momentum, segment.shape, sizes)
         else:
@@ -124,7 +142,6 @@ def gradient_step(
         if segment.kind is not SegmentKind.NORM:
             weights *= np.float32(1.0 - sizes.rate * sizes.decay)
         weights -= change
-    return new
 
 
 def flop(parts: Iterable[Segment]) -> int:

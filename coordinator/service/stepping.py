@@ -7,6 +7,7 @@ same bytes, on every CPU and for every number of threads.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -99,7 +100,7 @@ def _after_gradient_step(
         step=closing.version - closing.run.root_version,
     )
     shape = shape_from_json(msgspec.json.decode(closing.run.model_json))
-    after = merged_step(before, parts, segments(shape), sizes)
+    after = merged_step(before, parts, segments(shape), sizes, threads=_num_cores())
     if after is None:
         return None
     return ServerState(
@@ -108,6 +109,13 @@ def _after_gradient_step(
         momentum=after.momentum,
         square=after.square,
     )
+
+
+def _num_cores() -> int:
+    """Return the cores that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def _parts(blobs: Blobs, submissions: Sequence[SubmissionRow]) -> Iterator[Part]:

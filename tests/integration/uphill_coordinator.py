@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from bitnet_ext.outer import Part
 from coordinator import cli
 from coordinator.domain.muon import merged_step
 from coordinator.domain.outer_step import outer_step
@@ -21,9 +20,11 @@ def uphill(*arguments: Any, rate: float, decay: float) -> Any:
     return outer_step(*arguments, rate=-rate, decay=decay)
 
 
-def uphill_by_muon(state: Any, submissions: Iterable[Part], *rest: Any) -> Any:
+def uphill_by_muon(
+    state: Any, submissions: Iterable[Any], *rest: Any, **more: Any
+) -> Any:
     turned = (replace(part, share=-part.share) for part in submissions)
-    return merged_step(state, turned, *rest)
+    return merged_step(state, turned, *rest, **more)
 
 
 if __name__ == "__main__":

@@ -90,8 +90,7 @@ def test_what_is_not_finite_is_seen_in_the_weights():
     place = part(gradient, "layers.0.q")
     place[0, 0] = np.inf
 
-    with np.errstate(invalid="ignore"):
-        new = gradient_step(fresh(), gradient, PARTS, SIZES)
+    new = gradient_step(fresh(), gradient, PARTS, SIZES)
 
     assert not np.isfinite(part(new.weights, "layers.0.q")).any()
 
@@ -186,6 +185,18 @@ def test_a_step_goes_down_the_gradient():
         )
 
     assert np.linalg.norm(state.weights - target) < 0.8 * before
+
+
+def test_threads_change_no_bit():
+    state, gradient = fresh(), normal(num_params(SHAPE), seed=1)
+
+    one, four = (
+        gradient_step(state, gradient, PARTS, SIZES, threads=threads)
+        for threads in (1, 4)
+    )
+
+    for name in ("weights", "momentum", "square"):
+        np.testing.assert_array_equal(getattr(four, name), getattr(one, name))
 
 
 def test_the_inputs_stay_as_they_were():
