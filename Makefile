@@ -10,6 +10,7 @@ TORCH := torch==2.13.0
 TORCH_INDEX ?=
 MINUTES ?= 5
 KILL ?= 0
+ROUND_KIND ?= delta
 CORPUS ?=
 STATE ?= demo-state
 PORT ?= 0
@@ -53,7 +54,7 @@ test-asan: setup ## Run the kernels' tests under AddressSanitizer and UBSan (nee
 
 demo: setup ## Train on this machine: MINUTES=5 KILL=1 CORPUS=folder STATE=folder
 	@$(BIN)/bitnet-coordinator demo --minutes $(MINUTES) --state $(STATE) \
-	    --port $(PORT) $(if $(filter 1,$(KILL)),--kill) \
+	    --port $(PORT) --round-kind $(ROUND_KIND) $(if $(filter 1,$(KILL)),--kill) \
 	    $(if $(CORPUS),--corpus $(CORPUS))
 
 BENCH_OPTIONS := $(if $(filter 1,$(QUICK)),--quick)

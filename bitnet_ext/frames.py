@@ -45,6 +45,8 @@ class FrameKind(StrEnum):
     GRADIENT = "gradient"  #: the gradient at the base version: n elements
     #: fp32 master weights, then momentum: *2n* elements, never sent to workers.
     SERVER_STATE = "server_state"
+    #: The same in gradient rounds, then the mean of squares of AdamW: *3n* elements.
+    GRADIENT_STATE = "gradient_state"
     #: A published version minus the one before it, as coded: n elements.
     LINK = "link"
     #: What a worker's codec rounded away: n elements; stays on its disk.
@@ -63,6 +65,7 @@ _KIND_NUMBERS: Final = {
     FrameKind.DELTA: 2,
     FrameKind.GRADIENT: 3,
     FrameKind.SERVER_STATE: 4,
+    FrameKind.GRADIENT_STATE: 5,
     FrameKind.LINK: 6,
     FrameKind.RESIDUAL: 7,
     FrameKind.MOMENTS: 8,
@@ -93,7 +96,7 @@ class FrameHeader:
     layout_hash: bytes
     #: Weight version; for a delta or a gradient the version it starts from.
     version: int
-    #: Numbers in the payload; for a server state twice those of the flat vector.
+    #: Numbers in the payload; of a server state two or three flat vectors.
     num_elements: int
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from typing import Final
 
 from bitnet_ext.exports.provenance import VARIANTS, Format, Variant
 from bitnet_ext.wire.log import configure_logging
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator import verbs
 from coordinator.app import KEY_NAME, Listening, serve
 from coordinator.control import (
@@ -162,6 +163,12 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kill", action="store_true", help="kill one worker with -9 in mid-task"
     )
+    parser.add_argument(
+        "--round-kind",
+        choices=[kind.value for kind in RoundKind],
+        default=RoundKind.DELTA.value,
+        help="what workers hand in: trained weights, or mean gradients",
+    )
 
 
 def _settings(options: argparse.Namespace) -> CoordinatorSettings:
@@ -299,5 +306,6 @@ def _demo(options: argparse.Namespace) -> int:
             corpus=options.corpus,
             port=options.port,
             kill=options.kill,
+            round_kind=RoundKind(options.round_kind),
         )
     )

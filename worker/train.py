@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -101,10 +101,12 @@ class Batch:
 class TrainResult:
     """What a finished task hands back."""
 
-    #: Base minus trained: the outer optimiser subtracts it. float32, layout order.
+    #: Base minus trained, or the mean gradient: the coordinator subtracts it.
+    #: float32, layout order.
     pseudo_gradient: NDArray[np.float32]
     #: The moments after the last step; commit them when the work is accepted.
-    moments: Moments
+    #: None: there was no optimiser.
+    moments: Moments | None
     num_steps: int
     #: Input positions trained, each once: the length of the stretch.
     tokens: int
@@ -113,6 +115,18 @@ class TrainResult:
     loss_last: float
     loss_mean: float
     compute_s: float
+
+
+class Steps(Protocol):
+    """What is done with the batches of a task, one after another."""
+
+    def step(self, batch: Batch, rate: float) -> float:
+        """Do one of them; return its loss in nats a token."""
+
+    def result(
+        self, base: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], Moments | None]:
+        """Return the pseudo-gradient, and the moments where there are some."""
 
 
 def train(
@@ -125,30 +139,45 @@ def train(
 ) -> TrainResult:
     """Run the local steps of `task` from the flat vector `base`.
 
-    `tokens` is int32: the stretch, and the token after it where the shard has one.
     Afterwards the model holds the trained weights; `base` and `moments` are as
-    they were.
+    they were. Raises as `take_steps` does.
+    """
+    steps = LocalSteps(model, moments.copy(model.device), task.hyper)
+    return take_steps(model, base, steps, tokens, task, hooks)
+
+
+def take_steps(
+    model: BitNetModel,
+    base: NDArray[np.float32],
+    steps: Steps,
+    tokens: NDArray[np.int32],
+    task: Task,
+    hooks: Hooks,
+) -> TrainResult:
+    """Lead the batches of `task` through `steps`, from the flat vector `base`.
+
+    `tokens` is int32: the stretch, and the token after it where the shard has one.
     Raises NonFiniteLossError when training diverges, TaskError when the task
     contradicts itself, and whatever `hooks.check` raises.
     """
     num_tokens = _stretch_length(tokens, task)
     started_s = hooks.clock()
     model.flat.load(base)
-    steps = LocalSteps(model, moments.copy(model.device), task.hyper)
     losses, nats, num_targets, tokens_done = [], 0.0, 0, 0
     for index, batch in enumerate(batches(tokens, num_tokens, task)):
         hooks.check()
         step_started_s = hooks.clock()
         rate = learning_rate(task.hyper, index, task.num_steps)
         losses.append(steps.step(batch, rate))
-        batch_targets = _num_targets(batch.targets)
+        batch_targets = count_targets(batch.targets)
         nats += losses[-1] * batch_targets
         num_targets += batch_targets
         tokens_done += batch.num_tokens
         hooks.progress(tokens_done, hooks.clock() - step_started_s)
+    pseudo_gradient, new_moments = steps.result(base)
     return TrainResult(
-        pseudo_gradient=_pseudo_gradient(base, model),
-        moments=steps.moments,
+        pseudo_gradient=pseudo_gradient,
+        moments=new_moments,
         num_steps=len(losses),
         tokens=tokens_done,
         loss_first=losses[0],
@@ -158,42 +187,33 @@ def train(
     )
 
 
-class LocalSteps:
-    """AdamW on the flat vector of a model; the moments given to it are updated.
+class Backward:
+    """Adds gradients up in the flat vector of a model, which begins at zero.
 
     At most `model.micro_batch` sequences go through the model at a time; whatever
-    it is, a step is the same but for rounding. Gradients are zeros before a step and
-    after it.
+    it is, the sum is the same but for rounding.
     """
 
-    def __init__(
-        self, model: BitNetModel, moments: Moments, hyper: HyperParameters
-    ) -> None:
-        self.moments = moments
+    def __init__(self, model: BitNetModel, clip_norm: float) -> None:
         self._model = model
-        self._hyper = hyper
-        self._stretches = _stretches(model)
+        self._clip_norm = clip_norm
         model.flat.grads.zero_()
 
-    def step(self, batch: Batch, rate: float) -> float:
-        """Make one step and return the loss before it, in nats a token.
+    def add(self, batch: Batch, num_targets: int) -> float:
+        """Add what a batch has in the mean loss of so many targets, and return it."""
+        return sum(
+            self._backward(*part) for part in self._parts(batch, max(1, num_targets))
+        )
 
-        Raises NonFiniteLossError before anything is changed.
-        """
-        flat = self._model.flat
-        nats = sum(self._backward(*part) for part in self._parts(batch))
-        self._update(self._clip(nats), rate)
-        flat.mark_changed()
-        return nats
-
-    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _parts(
+        self, batch: Batch, num_targets: int
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Yield inputs, targets and the share of all targets of each micro-batch."""
         size = self._model.micro_batch or len(batch.inputs)
-        num_targets = max(1, _num_targets(batch.targets))
         for first in range(0, len(batch.inputs), size):
             part = slice(first, first + size)
             inputs, targets = batch.inputs[part], batch.targets[part]
-            yield inputs, targets, _num_targets(targets) / num_targets
+            yield inputs, targets, count_targets(targets) / num_targets
 
     def _backward(self, inputs: Tensor, targets: Tensor, share: float) -> float:
         """Add the gradient of `share` of the loss; return that much of it."""
@@ -201,7 +221,7 @@ class LocalSteps:
         torch.autograd.backward(loss, torch.full_like(loss, share))
         return share * loss.item()
 
-    def _clip(self, loss: float) -> float:
+    def clip(self, loss: float) -> float:
         """Return the factor to the largest norm allowed; refuse what is not finite."""
         # One number that is finite only when all of them are.
         norm = self._norm()
@@ -209,13 +229,45 @@ class LocalSteps:
             raise NonFiniteLossError(
                 f"training diverged: loss {loss}, gradient norm {norm}"
             )
-        return min(1.0, self._hyper.clip_norm / max(norm, _TINY))
+        return min(1.0, self._clip_norm / max(norm, _TINY))
 
     def _norm(self) -> float:
         grads = self._model.flat.grads
         if self._model.plain:
             return float(torch.linalg.vector_norm(grads))
         return fused.norm_of(grads.numpy(), threads=self._model.threads)
+
+
+class LocalSteps(Backward):
+    """AdamW on the flat vector of a model; the moments given to it are updated.
+
+    Gradients are zeros before a step and after it.
+    """
+
+    def __init__(
+        self, model: BitNetModel, moments: Moments, hyper: HyperParameters
+    ) -> None:
+        super().__init__(model, hyper.clip_norm)
+        self.moments = moments
+        self._hyper = hyper
+        self._stretches = _stretches(model)
+
+    def step(self, batch: Batch, rate: float) -> float:
+        """Make one step and return the loss before it, in nats a token.
+
+        Raises NonFiniteLossError before anything is changed.
+        """
+        nats = self.add(batch, count_targets(batch.targets))
+        self._update(self.clip(nats), rate)
+        self._model.flat.mark_changed()
+        return nats
+
+    def result(self, base: NDArray[np.float32]) -> tuple[NDArray[np.float32], Moments]:
+        """Return base minus trained, known to be finite, and the moments."""
+        difference: NDArray[np.float32] = base - self._model.flat.values.cpu().numpy()
+        if not np.isfinite(difference).all():
+            raise NonFiniteLossError("training diverged: weights are not finite")
+        return difference, self.moments
 
     def _update(self, clip: float, rate: float) -> None:
         """Make the step of AdamW with the gradient times `clip`."""
@@ -262,7 +314,8 @@ def _stretches(model: BitNetModel) -> list[tuple[int, slice, bool]]:
     return found
 
 
-def _num_targets(targets: Tensor) -> int:
+def count_targets(targets: Tensor) -> int:
+    """Return how many inputs have a target."""
     return int((targets != NO_TARGET).sum())
 
 
@@ -320,13 +373,3 @@ def _stretch_length(tokens: NDArray[np.int32], task: Task) -> int:
             f"{task.batch_size} x {task.seq_len}, got {task.num_steps}"
         )
     return num_tokens
-
-
-def _pseudo_gradient(
-    base: NDArray[np.float32], model: BitNetModel
-) -> NDArray[np.float32]:
-    """Return base minus trained, known to be finite."""
-    difference: NDArray[np.float32] = base - model.flat.values.cpu().numpy()
-    if not np.isfinite(difference).all():
-        raise NonFiniteLossError("training diverged: weights are not finite")
-    return difference

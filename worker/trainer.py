@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from bitnet_ext.layout import ModelShape
 from bitnet_ext.wire.messages import Task
-from worker import calibrate, evaluate, train
+from bitnet_ext.wire.verdicts import RoundKind
+from worker import calibrate, evaluate, gradient, train
 from worker.calibrate import Calibration
 from worker.errors import BadShardError, SettingsError
 from worker.evaluate import Score
@@ -96,7 +97,13 @@ class TorchTrainer:
         task: Task,
         hooks: Hooks,
     ) -> TrainResult:
-        """Run the local steps of a task; None is an optimiser that starts anew."""
+        """Run the local steps of a task; None is an optimiser that starts anew.
+
+        A task of a gradient round has no optimiser.
+        """
+        if task.round_kind is RoundKind.GRADIENT:
+            model = self._model_of(shape)
+            return gradient.mean_gradient(model, base, tokens, task, hooks)
         known = Moments.zeros(shape) if moments is None else moments
         return train.train(self._model_of(shape), base, known, tokens, task, hooks)
 

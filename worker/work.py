@@ -287,7 +287,7 @@ def _encode(
             f"pseudo-gradient: {error}", FailCode.NON_FINITE_LOSS
         ) from error
     header = FrameHeader(
-        kind=FrameKind.DELTA,
+        kind=FrameKind(task.round_kind),
         codec=codec,
         layout_hash=run.layout_hash,
         version=task.base_version,

@@ -14,6 +14,7 @@ from bitnet_ext.wire.verdicts import (
     ErrorCode,
     FailCode,
     LeaseState,
+    RoundKind,
     SubmissionState,
     TaskKind,
     WorkerPhase,
@@ -98,7 +99,10 @@ class ClaimRequest(Message, frozen=True, kw_only=True):
 
 
 class HyperParameters(Message, frozen=True, kw_only=True):
-    """AdamW for one task; the schedule lives on the coordinator alone."""
+    """AdamW for one task; the schedule lives on the coordinator alone.
+
+    A mean gradient takes `clip_norm` only.
+    """
 
     #: Learning rate of the first local step; the last has `lr_end`, linear between.
     lr_start: float
@@ -138,7 +142,10 @@ class Task(Message, frozen=True, kw_only=True):
     synthetic: bool
     #: End-of-text token: starts each document.
     eot_id: int
-    #: Local optimiser steps and sequences in each; the last step may hold fewer.
+    #: What to hand in (training only).
+    round_kind: RoundKind = RoundKind.DELTA
+    #: Local steps (or parts of the mean gradient) and sequences in each; the last
+    #: may hold fewer.
     num_steps: Count
     batch_size: Positive
     seq_len: Positive

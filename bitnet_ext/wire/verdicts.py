@@ -17,8 +17,15 @@ class TaskState(StrEnum):
 class TaskKind(StrEnum):
     """What a task asks for."""
 
-    TRAIN = "train"  #: K local steps on a stretch of a shard
+    TRAIN = "train"  #: local steps, or a mean gradient, on a stretch of a shard
     EVALUATE = "evaluate"  #: score one version on the held-out shard
+
+
+class RoundKind(StrEnum):
+    """What the tasks of a run hand in, and so how its rounds become versions."""
+
+    DELTA = "delta"  #: base minus trained after local steps; the outer step follows
+    GRADIENT = "gradient"  #: the mean gradient; a step of Muon and AdamW follows
 
 
 class WorkerPhase(StrEnum):
@@ -52,7 +59,7 @@ class LeaseState(StrEnum):
 
 
 class SubmissionState(StrEnum):
-    """What became of a pseudo-gradient."""
+    """What became of a submission."""
 
     ACCEPTED = "accepted"  #: payload durable and row committed
     APPLIED = "applied"  #: part of a version

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from bitnet_ext.wire.verdicts import WorkerPhase
+from bitnet_ext.wire.verdicts import RoundKind, WorkerPhase
 from coordinator.control import Command, ResetPassword, Seed, TrainFor, ask
 from coordinator.demo import report
 from coordinator.demo.killing import Killing
@@ -52,6 +52,16 @@ SETTINGS: Final = {
     "WARMUP_TOKENS": "100000",
     "TOKEN_BUDGET": "0",
 }
+#: What is different with gradient rounds: many, so that there are many steps.
+OF_KIND: Final = {
+    RoundKind.DELTA: {},
+    RoundKind.GRADIENT: {
+        "ROUND_S": "2",
+        "LEARNING_RATE": "2e-2",
+        "OUTER_MOMENTUM": "0.8",
+        "WARMUP_TOKENS": "50000",
+    },
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +76,8 @@ class DemoOptions:
     port: int
     #: Kill one worker with -9 in mid-task.
     kill: bool
+    #: Of a run that begins; one that goes on keeps its own.
+    round_kind: RoundKind
 
     def __post_init__(self) -> None:
         if not 0.0 < self.minutes < 1e6:
@@ -118,7 +130,9 @@ def run_demo(options: DemoOptions) -> int:
 def _running(options: DemoOptions, folder: Path) -> Iterator[Demo]:
     """Run coordinator and workers as long as the block runs."""
     key = _kept_secret(folder / "worker-key")
-    env = {f"BITNET_COORD_{name}": value for name, value in SETTINGS.items()}
+    kind = options.round_kind
+    settings = SETTINGS | {"ROUND_KIND": kind} | OF_KIND[kind]
+    env = {f"BITNET_COORD_{name}": value for name, value in settings.items()}
     env |= {
         "BITNET_COORD_DATA": str(folder / "data"),
         "BITNET_COORD_CORPUS": str(folder / "corpus"),

@@ -23,14 +23,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_ext.codecs import is_finite
 from bitnet_ext.fused import norm_of
 from bitnet_ext.layout import Segment, SegmentKind
+from bitnet_ext.outer import Part
+from coordinator.domain.outer_step import add_parts
 
 #: Quintic that pushes all singular values towards 1 (Jordan et al. 2024).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -76,24 +81,59 @@ def is_hidden(segment: Segment) -> bool:
     return segment.kind in (SegmentKind.LINEAR, SegmentKind.RESIDUAL)
 
 
+def merged_step(
+    state: OptimiserState,
+    submissions: Iterable[Part],
+    parts: Iterable[Segment],
+    sizes: StepSizes,
+    *,
+    threads: int = 1,
+) -> OptimiserState | None:
+    """Return the state after a round; None where it would not be finite.
+
+    Submissions are added up in their order, each times its share. Raises
+    PayloadError or NonFiniteError for a payload that is not in order.
+    """
+    mean = np.zeros_like(state.weights)
+    add_parts(submissions, mean)
+    new = gradient_step(state, mean, parts, sizes, threads=threads)
+    vectors = (new.weights, new.momentum, new.square)
+    return new if all(map(is_finite, vectors)) else None
+
+
 def gradient_step(
     state: OptimiserState,
     gradient: Vector,
     parts: Iterable[Segment],
     sizes: StepSizes,
+    *,
+    threads: int = 1,
 ) -> OptimiserState:
     """Return the state after one step down the mean gradient; inputs stay untouched.
 
-    Whatever is not finite ends in weights that are not.
+    Whatever is not finite ends in a state that is not. At most `threads` segments
+    are worked on at a time.
     """
     new = OptimiserState(
         weights=state.weights.copy(),
         momentum=state.momentum.copy(),
         square=state.square.copy(),
     )
-    for segment in parts:
-        place = slice(segment.offset, segment.offset + segment.size)
-        grad, momentum = gradient[place], new.momentum[place]
+    with ThreadPoolExecutor(threads) as pool:
+        steps = pool.map(partial(_step_segment, new, gradient, sizes), parts)
+        # No more than waiting for all of them, and raising what one has raised.
+        list(steps)
+    return new
+
+
+def _step_segment(
+    new: OptimiserState, gradient: Vector, sizes: StepSizes, segment: Segment
+) -> None:
+    """Make the step of one segment in place; no other reads or writes its part."""
+    place = slice(segment.offset, segment.offset + segment.size)
+    grad, momentum = gradient[place], new.momentum[place]
+    # What is not finite is looked for in the end.
+    with np.errstate(over="ignore", invalid="ignore"):
         if is_hidden(segment):
             change = _muon_change(grad, momentum, segment.shape, sizes)
         else:
@@ -102,7 +142,6 @@ def gradient_step(
         if segment.kind is not SegmentKind.NORM:
             weights *= np.float32(1.0 - sizes.rate * sizes.decay)
         weights -= change
-    return new
 
 
 def flop(parts: Iterable[Segment]) -> int:

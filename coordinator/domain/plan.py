@@ -13,6 +13,8 @@ from typing import Annotated, Final
 from msgspec import Meta, Struct
 
 from bitnet_ext.wire.messages import EXACT, HyperParameters
+from bitnet_ext.wire.verdicts import RoundKind
+from coordinator.domain.muon import StepSizes
 
 # Bounded above: JSON has no infinity, so a plan that held one could not be read again.
 Positive = Annotated[float, Meta(gt=0.0, le=1e9)]
@@ -23,7 +25,10 @@ Count = Annotated[int, Meta(ge=1)]
 class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a run trains. Validated when it is decoded."""
 
-    #: Peak learning rate of AdamW on the workers.
+    #: `delta`: workers make local steps by AdamW, an outer step follows; `gradient`:
+    #: they send mean gradients, and the coordinator steps by Muon and AdamW.
+    round_kind: RoundKind = RoundKind.DELTA
+    #: Peak learning rate: of the local steps, or of the gradient step.
     learning_rate: Positive = 2e-3
     #: Accepted tokens over which the rate rises linearly from zero.
     warmup_tokens: Annotated[int, Meta(ge=0)] = 100_000
@@ -41,6 +46,7 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     eps: Positive = 1e-8
     clip_norm: Positive = 1.0
     #: Outer step: rate and momentum of Nesterov (Douillard et al. 2023, 2311.08105).
+    #: A gradient step has no outer rate; the momentum is that of Muon.
     outer_rate: Positive = 0.9
     outer_momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.8
     #: Sequences in one local step.
@@ -116,4 +122,23 @@ def hyper_parameters(
         beta2=plan.beta2,
         eps=plan.eps,
         clip_norm=plan.clip_norm,
+    )
+
+
+def step_sizes(
+    plan: TrainingPlan, *, tokens_before: int, tokens: int, step: int
+) -> StepSizes:
+    """Return the numbers of the gradient step of a round of so many tokens.
+
+    The rate is that of the middle of the round, as if it changed within: so it is
+    zero neither in the first step of a warm-up nor in the last of a schedule.
+    """
+    return StepSizes(
+        rate=learning_rate_at(plan, tokens_before + tokens // 2),
+        decay=weight_decay_at(plan, tokens_before),
+        momentum=plan.outer_momentum,
+        beta1=plan.beta1,
+        beta2=plan.beta2,
+        eps=plan.eps,
+        step=step,
     )

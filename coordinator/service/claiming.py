@@ -326,6 +326,7 @@ class _Claim:
                 shard_id=task.shard_id,
                 start_token=task.start_token,
             ),
+            round_kind=plan.round_kind,
             codec=plan.codec,
             broadcast=plan.broadcast,
             hyper=hyper_parameters(

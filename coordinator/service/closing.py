@@ -1,7 +1,7 @@
 """Closing a round: from its accepted submissions to the next weight version.
 
 Journey: read the round and its submissions in their fixed order; average, take the
-outer step and encode the blobs, off the loop; make them durable; then one
+step and encode the blobs, off the loop; make them durable; then one
 transaction makes the version, marks the submissions applied, closes the round and
 opens the next. A crash before that transaction leaves the round as it was: it is
 closed again at the next start, with the same bytes.
@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
 
 from sqlalchemy import Connection
 
 from bitnet_ext.codecs import PayloadError
-from bitnet_ext.frames import FrameError, decode_frame
-from bitnet_ext.outer import Part
+from bitnet_ext.frames import FrameError
 from coordinator.domain import leases
-from coordinator.domain.outer_step import merge_weights, outer_step
-from coordinator.domain.plan import TrainingPlan
 from coordinator.service.broadcast import publication
 from coordinator.service.fleet import Fleet
 from coordinator.service.pruning import prune_versions
 from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_epoch_if_done, add_evaluation
+from coordinator.service.stepping import Closing, next_state
 from coordinator.service.version_blobs import (
     Published,
     ServerState,
@@ -36,23 +33,9 @@ from coordinator.service.version_blobs import (
 )
 from coordinator.service.view import VersionPoint
 from coordinator.store import rounds, runs, tasks, versions, workers
-from coordinator.store.blobs import BlobKind, Blobs
-from coordinator.store.rows import PointRow, RoundRow, RunRow, SubmissionRow
+from coordinator.store.rows import PointRow, RoundRow, RunRow
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Closing:
-    """A round on its way to a version."""
-
-    run: RunRow
-    live: RoundRow
-    plan: TrainingPlan
-    #: In the one order in which they are merged.
-    submissions: list[SubmissionRow]
-    #: Number of the version to make.
-    version: int
 
 
 class RoundCloser:
@@ -121,7 +104,7 @@ class RoundCloser:
                 lambda: read_state(self._fleet.blobs, closing.live.base_version)
             )
         stepped = await self._fleet.off_loop(
-            lambda: _step(self._fleet.blobs, closing, base, self._spare)
+            lambda: next_state(self._fleet.blobs, closing, base, self._spare)
         )
         if stepped is None:
             await self._refuse_all(closing)
@@ -132,7 +115,7 @@ class RoundCloser:
         return True
 
     async def _publish(
-        self, closing: _Closing, base: ServerState, stepped: ServerState
+        self, closing: Closing, base: ServerState, stepped: ServerState
     ) -> None:
         fleet = self._fleet
         layout = bytes.fromhex(closing.run.layout_hash)
@@ -169,10 +152,10 @@ class RoundCloser:
         fleet.publish("version.published", point)
         await prune_versions(fleet)
 
-    async def _refuse_all(self, closing: _Closing) -> None:
-        """Leave a round out whose outer step is not finite; its tokens go back."""
+    async def _refuse_all(self, closing: Closing) -> None:
+        """Leave a round out whose step is not finite; its tokens go back."""
         log.error(
-            "the outer step of a round is not finite, its submissions are left out",
+            "the step of a round is not finite, its submissions are left out",
             extra={"event": "round.filtered", "round_id": closing.live.round_id},
         )
         now = self._fleet.clock.now()
@@ -181,37 +164,19 @@ class RoundCloser:
         )
 
 
-def _find(connection: Connection) -> _Closing | None:
+def _find(connection: Connection) -> Closing | None:
     run = runs.newest_run(connection)
     live = None if run is None else rounds.live_round(connection, run.run_id)
     if run is None or live is None or live.state != "closing":
         return None
-    return _Closing(
+    base = versions.find_version(connection, live.base_version)
+    return Closing(
         run=run,
         live=live,
-        plan=plan_of(run),
         submissions=rounds.accepted_in_round(connection, live.round_id),
         version=versions.highest_number(connection) + 1,
+        tokens_before=base.tokens_total if base else 0,
     )
-
-
-def _step(
-    blobs: Blobs, closing: _Closing, base: ServerState, spare: ServerState | None
-) -> ServerState | None:
-    """Return the next server state, in the memory of `spare` where that fits.
-
-    None when it would not be finite.
-    """
-    if spare is None or spare.weights.shape != base.weights.shape:
-        spare = ServerState.empty(len(base.weights))
-    is_finite = outer_step(
-        (base.weights, base.momentum),
-        _parts(blobs, closing.submissions),
-        (spare.weights, spare.momentum),
-        rate=closing.plan.outer_rate,
-        decay=closing.plan.outer_momentum,
-    )
-    return replace(spare, version=closing.version) if is_finite else None
 
 
 def version_point(row: PointRow) -> VersionPoint:
@@ -230,24 +195,10 @@ def version_point(row: PointRow) -> VersionPoint:
     )
 
 
-def _parts(blobs: Blobs, submissions: list[SubmissionRow]) -> Iterator[Part]:
-    """Yield the submissions in order, each with its share of the tokens.
-
-    Shares are normalised before anything is multiplied, so that one submission
-    alone has a share of exactly 1.
-    """
-    shares = merge_weights([row.tokens for row in submissions])
-    for row, share in zip(submissions, shares, strict=True):
-        header, payload = decode_frame(
-            blobs.read(BlobKind.PAYLOAD, row.payload_file or "")
-        )
-        yield Part(header.codec, payload, share)
-
-
 def _commit(
     connection: Connection,
     fleet: Fleet,
-    closing: _Closing,
+    closing: Closing,
     blobs: VersionBlobs,
     now: float,
 ) -> VersionPoint:
@@ -258,9 +209,7 @@ def _commit(
         # Its blobs stay: the number may be that of another version by now, and what
         # no row names is removed at the next start.
         raise LookupError(f"round {closing.live.round_id} is not to be closed any more")
-    tokens = sum(row.tokens for row in closing.submissions)
-    parent = versions.find_version(connection, live.base_version)
-    loss = sum(row.loss_mean * row.tokens for row in closing.submissions) / tokens
+    loss = sum(row.loss_mean * row.tokens for row in closing.submissions)
     versions.add_version(
         connection,
         version=closing.version,
@@ -268,9 +217,9 @@ def _commit(
         parent=live.base_version,
         round_id=live.round_id,
         created_at=now,
-        tokens_total=(parent.tokens_total if parent else 0) + tokens,
+        tokens_total=closing.tokens_before + closing.tokens,
         num_submissions=len(closing.submissions),
-        train_loss=loss,
+        train_loss=loss / closing.tokens,
         plan_json=run.plan_json,
         published_sha256=blobs.published.sha256,
         published_bytes=blobs.published.num_bytes,
@@ -309,7 +258,7 @@ def _open_next(
     add_epoch_if_done(connection, run, manifest, now)
 
 
-def _filter(connection: Connection, closing: _Closing, now: float) -> None:
+def _filter(connection: Connection, closing: Closing, now: float) -> None:
     """Leave every submission of the round out; the round starts over."""
     live, run = closing.live, closing.run
     rounds.filter_submissions(connection, live.round_id, "not finite after the step")

@@ -33,7 +33,11 @@ from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan
 from coordinator.service.corpus import tokenized_folder
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
 from coordinator.service.seeding import add_evaluation
-from coordinator.service.version_blobs import ServerState, VersionBlobs, write_version
+from coordinator.service.version_blobs import (
+    VersionBlobs,
+    first_state,
+    write_version,
+)
 from coordinator.store import rounds, runs, tasks, versions, workers
 from coordinator.store.blobs import BlobKind, version_blob
 from coordinator.store.rows import RunRow, VersionRow
@@ -139,9 +143,7 @@ def _make_run(
     """Write the root version of a new run, then its rows in one transaction."""
     version = fleet.store.read_now(versions.highest_number) + 1
     weights = initial(shape, settings.seed)
-    root = ServerState(
-        version=version, weights=weights, momentum=np.zeros_like(weights)
-    )
+    root = first_state(version, weights, settings.plan.round_kind)
     blobs = write_version(fleet.blobs, root, layout_hash(shape))
     now = fleet.clock.now()
     columns = _run_columns(fleet, settings, manifest, shape)

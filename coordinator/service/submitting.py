@@ -195,6 +195,7 @@ class Intake:
 class _Expected:
     """What the frame of a submission must be."""
 
+    kind: FrameKind
     codec: Codec
     layout_hash: bytes
     num_elements: int
@@ -202,8 +203,10 @@ class _Expected:
     @classmethod
     def of(cls, run: RunRow) -> _Expected:
         shape = shape_from_json(msgspec.json.decode(run.model_json))
+        plan = plan_of(run)
         return cls(
-            codec=Codec(plan_of(run).codec),
+            kind=FrameKind(plan.round_kind),
+            codec=Codec(plan.codec),
             layout_hash=bytes.fromhex(run.layout_hash),
             num_elements=num_params(shape),
         )
@@ -225,7 +228,7 @@ class _Expected:
             header, payload = decode_frame(frame)
             check_header(
                 header,
-                kind=FrameKind.DELTA,
+                kind=self.kind,
                 layout_hash=self.layout_hash,
                 num_elements=self.num_elements,
             )

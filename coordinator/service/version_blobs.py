@@ -19,6 +19,7 @@ from bitnet_ext.frames import (
     frame_parts,
 )
 from bitnet_ext.memory import aligned
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.store.blobs import BlobKind, Blobs, Written, version_blob
 
 
@@ -29,6 +30,8 @@ class ServerState:
     version: int
     weights: NDArray[np.float32]
     momentum: NDArray[np.float32]
+    #: Of gradient rounds: the mean of squares of AdamW; None in delta rounds.
+    square: NDArray[np.float32] | None = None
 
     @classmethod
     def empty(cls, num_params: int) -> ServerState:
@@ -63,6 +66,19 @@ class VersionBlobs:
     state: Written
 
 
+def first_state(
+    version: int, weights: NDArray[np.float32], round_kind: RoundKind
+) -> ServerState:
+    """Return the state of a run that has made no step yet."""
+    has_square = round_kind is RoundKind.GRADIENT
+    return ServerState(
+        version=version,
+        weights=weights,
+        momentum=np.zeros_like(weights),
+        square=np.zeros_like(weights) if has_square else None,
+    )
+
+
 def write_version(
     blobs: Blobs,
     state: ServerState,
@@ -85,11 +101,14 @@ def write_version(
         codec, payload = known.link.codec, known.link.payload
         link = frame_parts(replace(header, kind=FrameKind.LINK, codec=codec), payload)
         blobs.write(BlobKind.LINK, version_blob(state.version), link)
-    both = np.concatenate((state.weights, state.momentum))
-    state_header = replace(header, kind=FrameKind.SERVER_STATE, num_elements=len(both))
+    kind, vectors = FrameKind.SERVER_STATE, [state.weights, state.momentum]
+    if state.square is not None:
+        kind, vectors = FrameKind.GRADIENT_STATE, [*vectors, state.square]
+    joined = np.concatenate(vectors)
+    state_header = replace(header, kind=kind, num_elements=len(joined))
     return VersionBlobs(
         published=_write(blobs, BlobKind.PUBLISHED, header, known.weights),
-        state=_write(blobs, BlobKind.STATE, state_header, both),
+        state=_write(blobs, BlobKind.STATE, state_header, joined),
     )
 
 
@@ -106,9 +125,14 @@ def read_state(blobs: Blobs, version: int) -> ServerState:
     Raises FrameError or PayloadError when the blob is damaged.
     """
     header, payload = decode_frame(blobs.read(BlobKind.STATE, version_blob(version)))
-    both = decode(header.codec, payload, header.num_elements)
-    weights, momentum = np.split(both, 2)
-    return ServerState(version=version, weights=weights, momentum=momentum)
+    joined = decode(header.codec, payload, header.num_elements)
+    if header.kind is FrameKind.SERVER_STATE:
+        weights, momentum = np.split(joined, 2)
+        return ServerState(version=version, weights=weights, momentum=momentum)
+    weights, momentum, square = np.split(joined, 3)
+    return ServerState(
+        version=version, weights=weights, momentum=momentum, square=square
+    )
 
 
 def read_published(blobs: Blobs, version: int) -> NDArray[np.float32]:

@@ -75,7 +75,7 @@ class RoundView(View, frozen=True, kw_only=True):
 
     round_id: int
     base_version: int
-    #: `open` or `closing` (the outer step is being computed).
+    #: `open` or `closing` (its step is being computed).
     state: str
     opened_at: float
     first_claim_at: float | None

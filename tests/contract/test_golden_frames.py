@@ -18,7 +18,7 @@ from bitnet_ext.packing import pack
 from bitnet_ext.wire import PROTOCOL_VERSION
 
 #: The versions that the digests below belong to.
-PINNED_PROTOCOL = 1
+PINNED_PROTOCOL = 2
 PINNED_FORMAT = 1
 
 LAYOUT = bytes(range(32))
@@ -60,6 +60,9 @@ FRAMES = {
     ),
     (FrameKind.SERVER_STATE, Codec.FP32, 600): (
         "5d2a615df982647f465449910e395b82214e2043440968cb5b729bd3f3b7b338"
+    ),
+    (FrameKind.GRADIENT_STATE, Codec.FP32, 900): (
+        "4fd4659e6b8ec51131b9da72b77ee19951d5a5be389ea29d11608812e69d8037"
     ),
     (FrameKind.LINK, Codec.INT8, 513): (
         "8c4c00f25d378cdec6ee48aae111534b75ffcbdb085c30b4f25da7bce8d81abd"

@@ -321,7 +321,7 @@ class Hand:
 
     def body_of(self, task: Task, payload: bytes, **changes: Any) -> bytes:
         header = FrameHeader(
-            kind=FrameKind.DELTA,
+            kind=FrameKind(task.round_kind),
             codec=Codec(task.codec),
             layout_hash=bytes.fromhex(self.answer.layout_hash),
             version=task.base_version,

@@ -18,8 +18,9 @@ import requests
 
 from bitnet_ext.codecs import Codec, encode
 from bitnet_ext.layout import num_params
+from bitnet_ext.wire import PROTOCOL_VERSION
 from bitnet_ext.wire.messages import Task
-from bitnet_ext.wire.verdicts import ErrorCode, FailCode
+from bitnet_ext.wire.verdicts import ErrorCode, FailCode, RoundKind
 from coordinator.control import Seed
 from tests.integration.fleet import (
     KEY,
@@ -142,7 +143,7 @@ def test_health_is_for_everybody(running: Running) -> None:
 
 def registration(**changes: Any) -> dict[str, Any]:
     fields = {
-        "protocol_version": 1,
+        "protocol_version": PROTOCOL_VERSION,
         "worker_id": "w",
         "name": "w",
         "package_version": "0",
@@ -205,7 +206,14 @@ def refused_bodies(running: Running) -> dict[str, tuple[bytes, int, Any, Any]]:
     hand, task = running.hand, running.task
     good = hand.body(task, vector(running))
     stale = msgspec.structs.replace(task, base_version=7)
+    gradient = msgspec.structs.replace(task, round_kind=RoundKind.GRADIENT)
     return {
+        "a gradient": (
+            hand.body(gradient, vector(running)),
+            400,
+            ErrorCode.BAD_FRAME,
+            "frame",
+        ),
         "too short": (good[:-1], 400, ErrorCode.WRONG_LENGTH, "frame"),
         "too long": (good + b"x", 400, ErrorCode.WRONG_LENGTH, "frame"),
         "empty": (b"", 400, ErrorCode.WRONG_LENGTH, "body"),
@@ -257,6 +265,7 @@ def refused_bodies(running: Running) -> dict[str, tuple[bytes, int, Any, Any]]:
 
 
 CASES = [
+    "a gradient",
     "too short",
     "too long",
     "empty",

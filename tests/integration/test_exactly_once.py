@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bitnet_ext.layout import ModelShape, num_params
+from bitnet_ext.layout import ModelShape, num_params, segments
 from bitnet_ext.wire.messages import SubmissionAnswer, Task
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.app import open_fleet, run_settings
@@ -49,13 +49,32 @@ SETTINGS = {
 }
 
 
+#: AdamW that remembers nothing steps by its rate, whatever the size of a gradient.
+GRADIENTS = {
+    "ROUND_KIND": "gradient",
+    "LEARNING_RATE": 1.0,
+    "WARMUP_TOKENS": 0,
+    "WEIGHT_DECAY": 0.0,
+    "BETA1": 0.0,
+    "BETA2": 0.0,
+}
 # A one among zeros loses nothing in a ternary payload either.
-@pytest.fixture(params=["fp32", "ternary"])
+WAYS = [
+    {"CODEC": "fp32"},
+    {"CODEC": "ternary"},
+    {"CODEC": "fp32", **GRADIENTS},
+    {"CODEC": "ternary", **GRADIENTS},
+]
+
+
+@pytest.fixture(
+    params=WAYS, ids=lambda way: f"{way.get('ROUND_KIND', 'delta')}-{way['CODEC']}"
+)
 def at_zero(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[tuple[CoordinatorProcess, Manifest]]:
     manifest = make_corpus(tmp_path / "corpus", num_files=12, words=300)
-    process = CoordinatorProcess(tmp_path, {**SETTINGS, "CODEC": request.param}, HASTY)
+    process = CoordinatorProcess(tmp_path, SETTINGS | request.param, HASTY)
     begin_at_zero(process)
     process.start()
     total = sum(shard.num_tokens for shard in manifest.train_shards())
@@ -83,11 +102,13 @@ class Teller:
         self.process = process
         self.hand = hand
         self.size = num_params(hand.shape)
+        #: Coordinates to choose from: the embeddings, which come first.
+        self.reach = segments(hand.shape)[0].size
         self.accepted: set[int] = set()
 
     def coordinate(self, task: Task) -> int:
         # Far apart, so that each lies in another part of the vector.
-        return 1 + (task.byte_offset // task.byte_length) * 7919 % (self.size - 1)
+        return 1 + (task.byte_offset // task.byte_length) * 7919 % (self.reach - 1)
 
     def body(self, hand: Hand, task: Task, **changes: Any) -> bytes:
         vector = np.zeros(self.size, dtype=np.float32)

@@ -15,9 +15,12 @@ import pytest
 
 from bitnet_ext.codecs import Codec, decode
 from bitnet_ext.frames import decode_frame
+from bitnet_ext.layout import segments
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.control import Seed
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import Manifest
+from coordinator.domain.muon import OptimiserState, StepSizes, gradient_step
 from tests.integration.fleet import (
     Hand,
     coordinator,
@@ -38,6 +41,12 @@ SETTINGS = {
     "OUTER_MOMENTUM": DECAY,
     "SEED": 7,
 }
+#: Of gradient rounds; the rate goes by the tokens that were seen on the wire.
+PEAK, WARMUP = 2e-2, 10_000
+OF_KIND = {
+    RoundKind.DELTA: {},
+    RoundKind.GRADIENT: {"LEARNING_RATE": PEAK, "WARMUP_TOKENS": WARMUP},
+}
 MAY_TRAIN_INVENTED_TEXT = {"BITNET_ALLOW_SYNTHETIC_SHARDS": "true"}
 
 
@@ -45,6 +54,7 @@ MAY_TRAIN_INVENTED_TEXT = {"BITNET_ALLOW_SYNTHETIC_SHARDS": "true"}
 class Trained:
     """What is left when the epoch is over."""
 
+    kind: RoundKind
     manifest: Manifest
     status: Any
     seen: Recorder
@@ -55,12 +65,15 @@ class Trained:
     rows: list[tuple[Any, ...]]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    folder = tmp_path_factory.mktemp("fleet")
+@pytest.fixture(scope="module", params=RoundKind)
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Trained]:
+    folder, kind = tmp_path_factory.mktemp("fleet"), request.param
+    chosen = SETTINGS | {"ROUND_KIND": kind} | OF_KIND[kind]
     manifest = make_corpus(folder / "corpus", synthetic=True)
     epoch = sum(shard.num_tokens for shard in manifest.train_shards())
-    with coordinator(folder, TOKEN_BUDGET=epoch, **SETTINGS) as process:
+    with coordinator(folder, TOKEN_BUDGET=epoch, **chosen) as process:
         hand = Hand(process.url, manifest, "latecomer")
         hand.register()
         with (
@@ -77,6 +90,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
                 timeout_s=240.0,
             )
         yield Trained(
+            kind=kind,
             manifest=manifest,
             status=status,
             seen=seen,
@@ -165,18 +179,49 @@ def test_every_accepted_task_was_applied_exactly_once(trained: Trained) -> None:
     for block, frame in accepted.values():
         by_base.setdefault(block["base_version"], []).append((block, frame))
     weights = initial_weights(trained.shape, SETTINGS["SEED"])
-    momentum = np.zeros_like(weights)
+    zeros = np.zeros_like(weights)
+    state = OptimiserState(weights=weights, momentum=zeros, square=zeros)
 
-    for base in sorted(by_base):
+    before = 0
+    for step, base in enumerate(sorted(by_base), start=1):
         mean = mean_of(by_base[base], trained.seen)
-        momentum = np.float32(DECAY) * momentum + mean
-        step = np.float32(DECAY) * momentum + mean
-        weights = weights - np.float32(RATE) * step
+        tokens = sum(block["tokens"] for block, _ in by_base[base])
+        if trained.kind is RoundKind.DELTA:
+            state = outer(state, mean)
+        else:
+            rate = PEAK * min(1.0, (before + tokens // 2) / WARMUP)
+            state = by_muon(state, mean, trained.shape, rate=rate, step=step)
+        before += tokens
 
     assert sorted(by_base) == list(range(1, len(by_base) + 1))
     assert trained.status["run"]["newest_version"] == len(by_base) + 1
-    assert weights.tobytes() == trained.weights.tobytes()
+    assert state.weights.tobytes() == trained.weights.tobytes()
     assert len(trained.rows) == len(accepted)
+
+
+def outer(state: OptimiserState, mean: Any) -> OptimiserState:
+    momentum = np.float32(DECAY) * state.momentum + mean
+    step = np.float32(DECAY) * momentum + mean
+    return OptimiserState(
+        weights=state.weights - np.float32(RATE) * step,
+        momentum=momentum,
+        square=state.square,
+    )
+
+
+def by_muon(
+    state: OptimiserState, mean: Any, shape: Any, *, rate: float, step: int
+) -> OptimiserState:
+    sizes = StepSizes(
+        rate=rate,
+        decay=0.1,
+        momentum=DECAY,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        step=step,
+    )
+    return gradient_step(state, mean, segments(shape), sizes)
 
 
 def mean_of(submissions: list[tuple[Any, bytes]], seen: Recorder) -> Any:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from bitnet_ext.codecs import BLOCK, Codec
-from bitnet_ext.layout import num_params
+from bitnet_ext.codecs import BLOCK, Codec, decode, encode
+from bitnet_ext.layout import SegmentKind, num_params, segments
 from bitnet_ext.wire.messages import Task
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.control import Seed
 from tests.integration.fleet import Hand, coordinator, make_corpus
+from worker.gradient import mean_gradient
 from worker.model.transformer import BitNetModel
 from worker.shards import fetch_tokens
 from worker.train import Hooks, Moments, TrainResult, batches, train
@@ -25,6 +27,13 @@ PLAIN = {
     "WARMUP_TOKENS": 0,
     "LEARNING_RATE": 1e-3,
     "EVALUATE_EVERY": 1000,
+}
+RATE = 5e-3
+GRADIENTS = {
+    "ROUND_KIND": "gradient",
+    "LEARNING_RATE": RATE,
+    "WEIGHT_DECAY": 0.0,
+    "OUTER_MOMENTUM": 0.8,
 }
 BATCH_TOKENS = 8 * 128
 
@@ -53,9 +62,7 @@ def trained_once(
             hand.client.continue_download, task, hand.shape.vocab_size, lambda _: None
         )
         model = BitNetModel(hand.shape)
-        result: TrainResult = train(
-            model, base, Moments.zeros(hand.shape), tokens, task, quiet
-        )
+        result = work_of(model, base, tokens, task, quiet)
         hand.client.submit(hand.body(task, result.pseudo_gradient))
         version = process.wait_for_version(task.base_version + 1)
         assert version["run"]["newest_version"] == task.base_version + 1
@@ -69,6 +76,18 @@ def trained_once(
             "new": hand.weights(task.base_version + 1),
             "num_steps": result.num_steps,
         }
+
+
+def work_of(
+    model: BitNetModel,
+    base: NDArray[np.float32],
+    tokens: NDArray[np.int32],
+    task: Task,
+    quiet: Hooks,
+) -> TrainResult:
+    if task.round_kind is RoundKind.GRADIENT:
+        return mean_gradient(model, base, tokens, task, quiet)
+    return train(model, base, Moments.zeros(model.shape), tokens, task, quiet)
 
 
 def ulp(base: NDArray[np.float32], trained: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -108,6 +127,49 @@ def test_one_step_lowers_the_loss_of_its_own_batch(
     told = trained_once(tmp_path, quiet, num_steps=1, CODEC=codec)
 
     assert told["num_steps"] == 1
+    before = loss_of(told["model"], told["base"], told["tokens"], told["task"])
+    after = loss_of(told["model"], told["new"], told["tokens"], told["task"])
+    assert after < before - 0.01
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_the_new_weights_are_one_step_down_the_gradient(
+    tmp_path: Path, quiet: Hooks, codec: Codec
+) -> None:
+    told = trained_once(tmp_path, quiet, num_steps=2, CODEC=codec, **GRADIENTS)
+
+    sent = told["pseudo_gradient"]
+    arrived = decode(codec, encode(codec, sent), len(sent)).astype(np.float64)
+    assert told["num_steps"] == 2
+    np.testing.assert_array_equal(told["trained"], told["base"])
+    assert 0.01 < np.linalg.norm(sent) < 1.001
+    for segment in segments(told["model"].shape):
+        part = slice(segment.offset, segment.offset + segment.size)
+        gradient = arrived[part].reshape(segment.shape)
+        if segment.kind in (SegmentKind.LINEAR, SegmentKind.RESIDUAL):
+            step = RATE * 0.2 * np.sqrt(max(segment.shape)) * by_newton(gradient)
+        else:
+            step = RATE * gradient / (np.abs(gradient) + 1e-8)
+        due = told["base"][part] - step.reshape(-1)
+        np.testing.assert_allclose(told["new"][part], due, atol=2e-6)
+        assert np.abs(step).max() > 1e-4
+
+
+def by_newton(gradient: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return nearly the nearest orthogonal matrix, as in the paper."""
+    x = gradient / np.linalg.norm(gradient)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_one_gradient_step_lowers_the_loss_of_its_own_batch(
+    tmp_path: Path, quiet: Hooks, codec: Codec
+) -> None:
+    told = trained_once(tmp_path, quiet, num_steps=1, CODEC=codec, **GRADIENTS)
+
     before = loss_of(told["model"], told["base"], told["tokens"], told["task"])
     after = loss_of(told["model"], told["new"], told["tokens"], told["task"])
     assert after < before - 0.01

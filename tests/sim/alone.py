@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 
 from coordinator.domain.initial import initial_vector
-from coordinator.domain.muon import OptimiserState, StepSizes, gradient_step
-from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.domain.muon import OptimiserState, gradient_step
+from coordinator.domain.plan import TrainingPlan, hyper_parameters, step_sizes
 from tests.sim import setting as costs
 from tests.sim.net import SEQ_LEN, Net
 from tests.sim.setting import Setting
@@ -55,27 +55,15 @@ def alone_by_muon(
     zeros = np.zeros_like(first)
     state = OptimiserState(weights=first, momentum=zeros, square=zeros)
     tokens = 0
-    for batch in batches(text, num_windows, plan.batch_size, seed):
+    cut = batches(text, num_windows, plan.batch_size, seed)
+    for step, batch in enumerate(cut, start=1):
         _, grads_RP = net.gradients(state.weights[None], batch[None])
         clip = np.float32(clipped(grads_RP[0], plan.clip_norm))
-        sizes = step_sizes(plan, tokens, tokens // (plan.batch_size * SEQ_LEN) + 1)
+        size = len(batch) * SEQ_LEN
+        sizes = step_sizes(plan, tokens_before=tokens, tokens=size, step=step)
         state = gradient_step(state, grads_RP[0] * clip, net.segments, sizes)
-        tokens += len(batch) * SEQ_LEN
+        tokens += size
     return net.loss(state.weights, text.held_out)
-
-
-def step_sizes(plan: TrainingPlan, tokens_accepted: int, step: int) -> StepSizes:
-    """Return the numbers of one step of a gradient round."""
-    hyper = hyper_parameters(plan, tokens_accepted=tokens_accepted, task_tokens=0)
-    return StepSizes(
-        rate=hyper.lr_start,
-        decay=hyper.weight_decay,
-        momentum=plan.outer_momentum,
-        beta1=plan.beta1,
-        beta2=plan.beta2,
-        eps=plan.eps,
-        step=step,
-    )
 
 
 def batches(

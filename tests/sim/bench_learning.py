@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import torch
 
+from bitnet_ext.wire.verdicts import RoundKind
 from tests.sim.alone import alone, alone_by_muon, plan_for, windows_within
 from tests.sim.fleet import Fleet, Recipe
 from tests.sim.net import SEQ_LEN, Net, Shape
@@ -47,6 +48,7 @@ SHOWN: Final = (
 )
 #: The recipe of the fleet, as tuned on seeds 0 to 9 (lab log).
 FLEET_PLAN: Final = {
+    "round_kind": RoundKind.GRADIENT,
     "learning_rate": 2e-2,
     "outer_momentum": 0.8,
     "round_s": 2.0,
@@ -54,7 +56,7 @@ FLEET_PLAN: Final = {
     "broadcast": "ternary",
     "quorum": 0.7,
 }
-FLEET: Final = {"kind": "gradient"}
+FLEET: Final[dict[str, Any]] = {}
 #: Rates of ideal data-parallel training with the optimiser of gradient rounds.
 MUON_RATES: Final = (1e-2, 2e-2, 4e-2)
 

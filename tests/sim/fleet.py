@@ -16,18 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_ext.chain import next_link
-from bitnet_ext.codecs import Codec, encode_with_feedback, is_finite
+from bitnet_ext.codecs import Codec, encode_with_feedback
 from bitnet_ext.frames import frame_bytes
 from bitnet_ext.outer import Part
 from bitnet_ext.wire.messages import EXACT
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain import muon, sizing
 from coordinator.domain.initial import initial_vector
-from coordinator.domain.muon import OptimiserState, gradient_step
-from coordinator.domain.outer_step import add_parts, merge_weights, outer_step
-from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.domain.muon import OptimiserState, merged_step
+from coordinator.domain.outer_step import merge_weights, outer_step
+from coordinator.domain.plan import TrainingPlan, hyper_parameters, step_sizes
 from coordinator.domain.rounds import ClaimedWork, stops_waiting_at
 from tests.sim import setting as costs
-from tests.sim.alone import step_sizes
 from tests.sim.net import SEQ_LEN, Net
 from tests.sim.setting import Setting
 from tests.sim.steps import Local, Moments, clipped, trained
@@ -46,8 +46,6 @@ class Recipe:
     """How a fleet learns: the plan of a run, and what is not in a plan yet."""
 
     plan: TrainingPlan
-    #: `delta`: local steps and an outer step; `gradient`: mean gradients and Muon.
-    kind: str = "delta"
     #: Whether moments and residual outlive their process.
     keeps_state: bool = True
     #: Whether the next round begins while the coordinator still makes its step: then
@@ -286,7 +284,8 @@ class Fleet:
         num_steps = sizing.num_steps(
             stretch.num * SEQ_LEN, seq_len=SEQ_LEN, batch_size=plan.batch_size
         )
-        each = costs.ADAMW if self._recipe.kind == "delta" else costs.ACCUMULATE
+        steps_itself = plan.round_kind is RoundKind.DELTA
+        each = costs.ADAMW if steps_itself else costs.ACCUMULATE
         flop = (each * num_steps + costs.ENCODE) * size
         optimiser_s = self._setting.optimiser_s(
             flop, num_params=size, speed=worker.speed
@@ -349,25 +348,25 @@ class Fleet:
             )
         ]
         self._spend(costs.DECODE * len(claims) * self._net.num_params)
-        state = self._stepped(parts)
+        state = self._stepped(parts, sum(tokens))
         self.tokens += sum(tokens)
         if state is not None:
             self._state = state
             self._publish()
 
-    def _stepped(self, parts: list[Part]) -> OptimiserState | None:
+    def _stepped(self, parts: list[Part], tokens: int) -> OptimiserState | None:
         """Return the next state of the coordinator, and let that take its time.
 
         None where it is not finite.
         """
         plan, state, num_params = self._recipe.plan, self._state, self._net.num_params
-        if self._recipe.kind == "gradient":
-            mean = np.zeros_like(state.weights)
-            add_parts(parts, mean)
+        if self._recipe.plan.round_kind is RoundKind.GRADIENT:
             self._spend(muon.flop(self._net.segments) + costs.ADAMW * num_params)
-            sizes = step_sizes(plan, self.tokens, self.counts.num_rounds + 1)
-            new = gradient_step(state, mean, self._net.segments, sizes)
-            return new if is_finite(new.weights) else None
+            step = self.counts.num_rounds + 1
+            sizes = step_sizes(
+                plan, tokens_before=self.tokens, tokens=tokens, step=step
+            )
+            return merged_step(state, parts, self._net.segments, sizes)
         self._spend(costs.NESTEROV * num_params)
         after = np.empty_like(state.weights), np.empty_like(state.momentum)
         fine = outer_step(
@@ -404,7 +403,7 @@ class Fleet:
 
     def _train(self, claims: list[Claim]) -> Iterator[Vector]:
         """Yield the pseudo-gradient, or the mean gradient, of each claim."""
-        if self._recipe.kind == "gradient":
+        if self._recipe.plan.round_kind is RoundKind.GRADIENT:
             for claim in claims:
                 windows = self._windows(claim.stretch)
                 _, grads = self._net.gradients(self._base[None], windows[None])

@@ -74,6 +74,7 @@ BODIES = {
         "batch_size": 8,
         "seq_len": 128,
         "seed": 7,
+        "round_kind": "gradient",
         "codec": "int8",
         "broadcast": "ternary",
         "hyper": HYPER,
@@ -229,6 +230,7 @@ def test_a_message_cannot_be_changed(name):
         ("LogRecord", "message", "m" * 8001),
         ("Task", "base_sha256", SHA[:-1]),
         ("Task", "byte_length", 0),
+        ("Task", "round_kind", "gradients"),
     ],
 )
 def test_a_value_out_of_range_is_refused_at_its_field(name, field, value):

@@ -57,7 +57,12 @@ from coordinator.service.returning import fail, release, sweep_leases
 from coordinator.service.roster import register
 from coordinator.service.seeding import add_epoch, add_evaluation
 from coordinator.service.submitting import Intake
-from coordinator.service.version_blobs import ServerState, read_state, write_version
+from coordinator.service.version_blobs import (
+    ServerState,
+    first_state,
+    read_state,
+    write_version,
+)
 from coordinator.store import rounds, runs, tasks, versions, workers
 from coordinator.store.blobs import BlobKind, Blobs
 from coordinator.store.engine import Store
@@ -213,7 +218,7 @@ class World:
     ) -> RunRow:
         """Make a run of the tiny model; `scored`: with its root's evaluation."""
         weights = np.linspace(-1.0, 1.0, NUM_PARAMS, dtype=np.float32)
-        root = ServerState(version=1, weights=weights, momentum=np.zeros_like(weights))
+        root = first_state(1, weights, plan.round_kind)
         blobs = write_version(self.fleet.blobs, root, layout_hash(SHAPE))
         manifest, now = self.fleet.the_manifest(), self.clock.now()
 
@@ -456,7 +461,7 @@ def frame(
     """Return the frame of a pseudo-gradient that is `value` everywhere."""
     vector = np.full(num_params(shape), value, dtype=np.float32)
     header = FrameHeader(
-        kind=FrameKind.DELTA,
+        kind=FrameKind(task.round_kind),
         codec=codec,
         layout_hash=layout_hash(shape),
         version=task.base_version,

@@ -12,13 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitnet_ext.codecs import Codec, NonFiniteError, decode, encode
 from bitnet_ext.layout import ModelShape, SegmentKind, num_params, segments
+from bitnet_ext.outer import Part
 from coordinator.domain.muon import (
     OptimiserState,
     StepSizes,
     exact_product,
     flop,
     gradient_step,
+    merged_step,
     orthogonalised,
 )
 
@@ -87,8 +90,7 @@ def test_what_is_not_finite_is_seen_in_the_weights():
     place = part(gradient, "layers.0.q")
     place[0, 0] = np.inf
 
-    with np.errstate(invalid="ignore"):
-        new = gradient_step(fresh(), gradient, PARTS, SIZES)
+    new = gradient_step(fresh(), gradient, PARTS, SIZES)
 
     assert not np.isfinite(part(new.weights, "layers.0.q")).any()
 
@@ -185,6 +187,18 @@ def test_a_step_goes_down_the_gradient():
     assert np.linalg.norm(state.weights - target) < 0.8 * before
 
 
+def test_threads_change_no_bit():
+    state, gradient = fresh(), normal(num_params(SHAPE), seed=1)
+
+    one, four = (
+        gradient_step(state, gradient, PARTS, SIZES, threads=threads)
+        for threads in (1, 4)
+    )
+
+    for name in ("weights", "momentum", "square"):
+        np.testing.assert_array_equal(getattr(four, name), getattr(one, name))
+
+
 def test_the_inputs_stay_as_they_were():
     state, gradient = fresh(), normal(num_params(SHAPE), seed=1)
     copies = [v.copy() for v in (state.weights, state.momentum, state.square, gradient)]
@@ -195,6 +209,44 @@ def test_the_inputs_stay_as_they_were():
         (state.weights, state.momentum, state.square, gradient), copies, strict=True
     ):
         np.testing.assert_array_equal(vector, copy)
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_a_round_steps_down_the_weighted_mean_of_what_was_decoded(codec):
+    state, size = fresh(), num_params(SHAPE)
+    payloads = [encode(codec, normal(size, seed=seed)) for seed in (1, 2)]
+    parts = [
+        Part(codec, payload, share)
+        for payload, share in zip(payloads, (0.25, 0.75), strict=True)
+    ]
+
+    new = merged_step(state, parts, PARTS, SIZES)
+
+    first, second = (decode(codec, payload, size) for payload in payloads)
+    mean = np.float32(0.25) * first + np.float32(0.75) * second
+    due = gradient_step(state, mean, PARTS, SIZES)
+    for name in ("weights", "momentum", "square"):
+        np.testing.assert_array_equal(getattr(new, name), getattr(due, name))
+
+
+# With the first the square of the gradient is infinite, and the weights are not.
+@pytest.mark.parametrize(
+    ("name", "height"),
+    [("embeddings", 1e25), ("embeddings", 3e38), ("layers.0.q", 3e38)],
+)
+def test_a_round_whose_step_is_not_finite_makes_no_state(name, height):
+    gradient = np.zeros(num_params(SHAPE), dtype=np.float32)
+    part(gradient, name)[:] = height
+    parts = [Part(Codec.FP32, encode(Codec.FP32, gradient), share) for share in (1, 1)]
+
+    assert merged_step(fresh(), parts, PARTS, SIZES) is None
+
+
+def test_a_payload_that_is_not_finite_is_refused():
+    payload = np.full(num_params(SHAPE), np.nan, dtype=np.float32).tobytes()
+
+    with pytest.raises(NonFiniteError):
+        merged_step(fresh(), [Part(Codec.FP32, payload, 1.0)], PARTS, SIZES)
 
 
 def test_flop_are_those_of_three_products_an_iteration():

@@ -9,6 +9,7 @@ from coordinator.domain.plan import (
     TrainingPlan,
     hyper_parameters,
     learning_rate_at,
+    step_sizes,
     weight_decay_at,
 )
 
@@ -69,9 +70,20 @@ def test_a_task_goes_on_where_the_one_before_it_ended():
     assert (first.beta1, first.weight_decay) == (PLAN.beta1, PLAN.weight_decay)
 
 
+def test_a_gradient_step_takes_the_rate_of_the_middle_of_its_round():
+    first = step_sizes(TWO_STAGES, tokens_before=0, tokens=500, step=1)
+    last = step_sizes(TWO_STAGES, tokens_before=9000, tokens=1000, step=7)
+
+    assert (first.rate, first.decay, first.step) == (pytest.approx(0.25e-3), 0.1, 1)
+    assert (last.rate, last.decay, last.step) == (pytest.approx(0.0625e-3), 0.0, 7)
+    assert first.momentum == TWO_STAGES.outer_momentum
+    assert (first.beta1, first.beta2, first.eps) == (PLAN.beta1, PLAN.beta2, PLAN.eps)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("round_kind", "gradients"),
         ("learning_rate", 0.0),
         ("warmup_tokens", -1),
         ("schedule_tokens", -1),

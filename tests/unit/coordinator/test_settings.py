@@ -48,6 +48,7 @@ GOOD_PLAN = {
     "ROUND_S": ("30", 30.0),
     "QUORUM": ("0.7", 0.7),
     "CODEC": ("ternary", "ternary"),
+    "ROUND_KIND": ("gradient", "gradient"),
     "EVALUATE_EVERY": ("1", 1),
 }
 BAD = [
@@ -86,6 +87,7 @@ BAD = [
     ("QUORUM", "0"),
     ("QUORUM", "1.1"),
     ("CODEC", "int4"),
+    ("ROUND_KIND", "gradients"),
     ("EVALUATE_EVERY", "0"),
 ]
 

@@ -115,6 +115,11 @@ REFUSED: dict[str, tuple[Callable[[Task, SubmissionMeta], bytes], str, str]] = {
         "layout_mismatch",
         "frame",
     ),
+    "gradient in a delta round": (
+        with_frame(lambda task: raw_frame(task, numbers(), kind=FrameKind.GRADIENT)),
+        "bad_frame",
+        "frame",
+    ),
     "weights": (
         with_frame(lambda task: raw_frame(task, numbers(), kind=FrameKind.WEIGHTS)),
         "bad_frame",

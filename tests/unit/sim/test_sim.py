@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitnet_ext.wire.verdicts import RoundKind
 from tests.sim.alone import alone, plan_for
 from tests.sim.fleet import Fleet, Recipe
 from tests.sim.net import NO_TARGET, SEQ_LEN, Net, Shape, _bit_linear
@@ -107,10 +108,14 @@ def test_every_window_counts_once_an_epoch_whoever_dies(quorum):
     assert not set(places) & set(left)
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("delta", 4e-3), ("gradient", 0.05)])
+@pytest.mark.parametrize(
+    ("kind", "rate"), [(RoundKind.DELTA, 4e-3), (RoundKind.GRADIENT, 0.05)]
+)
 def test_the_fleet_learns(kind, rate):
-    plan = msgspec.structs.replace(PLAN, learning_rate=rate, round_s=1.0)
-    fleet = a_fleet(kind=kind, plan=plan)
+    plan = msgspec.structs.replace(
+        PLAN, round_kind=kind, learning_rate=rate, round_s=1.0
+    )
+    fleet = a_fleet(plan=plan)
     before = NET.loss(fleet.published, fleet._text.held_out)
 
     after = fleet.run(60 * SEQ_LEN)["loss"]
@@ -149,7 +154,8 @@ def test_work_that_comes_back_does_not_make_its_next_worker_late():
 
 
 def test_an_overlapped_round_trains_the_version_before_and_waits_for_no_step():
-    fleets = [a_fleet(kind="gradient", overlaps=overlaps) for overlaps in (False, True)]
+    plan = msgspec.structs.replace(PLAN, round_kind=RoundKind.GRADIENT)
+    fleets = [a_fleet(plan=plan, overlaps=overlaps) for overlaps in (False, True)]
     for fleet in fleets:
         for _ in range(3):
             fleet._round(10**6)

@@ -266,9 +266,9 @@ def taken_apart(body: bytes) -> tuple[SubmissionMeta, bytes]:
     return meta, body[4 + size :]
 
 
-def payload_of(frame: bytes) -> bytes:
+def payload_of(frame: bytes, kind: FrameKind = FrameKind.DELTA) -> bytes:
     header, payload = decode_frame(frame)
-    assert header.kind is FrameKind.DELTA
+    assert header.kind is kind
     return bytes(payload)
 
 

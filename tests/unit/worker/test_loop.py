@@ -7,13 +7,14 @@ import math
 import msgspec
 import pytest
 
-from bitnet_ext.frames import decode_frame
+from bitnet_ext.frames import FrameKind, decode_frame
 from bitnet_ext.layout import layout_hash
 from bitnet_ext.wire.messages import SubmissionAnswer
 from bitnet_ext.wire.verdicts import (
     ErrorCode,
     FailCode,
     LeaseState,
+    RoundKind,
     SubmissionState,
     TaskKind,
     WorkerPhase,
@@ -114,6 +115,19 @@ def test_moments_and_residual_go_on_after_an_accepted_task(fleet) -> None:
     payloads = [payload_of(frame) for _, frame in fleet.submissions()]
     # 0.0012 rounds to nothing at first; what is kept of it adds up to more.
     assert len(set(payloads)) > 1
+
+
+def test_a_gradient_task_is_answered_by_a_gradient_and_its_residual_goes_on(
+    fleet,
+) -> None:
+    fleet.hands_out(*[fleet.task(round_kind=RoundKind.GRADIENT)] * 4)
+
+    fleet.turns(4)
+
+    frames = [frame for _, frame in fleet.submissions()]
+    payloads = {payload_of(frame, FrameKind.GRADIENT) for frame in frames}
+    assert len(frames) == 4
+    assert len(payloads) > 1
 
 
 def test_an_answer_lost_on_its_way_is_asked_for_again(fleet) -> None:

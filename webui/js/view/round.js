@@ -33,7 +33,7 @@ export function RoundPanel() {
 }
 
 function standing(round, { numBack, leftS }) {
-  if (round.state === "closing") return "all back, the outer step is computed";
+  if (round.state === "closing") return "all back, the step is computed";
   if (round.lanes.length === 0) return "";
   return html`
     <span>

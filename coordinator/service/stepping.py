@@ -1,0 +1,132 @@
+"""From the submissions of a round to the next server state; blocking, off the loop.
+
+The state is a function of the state before, the payloads in their order, the plan and
+the tokens before the round: so a round that is closed again, or replayed, gives the
+same bytes, on every CPU and for every number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from bitnet_ext.frames import FrameError, decode_frame
+from bitnet_ext.layout import segments, shape_from_json
+from bitnet_ext.outer import Part
+from bitnet_ext.wire.verdicts import RoundKind
+from coordinator.domain.muon import OptimiserState, merged_step
+from coordinator.domain.outer_step import merge_weights, outer_step
+from coordinator.domain.plan import TrainingPlan, step_sizes
+from coordinator.service.roster import plan_of
+from coordinator.service.version_blobs import ServerState
+from coordinator.store.blobs import BlobKind, Blobs
+from coordinator.store.rows import RoundRow, RunRow, SubmissionRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closing:
+    """A round on its way to a version."""
+
+    run: RunRow
+    live: RoundRow
+    #: In the one order in which they are merged.
+    submissions: Sequence[SubmissionRow]
+    #: Number of the version to make.
+    version: int
+    #: Tokens behind the version before.
+    tokens_before: int
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """Return the plan of the run."""
+        return plan_of(self.run)
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of the submissions."""
+        return sum(row.tokens for row in self.submissions)
+
+
+def next_state(
+    blobs: Blobs, closing: Closing, base: ServerState, spare: ServerState | None
+) -> ServerState | None:
+    """Return the next server state, in the memory of `spare` where that fits.
+
+    None when it would not be finite. Raises OSError, FrameError or PayloadError when
+    a file of the round does not help.
+    """
+    parts = _parts(blobs, closing.submissions)
+    match closing.plan.round_kind:
+        case RoundKind.DELTA:
+            return _after_outer_step(closing, base, parts, spare)
+        case RoundKind.GRADIENT:
+            return _after_gradient_step(closing, base, parts)
+
+
+def _after_outer_step(
+    closing: Closing,
+    base: ServerState,
+    parts: Iterator[Part],
+    spare: ServerState | None,
+) -> ServerState | None:
+    if spare is None or spare.weights.shape != base.weights.shape:
+        spare = ServerState.empty(len(base.weights))
+    is_finite = outer_step(
+        (base.weights, base.momentum),
+        parts,
+        (spare.weights, spare.momentum),
+        rate=closing.plan.outer_rate,
+        decay=closing.plan.outer_momentum,
+    )
+    return replace(spare, version=closing.version) if is_finite else None
+
+
+def _after_gradient_step(
+    closing: Closing, base: ServerState, parts: Iterator[Part]
+) -> ServerState | None:
+    if base.square is None:
+        raise FrameError(f"the state of version {base.version} has no mean of squares")
+    before = OptimiserState(
+        weights=base.weights, momentum=base.momentum, square=base.square
+    )
+    sizes = step_sizes(
+        closing.plan,
+        tokens_before=closing.tokens_before,
+        tokens=closing.tokens,
+        # Every version of a run but its root is one step.
+        step=closing.version - closing.run.root_version,
+    )
+    shape = shape_from_json(msgspec.json.decode(closing.run.model_json))
+    after = merged_step(before, parts, segments(shape), sizes, threads=_num_cores())
+    if after is None:
+        return None
+    return ServerState(
+        version=closing.version,
+        weights=after.weights,
+        momentum=after.momentum,
+        square=after.square,
+    )
+
+
+def _num_cores() -> int:
+    """Return the cores that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
+
+
+def _parts(blobs: Blobs, submissions: Sequence[SubmissionRow]) -> Iterator[Part]:
+    """Yield the submissions in order, each with its share of the tokens.
+
+    Shares are normalised before anything is multiplied, so that one submission
+    alone has a share of exactly 1.
+    """
+    shares = merge_weights([row.tokens for row in submissions])
+    for row, share in zip(submissions, shares, strict=True):
+        header, payload = decode_frame(
+            blobs.read(BlobKind.PAYLOAD, row.payload_file or "")
+        )
+        yield Part(header.codec, payload, share)
