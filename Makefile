@@ -15,7 +15,7 @@ STATE ?= demo-state
 PORT ?= 0
 QUICK ?= 0
 
-.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-curves bench-learning wheel lock vendor clean format
+.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning wheel lock vendor clean format
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -66,6 +66,9 @@ bench-train: setup ## Time whole training steps next to torch: QUICK=1
 
 bench-codecs: setup ## Time packing and codecs next to memcpy: QUICK=1
 	@$(BIN)/python -m tests.bench.bench_codecs $(BENCH_OPTIONS)
+
+bench-generate: setup ## Time tokens of a text next to llama.cpp and torch: QUICK=1
+	@$(BIN)/python -m tests.bench.bench_generate $(BENCH_OPTIONS)
 
 bench-curves: setup ## Compare losses of 300 steps with plain PyTorch's: QUICK=1 for 60
 	@$(BIN)/python -m tests.bench.curves $(BENCH_OPTIONS)

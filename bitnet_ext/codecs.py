@@ -3,7 +3,7 @@
 - `fp32`: the numbers themselves, little-endian
 - `int8`: for each block of 256 numbers a float32 scale, all scales first, then one
   int8 for each number; a number is off by at most half a scale
-- `ternary`: 1.66 bits a number, see `trits`; only worth it with error feedback
+- `ternary`: 1.44 bits a number, see `trits`; only worth it with error feedback
 
 A payload that decodes holds finite numbers only, and nothing is returned or written
 before all of it was looked at. With error feedback, what one payload rounds away is
@@ -36,7 +36,7 @@ class Codec(StrEnum):
 
     FP32 = "fp32"  #: lossless, 4 bytes a number
     INT8 = "int8"  #: 1 byte a number and 4 for each block of 256
-    TERNARY = "ternary"  #: a fifth of a byte a number and 2 for each block of 256
+    TERNARY = "ternary"  #: a bit a number and 14 bytes for each block of 256
 
     @property
     def number(self) -> int:
@@ -143,7 +143,7 @@ def decode(
     """Return the numbers of a payload, float32 (n,): in `out`, or in a new array.
 
     Raises PayloadError when the length is wrong or a byte is one that no encoder
-    writes (-128; five values above 242; a scale that is negative, subnormal or
+    writes (-128; a sign that stands for nothing; a scale that is negative, subnormal or
     above MAX_SCALE), and NonFiniteError for a NaN or an infinity; `out` is then
     undefined.
     """

@@ -28,11 +28,14 @@ from bitnet_ext.infer import (
 )
 from bitnet_ext.isa import kernels as _kernels
 from bitnet_ext.memory import aligned
-from bitnet_ext.operands import tiles_of
+from bitnet_ext.operands import PackedTernary, tiles_of
 from bitnet_ext.ternary import quantise_rows
 
 #: Positions whose keys lie side by side.
 _SIDE: Final = 16
+
+#: Blocks of 2 bits a value, rows, columns, scale.
+_Weight = tuple[NDArray[np.uint8], int, int, float]
 
 
 class Decoder:
@@ -65,7 +68,7 @@ class Decoder:
             (model.final_norm, tiles, words.scale.reshape(-1)),
             rotary_angles(shape, num_c),
             [_norms(layer) for layer in model.layers],
-            [_weights(layer) for layer in model.layers],
+            _weights(model.layers),
             self._keys,
             self._values,
             shape.rms_norm_eps,
@@ -81,6 +84,10 @@ class Decoder:
         shape = self._model.shape
         self._ids += check_ids(ids, shape.vocab_size).tolist()
         return self._read(shape.seq_len)
+
+    def clear(self) -> None:
+        """Begin a new text."""
+        self._ids.clear()
 
     def step(self, token: int) -> Floats:
         """Add one id to the text; as `feed`, and as fast as decoding is."""
@@ -116,9 +123,25 @@ def _norms(layer: Layer) -> tuple[Floats, ...]:
     return layer.attn_norm, layer.attn_sub_norm, layer.ffn_norm, layer.ffn_sub_norm
 
 
-def _weights(layer: Layer) -> tuple[tuple[NDArray[np.uint8], int, int, float], ...]:
-    all_seven = layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down
-    return tuple((w.narrow, w.num_rows, w.num_columns, w.scale) for w in all_seven)
+def _weights(layers: tuple[Layer, ...]) -> list[tuple[_Weight, ...]]:
+    """Return the seven weights of each layer at 2 bits a value.
+
+    They lie one behind the other in the order of their use: what is fetched ahead past
+    the end of one is the beginning of the next.
+    """
+    linears = [
+        (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+        for layer in layers
+    ]
+    rest = aligned(sum(w.narrow_bytes for seven in linears for w in seven), np.uint8)
+
+    def packed(weight: PackedTernary) -> _Weight:
+        nonlocal rest
+        own, rest = rest[: weight.narrow_bytes], rest[weight.narrow_bytes :]
+        weight.write_narrow(own)
+        return own, weight.num_rows, weight.num_columns, weight.scale
+
+    return [tuple(map(packed, seven)) for seven in linears]
 
 
 def _zeros(*shape: int) -> Floats:

@@ -45,6 +45,12 @@ class FrameKind(StrEnum):
     GRADIENT = "gradient"  #: the gradient at the base version: n elements
     #: fp32 master weights, then momentum: *2n* elements, never sent to workers.
     SERVER_STATE = "server_state"
+    #: A published version minus the one before it, as coded: n elements.
+    LINK = "link"
+    #: What a worker's codec rounded away: n elements; stays on its disk.
+    RESIDUAL = "residual"
+    #: Both moments of AdamW, then steps by segment: 2n + s elements; as the residual.
+    MOMENTS = "moments"
 
     @property
     def number(self) -> int:
@@ -57,6 +63,9 @@ _KIND_NUMBERS: Final = {
     FrameKind.DELTA: 2,
     FrameKind.GRADIENT: 3,
     FrameKind.SERVER_STATE: 4,
+    FrameKind.LINK: 6,
+    FrameKind.RESIDUAL: 7,
+    FrameKind.MOMENTS: 8,
 }
 _KINDS: Final = {number: kind for kind, number in _KIND_NUMBERS.items()}
 _CODECS: Final = {codec.number: codec for codec in Codec}

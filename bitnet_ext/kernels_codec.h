@@ -75,4 +75,12 @@ const struct codecs *active_codecs(void);
 
 void outer_step(struct outer *o, int threads);
 
+/* Large numbers in a block of a ternary payload at most. */
+enum { MOST_LARGE = 96 };
+/* As the int8 codec's; a payload that is added has been checked. */
+int encode_trits(const float *x, const float *minus, const float *residual,
+                 ptrdiff_t count, uint8_t *payload, float *lost);
+int check_trits(const uint8_t *payload, ptrdiff_t count);
+void add_trits(const uint8_t *payload, ptrdiff_t count, float weight, float *into);
+
 #endif

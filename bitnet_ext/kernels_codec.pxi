@@ -45,6 +45,14 @@ cdef extern from "kernels_codec.h" nogil:
         int status
         int overflows
 
+    cdef enum:
+        MOST_LARGE
+
+    int c_encode_trits "encode_trits"(
+        const float *, const float *, const float *, Py_ssize_t, uint8_t *, float *
+    )
+    int c_check_trits "check_trits"(const uint8_t *, Py_ssize_t)
+    void c_add_trits "add_trits"(const uint8_t *, Py_ssize_t, float, float *)
     const codecs *active_codecs()
     void c_outer_step "outer_step"(outer *o, int threads)
 
@@ -279,3 +287,56 @@ def outer_step(
     with nogil:
         c_outer_step(&o, threads)
     return o.status, o.overflows != 0
+
+
+cdef inline Py_ssize_t _trits_bytes(Py_ssize_t count) noexcept:
+    return (2 + MOST_LARGE // 8) * _up(count, BLOCK) + _up(count, 8)
+
+
+def encode_trits(
+    const float[::1] x not None,
+    const float[::1] minus,
+    const float[::1] residual,
+    uint8_t[::1] payload not None,
+    float[::1] lost,
+):
+    """Write the payload of x - minus + residual and what is lost; return the status."""
+    cdef Py_ssize_t count = x.shape[0]
+    cdef const float *less = _or_null(minus)
+    cdef const float *more = _or_null(residual)
+    cdef float *rest = NULL
+    cdef int status
+    _must(payload.shape[0] == _trits_bytes(count), "payload")
+    _must(minus is None or minus.shape[0] == count, "minus")
+    _must(residual is None or residual.shape[0] == count, "residual")
+    _must(lost is None or lost.shape[0] == count, "lost")
+    if count == 0:
+        return 0
+    if lost is not None:
+        rest = &lost[0]
+    with nogil:
+        status = c_encode_trits(&x[0], less, more, count, &payload[0], rest)
+    return status
+
+
+def check_trits(const uint8_t[::1] payload not None, Py_ssize_t count):
+    """Return the status of a payload of so many numbers."""
+    cdef int status
+    _must(count >= 0 and payload.shape[0] == _trits_bytes(count), "payload")
+    if count == 0:
+        return 0
+    with nogil:
+        status = c_check_trits(&payload[0], count)
+    return status
+
+
+def add_trits(
+    const uint8_t[::1] payload not None, float weight, float[::1] into not None
+):
+    """Add weight times the numbers of a checked payload to `into`."""
+    cdef Py_ssize_t count = into.shape[0]
+    _must(payload.shape[0] == _trits_bytes(count), "payload")
+    if count == 0:
+        return
+    with nogil:
+        c_add_trits(&payload[0], count, weight, &into[0])

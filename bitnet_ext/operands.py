@@ -88,10 +88,18 @@ class PackedTernary:
     @cached_property
     def narrow(self) -> NDArray[np.uint8]:
         """The same at 2 bits a value, for products of few rows; made when asked for."""
-        blocks = -(-self.num_rows // 16) * -(-self.num_columns // 16)
-        narrow = aligned(64 * blocks, np.uint8)
-        _kernels.narrow_tiles(self.tiles, self.num_rows, self.num_columns, narrow)
+        narrow = aligned(self.narrow_bytes, np.uint8)
+        self.write_narrow(narrow)
         return narrow
+
+    @property
+    def narrow_bytes(self) -> int:
+        """How many bytes the form at 2 bits a value takes."""
+        return 64 * -(-self.num_rows // 16) * -(-self.num_columns // 16)
+
+    def write_narrow(self, out: NDArray[np.uint8]) -> None:
+        """Write that form to uint8 (narrow_bytes,)."""
+        _kernels.narrow_tiles(self.tiles, self.num_rows, self.num_columns, out)
 
 
 @dataclass(frozen=True, slots=True)

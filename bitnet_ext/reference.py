@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from bitnet_ext.codecs import BLOCK, Vector
 from bitnet_ext.packing import PLANE, PLANES
 from bitnet_ext.ternary import TOKENS, QuantisedRows
+from bitnet_ext.trits import MOST_LARGE
 
 _LANES = 16
 _SMALLEST = np.finfo(np.float32).smallest_normal
@@ -157,18 +158,22 @@ def decode_int8(payload: bytes, num_elements: int) -> Vector:
 
 def encode_ternary(vector: Vector) -> bytes:
     """Return the ternary payload of finite numbers (n,)."""
-    sizes, values = [], []
+    sizes, large, minus = [], [], []
     for start in range(0, vector.size, BLOCK):
-        size, signs = ternary_block(vector[start : start + BLOCK])
+        size, values = ternary_block(vector[start : start + BLOCK])
         sizes.append(int(to_bf16(np.array([size], dtype=np.float32))[0]))
-        values += signs
-    values += [0] * (-len(values) % 5)
-    codes = (0, 1, 2)
-    packed = [
-        sum(codes[sign] * 3**place for place, sign in enumerate(values[start:][:5]))
-        for start in range(0, len(values), 5)
-    ]
-    return np.array(sizes, dtype="<u2").tobytes() + bytes(packed)
+        large += [value != 0 for value in values]
+        signs = [value < 0 for value in values if value]
+        minus += signs + [False] * (MOST_LARGE - len(signs))
+    return np.array(sizes, dtype="<u2").tobytes() + _bits(large) + _bits(minus)
+
+
+def _bits(flags: list[bool]) -> bytes:
+    """Return eight flags to a byte, lowest bits first."""
+    return bytes(
+        sum(flag << place for place, flag in enumerate(flags[start : start + 8]))
+        for start in range(0, len(flags), 8)
+    )
 
 
 def ternary_block(x: Vector) -> tuple[np.float32, list[int]]:
@@ -176,6 +181,8 @@ def ternary_block(x: Vector) -> tuple[np.float32, list[int]]:
     heights = np.abs(x)
     mean = np.float32(_tree_sum(heights) / len(x))
     large = heights > np.float32(0.7) * mean
+    in_order = sorted(np.flatnonzero(large), key=lambda i: (-heights[i], i))
+    large[in_order[MOST_LARGE:]] = False
     mean_large = _tree_sum(np.where(large, heights, 0)) / max(1, int(large.sum()))
     bits = to_bf16(np.array([mean_large], dtype=np.float32))
     size = from_bf16(bits)[0]
@@ -199,15 +206,18 @@ def decode_ternary(payload: bytes, num_elements: int) -> Vector:
     """Return the numbers (n,) of a sound ternary payload."""
     num_blocks = -(-num_elements // BLOCK)
     sizes = from_bf16(np.frombuffer(payload, "<u2", num_blocks))
-    values = [
-        (0, 1, -1)[byte // 3**place % 3]
-        for byte in payload[2 * num_blocks :]
-        for place in range(5)
-    ]
-    return np.array(
-        [sizes[i // BLOCK] * value for i, value in enumerate(values[:num_elements])],
-        dtype=np.float32,
+    end = len(payload) - num_blocks * MOST_LARGE // 8
+    large, minus = (
+        [bool(byte >> place & 1) for byte in part for place in range(8)]
+        for part in (payload[2 * num_blocks : end], payload[end:])
     )
+    numbers = np.zeros(num_elements, dtype=np.float32)
+    for block in range(num_blocks):
+        signs = iter(minus[MOST_LARGE * block :])
+        for i in range(BLOCK * block, min(BLOCK * (block + 1), num_elements)):
+            if large[i]:
+                numbers[i] = -sizes[block] if next(signs) else sizes[block]
+    return numbers
 
 
 def decode_add(decoded: Vector, into: Vector, weight: float) -> Vector:

@@ -71,27 +71,39 @@ def draw(logits_V: Floats, sampling: Sampling, random: np.random.Generator) -> i
     """Return one id; temperature comes first, then `top_k`, then `top_p`."""
     if sampling.temperature == 0.0:
         return int(logits_V.argmax())
-    ids = _likeliest(logits_V, sampling)
-    kept = logits_V if ids is None else logits_V[ids]
-    # The largest logit is taken away before the division: tiny temperatures
-    # must not make infinities.
-    temperature = np.float32(max(sampling.temperature, _COLDEST))
-    with np.errstate(over="ignore"):
-        heights = (kept - kept.max()) / temperature
-    sums = np.exp(heights).cumsum(dtype=np.float64)
+    odds_V = _odds(logits_V, sampling.temperature)
+    ids, whole = _likeliest(odds_V, sampling)
+    sums = (odds_V if ids is None else odds_V[ids]).cumsum(dtype=np.float64)
     # The first whose sum reaches the share stays.
-    last = int(sums.searchsorted(sampling.top_p * sums[-1]))
-    place = int(sums.searchsorted(random.random() * sums[min(last, sums.size - 1)]))
+    last = min(int(sums.searchsorted(sampling.top_p * whole)), sums.size - 1)
+    place = int(sums.searchsorted(random.random() * sums[last]))
     return place if ids is None else int(ids[place])
 
 
-def _likeliest(logits_V: Floats, sampling: Sampling) -> NDArray[np.intp] | None:
-    """Return the ids to draw among, the likeliest first; None: all, in any order."""
-    ids = None
-    if sampling.top_k is not None and sampling.top_k < logits_V.size:
-        ids = np.argpartition(-logits_V, sampling.top_k - 1)[: sampling.top_k]
-    if sampling.top_p == 1.0 and ids is None:
-        return None
-    if ids is None:
-        return np.argsort(-logits_V, kind="stable")
-    return ids[np.argsort(-logits_V[ids], kind="stable")]
+def _odds(logits_V: Floats, temperature: float) -> Floats:
+    """Return numbers that are to each other as the probabilities."""
+    # The largest logit is taken away before the division: tiny temperatures
+    # must not make infinities.
+    with np.errstate(over="ignore"):
+        heights_V = (logits_V - logits_V.max()) / np.float32(max(temperature, _COLDEST))
+    odds_V: Floats = np.exp(heights_V)
+    return odds_V
+
+
+def _likeliest(
+    odds_V: Floats, sampling: Sampling
+) -> tuple[NDArray[np.intp] | None, float]:
+    """Return the ids to draw among, the likeliest first, and what `top_p` is of.
+
+    None means all, in any order. Of those that `top_p` leaves out most may be missing.
+    """
+    whole = odds_V.sum(dtype=np.float64)
+    if sampling.top_k is not None and sampling.top_k < odds_V.size:
+        ids = np.argpartition(-odds_V, sampling.top_k - 1)[: sampling.top_k]
+        whole = odds_V[ids].sum(dtype=np.float64)
+    elif sampling.top_p < 1.0:
+        # All that are less likely have less than 1 - top_p together.
+        ids = np.flatnonzero(odds_V >= (1.0 - sampling.top_p) * whole / odds_V.size)
+    else:
+        return None, float(whole)
+    return ids[np.argsort(-odds_V[ids], kind="stable")], float(whole)

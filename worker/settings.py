@@ -23,6 +23,7 @@ from bitnet_ext.wire.messages import ID_PATTERN, MAX_HEARTBEAT_S
 from worker.errors import SettingsError
 
 BEACON_NAME: Final = "bitnet-worker-alive"
+DATA_NAME: Final = "bitnet-worker"
 _LEVELS: Final = ("debug", "info", "warning", "error")
 _CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 
@@ -48,6 +49,8 @@ class WorkerSettings:
     shutdown_s: float
     #: Touched whenever the worker gets on with its work.
     beacon: Path
+    #: What it has learned and not yet sent, and weights; None: memory only.
+    data: Path | None
     log_level: str
     #: None: whatever the coordinator trains.
     preset: str | None
@@ -72,6 +75,7 @@ class WorkerSettings:
             heartbeat_s=_seconds(given, "BITNET_HEARTBEAT_SECONDS", MAX_HEARTBEAT_S),
             shutdown_s=_seconds(given, "BITNET_SHUTDOWN_SECONDS", 3600.0) or 30.0,
             beacon=_beacon(given, "BITNET_HEALTH_BEACON"),
+            data=_data(given, "BITNET_DATA"),
             log_level=_level(given, "BITNET_LOG_LEVEL"),
             preset=_preset(given, "BITNET_MODEL_PRESET"),
             allow_synthetic_shards=_flag(given, "BITNET_ALLOW_SYNTHETIC_SHARDS"),
@@ -191,6 +195,22 @@ def _beacon(env: Mapping[str, str], variable: str) -> Path:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise _wrong(variable, "a file in a folder that can be written", str(path))
     return path
+
+
+def _data(env: Mapping[str, str], variable: str) -> Path | None:
+    """Return the folder that is set, or the one of the user; None without a home."""
+    if variable in env:
+        path = Path(env[variable])
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            raise _wrong(variable, "a folder that can be made", str(path)) from None
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise _wrong(variable, "a folder that can be written", str(path))
+        return path
+    if "XDG_STATE_HOME" in env:
+        return Path(env["XDG_STATE_HOME"]) / DATA_NAME
+    return Path(env["HOME"]) / ".local/state" / DATA_NAME if "HOME" in env else None
 
 
 def _level(env: Mapping[str, str], variable: str) -> str:

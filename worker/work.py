@@ -33,10 +33,11 @@ from worker.registration import Run
 from worker.retry import Retry
 from worker.settings import WorkerSettings
 from worker.shards import TOKEN_BYTES, fetch_tokens
+from worker.shelf import Shelf
 from worker.shutdown import Shutdown
 from worker.train import Hooks, TrainResult
 from worker.trainer import Trainer
-from worker.weights import WeightCache
+from worker.weights import Version, WeightCache
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,10 @@ class Work:
 
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
-        self._memory = Memory()
-        self._weights = WeightCache(self._fetch)
+        data = kit.settings.data
+        shelf = Shelf(None if data is None else data / kit.settings.worker_id)
+        self._memory = Memory(shelf)
+        self._weights = WeightCache(self._fetch, shelf)
         #: Seconds from the last local step to the answer, of the latest task.
         self._submit_s = 0.0
         self._lease: Lease | None = None
@@ -177,9 +180,10 @@ class Work:
         task, kit = lease.task, self._kit
         kit.heartbeat.phase = WorkerPhase.DOWNLOADING
         started_s = kit.clock()
-        weights = self._weights.get(
-            task.base_version, task.base_sha256, run.shape, self._took_bytes
+        wanted = Version(
+            run.run_id, task.base_version, task.base_sha256, run.shape, task.broadcast
         )
+        weights = self._weights.get(wanted, self._took_bytes)
         tokens = fetch_tokens(self._fetch, task, run.shape.vocab_size, self._took_bytes)
         return _Fetched(weights, tokens, kit.clock() - started_s, lease.bytes_done)
 

@@ -25,6 +25,9 @@ ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 #: Heartbeats may be so far apart: a lease outlives six of them, whoever holds it.
 MAX_HEARTBEAT_S: Final = 60.0
 
+#: What workers download of each version where it is not a chain of links: all of it.
+EXACT: Final = "exact"
+
 Id = Annotated[str, Meta(pattern=ID_PATTERN)]
 LeaseId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -146,6 +149,8 @@ class Task(Message, frozen=True, kw_only=True):
     hyper: HyperParameters
     #: UTF-8 bytes behind the tokens of the stretch (evaluate only, else 0).
     text_bytes: Count = 0
+    #: Codec of the links that lead to `base_version`, or EXACT where there are none.
+    broadcast: str = EXACT
 
 
 class HeartbeatRequest(Message, frozen=True, kw_only=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,6 +15,7 @@ from coordinator.domain.errors import RefusedError
 from coordinator.service.serving import Source, open_shard, open_weights
 
 _CHUNK_BYTES: Final = 1 << 18
+_VERSION: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 _RANGE: Final = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})", re.ASCII)
 
 
@@ -63,7 +63,7 @@ class FileHandler(ApiHandler):
             if stretch is not None:
                 await self._send(source, stretch)
         finally:
-            await self.api.fleet.off_loop(source.file.close)
+            await self.api.fleet.off_loop(source.close)
 
     def _set_answer(self, source: Source) -> Stretch | None:
         """Set status and headers; return what to send, None for nothing."""
@@ -97,8 +97,8 @@ class FileHandler(ApiHandler):
             while position < stretch.end:
                 size = min(_CHUNK_BYTES, stretch.end - position)
                 piece = await self.api.fleet.off_loop(
-                    lambda at=position, size=size: os.pread(  # type: ignore[misc]
-                        source.file.fileno(), size, at
+                    lambda at=position, size=size: source.read(  # type: ignore[misc]
+                        at, size
                     )
                 )
                 if not piece:
@@ -120,11 +120,21 @@ class FileHandler(ApiHandler):
 
 
 class WeightsHandler(FileHandler):
-    """`/weights/{version}`: the published frame of a version."""
+    """`/weights/{version}`: the published frame of a version, or links."""
 
     async def get(self, version: str) -> None:
-        """Answer with the frame."""
-        await self.serve(await open_weights(self.api.fleet, int(version)))
+        """Answer with the frame, or with the links from the version that is held."""
+        held = self.get_query_arguments("from")
+        if held and (len(held) > 1 or _VERSION.fullmatch(held[0]) is None):
+            raise RefusedError(
+                ErrorCode.BAD_REQUEST,
+                f"from must be one version, got {', '.join(held)!r}",
+                field="from",
+            )
+        source = await open_weights(
+            self.api.fleet, int(version), int(held[0]) if held else None
+        )
+        await self.serve(source)
 
 
 class CorpusHandler(FileHandler):

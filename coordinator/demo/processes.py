@@ -120,6 +120,7 @@ def start_worker(
         "BITNET_WORKER_NAME": name,
         "BITNET_CPU_THREADS": str(threads),
         "BITNET_HEALTH_BEACON": str(folder / f"{name}.alive"),
+        "BITNET_DATA": str(folder),
     }
     return Child(name, "worker", "run", env, folder)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
-from bitnet_ext.wire.messages import HyperParameters
+from bitnet_ext.wire.messages import EXACT, HyperParameters
 
 # Bounded above: JSON has no infinity, so a plan that held one could not be read again.
 Positive = Annotated[float, Meta(gt=0.0, le=1e9)]
@@ -51,6 +51,9 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     quorum: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     #: Codec of pseudo-gradients: `ternary`, `int8` or `fp32`.
     codec: Annotated[str, Meta(pattern=r"^(ternary|int8|fp32)\Z")] = "int8"
+    #: What workers download: `exact` for whole versions that equal the master weights,
+    #: else the codec of the links between versions.
+    broadcast: Annotated[str, Meta(pattern=r"^(exact|ternary|int8)\Z")] = EXACT
     #: Every n-th version is scored on the held-out shard.
     evaluate_every: Count = 10
 

@@ -327,6 +327,7 @@ class _Claim:
                 start_token=task.start_token,
             ),
             codec=plan.codec,
+            broadcast=plan.broadcast,
             hyper=hyper_parameters(
                 plan, tokens_accepted=run.tokens_accepted, task_tokens=task.num_tokens
             ),

@@ -1,7 +1,7 @@
 """Closing a round: from its accepted submissions to the next weight version.
 
 Journey: read the round and its submissions in their fixed order; average, take the
-outer step and encode both blobs, off the loop; make the blobs durable; then one
+outer step and encode the blobs, off the loop; make them durable; then one
 transaction makes the version, marks the submissions applied, closes the round and
 opens the next. A crash before that transaction leaves the round as it was: it is
 closed again at the next start, with the same bytes.
@@ -22,11 +22,13 @@ from bitnet_ext.outer import Part
 from coordinator.domain import leases
 from coordinator.domain.outer_step import merge_weights, outer_step
 from coordinator.domain.plan import TrainingPlan
+from coordinator.service.broadcast import publication
 from coordinator.service.fleet import Fleet
 from coordinator.service.pruning import prune_versions
 from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_epoch_if_done, add_evaluation
 from coordinator.service.version_blobs import (
+    Published,
     ServerState,
     VersionBlobs,
     read_state,
@@ -64,6 +66,8 @@ class RoundCloser:
         self._state: ServerState | None = None
         #: Memory for the next one: the state before.
         self._spare: ServerState | None = None
+        #: What workers hold of the newest version, where a link led there.
+        self._published: Published | None = None
         #: Why the round could not be closed, and how often in a row.
         self._fault: str | None = None
         self._num_faults = 0
@@ -132,14 +136,25 @@ class RoundCloser:
     ) -> None:
         fleet = self._fleet
         layout = bytes.fromhex(closing.run.layout_hash)
+        published = await fleet.off_loop(
+            lambda: publication(
+                fleet.blobs,
+                stepped,
+                base_version=base.version,
+                known=self._published,
+                broadcast=closing.plan.broadcast,
+            )
+        )
         blobs = await fleet.off_loop(
-            lambda: write_version(fleet.blobs, stepped, layout)
+            lambda: write_version(fleet.blobs, stepped, layout, published)
         )
         now = fleet.clock.now()
         point = await fleet.store.write(
             lambda connection: _commit(connection, fleet, closing, blobs, now)
         )
         self._state, self._spare = stepped, base
+        # Whole versions lie in the memory of a state, which is used again.
+        self._published = published if published.link is not None else None
         log.info(
             "version %d published",
             point.version,

@@ -74,7 +74,7 @@ def _archive(folder: Path, data: Path) -> Source:
             archive.add(path, f"{folder.name}/{path.name}", filter=_plain)
     file.flush()  # it is read by its descriptor
     num_bytes = file.tell()
-    return Source(file=file, num_bytes=num_bytes, content_type=TAR, sha256=None)
+    return Source(files=(file,), num_bytes=num_bytes, content_type=TAR, sha256=None)
 
 
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -171,13 +171,16 @@ def _round(
     live = rounds.live_round(connection, run.run_id)
     if live is None:
         return None
+    plan = plan_of(run)
     return RoundView(
         round_id=live.round_id,
         base_version=live.base_version,
         state=live.state,
         opened_at=live.opened_at,
         first_claim_at=live.first_claim_at,
-        round_s=plan_of(run).round_s,
+        round_s=plan.round_s,
+        codec=plan.codec,
+        broadcast=plan.broadcast,
         lanes=[_lane(claim, held.get(claim.worker_id)) for claim in claims],
     )
 

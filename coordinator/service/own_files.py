@@ -2,7 +2,8 @@
 
 A task must not be given up for what is our own fault: while a file that tasks need is
 gone or damaged no work is given out. It is looked at again and again, and work goes on
-once it is whole. A published frame is made anew from the server state of its version.
+once it is whole. A published frame is made anew: from the server state of its version,
+or from the version before and the link that follows it.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def _mended(blobs: Blobs, row: VersionRow) -> tuple[bool, str | None]:
             f"{row.published_sha256}, and so is {state}: restore them from a backup"
         )
     try:
-        remake_published(blobs, row.version)
+        remake_published(blobs, row.version, row.published_sha256)
     except (OSError, FrameError, PayloadError) as error:
         return True, f"{path} is missing or damaged, and can't be made anew: {error}"
     log.warning(

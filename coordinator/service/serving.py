@@ -1,7 +1,8 @@
-"""Files that workers download: published frames and shards."""
+"""Files that workers download: published frames, links and shards."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, Final
@@ -21,23 +22,41 @@ BYTES: Final = "application/octet-stream"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """An open file; `sha256` (hexadecimal) is None where nobody knows it."""
+    """Open files, sent as one; `sha256` (hexadecimal) is None where nobody knows it."""
 
-    file: BinaryIO
+    files: tuple[BinaryIO, ...]
     num_bytes: int
     content_type: str
     sha256: str | None
 
+    def read(self, position: int, num_bytes: int) -> bytes:
+        """Return at most so many bytes from there, fewer at the end of a file."""
+        for file in self.files:
+            size = os.fstat(file.fileno()).st_size
+            if position < size:
+                return os.pread(file.fileno(), num_bytes, position)
+            position -= size
+        return b""
 
-async def open_weights(fleet: Fleet, version: int) -> Source:
-    """Open the published frame of a version.
+    def close(self) -> None:
+        """Close all of them."""
+        for file in self.files:
+            file.close()
 
-    Raises RefusedError `unknown_version`, also for one whose file is broken and can't
-    be made anew.
+
+async def open_weights(fleet: Fleet, version: int, held: int | None = None) -> Source:
+    """Open the published frame of a version, or the links that lead there from `held`.
+
+    Links where all of them are kept and shorter than the frame. Raises RefusedError
+    `unknown_version`, also for one whose file is broken and can't be made anew.
     """
     row = await fleet.store.read(lambda connection: find_version(connection, version))
     if row is None or row.pruned:
         raise _unknown(version)
+    if held is not None:
+        links = await fleet.off_loop(lambda: _open_links(fleet, row, held))
+        if links is not None:
+            return links
     source = await _open(fleet, version, lambda: _open_frame(fleet, row))
     if source is None:  # broken, or pruned since the row was read
         raise _unknown(version)
@@ -82,11 +101,35 @@ def _open_frame(fleet: Fleet, row: VersionRow) -> Source | None:
         file.close()
         return None
     return Source(
-        file=file,
+        files=(file,),
         num_bytes=row.published_bytes,
         content_type=BYTES,
         sha256=row.published_sha256,
     )
+
+
+def _open_links(fleet: Fleet, row: VersionRow, held: int) -> Source | None:
+    """Open the links after `held`; None where one is missing, or the frame is shorter.
+
+    The root of a run has no link, so no chain leads from one run to another.
+    """
+    files: list[BinaryIO] = []
+    num_bytes = 0
+    for version in range(held + 1, row.version + 1):
+        try:
+            files.append(fleet.blobs.open(BlobKind.LINK, version_blob(version)))
+        except OSError:
+            break
+        num_bytes += stamp_of(files[-1]).num_bytes
+        if num_bytes >= row.published_bytes:
+            break
+    source = Source(
+        files=tuple(files), num_bytes=num_bytes, content_type=BYTES, sha256=None
+    )
+    if files and len(files) == row.version - held and num_bytes < row.published_bytes:
+        return source
+    source.close()
+    return None
 
 
 def _open_tokens(fleet: Fleet, shard_id: str) -> Source | None:
@@ -105,7 +148,7 @@ def _open_tokens(fleet: Fleet, shard_id: str) -> Source | None:
         file.close()
         return None
     return Source(
-        file=file,
+        files=(file,),
         num_bytes=stamp.num_bytes,
         content_type=found.content_type,
         sha256=shard.sha256 if shard is not None and is_checked else None,

@@ -251,6 +251,7 @@ def _remove_orphans(fleet: Fleet) -> int:
         return {
             BlobKind.PUBLISHED: kept,
             BlobKind.STATE: kept,
+            BlobKind.LINK: kept,
             BlobKind.PAYLOAD: rounds.payload_files(connection),
         }
 

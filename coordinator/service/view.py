@@ -81,6 +81,9 @@ class RoundView(View, frozen=True, kw_only=True):
     first_claim_at: float | None
     #: Seconds that a task of this run should take.
     round_s: float
+    #: How submissions are coded, and what workers download of a new version.
+    codec: str
+    broadcast: str
     lanes: list[LaneView]
 
 

@@ -1,4 +1,4 @@
-"""Big immutable files: published frames, server states, payloads of submissions.
+"""Big immutable files: published frames, links, server states, payloads.
 
 Order of every write: temporary file, fsync, rename, fsync of the folder, and only
 then the database row that names it. A file without a row is a harmless orphan that
@@ -24,6 +24,7 @@ class BlobKind(StrEnum):
 
     PUBLISHED = "published"  #: what workers hold
     STATE = "state"  #: fp32 master weights and momentum
+    LINK = "link"  #: what leads to a published version from the one before
     PAYLOAD = "payload"  #: the frame of one submission
 
 
@@ -79,7 +80,7 @@ class Spool:
 
 
 class Blobs:
-    """The three folders of blobs below one data folder. Blocking: never on the loop."""
+    """The folders of blobs below one data folder. Blocking: never on the loop."""
 
     def __init__(self, folder: Path, fs: Fs, rng: Rng) -> None:
         #: The data folder, which holds a folder of each kind.
@@ -148,5 +149,5 @@ class Blobs:
 
 
 def version_blob(version: int) -> str:
-    """Return the file name of a version, for either of its blobs."""
+    """Return the file name of a version, for each of its blobs."""
     return f"v{version:010d}.frame"

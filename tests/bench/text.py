@@ -21,15 +21,22 @@ _DOCSTRING = re.compile(r'"""(.+?)"""', re.DOTALL)
 _WORD = re.compile(r"\w+|[^\w\s]|\n+")
 
 
+def real_text() -> str:
+    """Return the text, in the order of the files."""
+    return "\n\n".join(_docstrings())
+
+
 def real_tokens(vocab_size: int) -> NDArray[np.int64]:
-    """Return the text as ids below `vocab_size`, in the order of the files."""
-    words: list[str] = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for found in _DOCSTRING.findall(path.read_text(errors="replace")):
-            words += _WORD.findall(found)
+    """Return the text as ids below `vocab_size`."""
+    words = [word for found in _docstrings() for word in _WORD.findall(found)]
     common = Counter(words).most_common(vocab_size - 1)
     ids = {word: rank for rank, (word, _) in enumerate(common, start=1)}
     return np.array([ids.get(word, 0) for word in words], dtype=np.int64)
+
+
+def _docstrings() -> Iterator[str]:
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        yield from _DOCSTRING.findall(path.read_text(errors="replace"))
 
 
 def batches(

@@ -53,13 +53,22 @@ FRAMES = {
         "54f2e5a247b6257615a32dc4101be08a2de406b11c38c226a0aa433f210cddb8"
     ),
     (FrameKind.DELTA, Codec.TERNARY, 1003): (
-        "2146b98a43264a74f3f251f3345e5f5eb690c3e26862a10c1ab8e2afe3acc426"
+        "afda9dbadfb0464de5b78c484f91b50b93680fcd8932af1b96c7c269541c5f6c"
     ),
     (FrameKind.GRADIENT, Codec.FP32, 300): (
         "358279f8818fcf410b06d927fedc25af977f0f4df8c36d748cf2331b7397c7f7"
     ),
     (FrameKind.SERVER_STATE, Codec.FP32, 600): (
         "5d2a615df982647f465449910e395b82214e2043440968cb5b729bd3f3b7b338"
+    ),
+    (FrameKind.LINK, Codec.INT8, 513): (
+        "8c4c00f25d378cdec6ee48aae111534b75ffcbdb085c30b4f25da7bce8d81abd"
+    ),
+    (FrameKind.RESIDUAL, Codec.FP32, 300): (
+        "faffe73ec39dc2b00e0491d9140e4393c69dfaa6ad8ed497b5f15c9d13e6fd22"
+    ),
+    (FrameKind.MOMENTS, Codec.FP32, 610): (
+        "51ed5e0eea699a13b5f1cb3d1f88cf666bf3871f30653d57c5df9bd11dff9760"
     ),
 }
 LAYOUTS = {

@@ -113,6 +113,8 @@ def fleet() -> FleetView:
             opened_at=NOW - 50,
             first_claim_at=NOW - 50,
             round_s=100.0,
+            codec="int8",
+            broadcast="exact",
             lanes=[
                 LaneView(
                     worker_id="w-birch",

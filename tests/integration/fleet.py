@@ -184,9 +184,11 @@ def coordinator(
 
 
 @contextlib.contextmanager
-def workers(folder: Path, url: str, *names: str, **env: str) -> Iterator[None]:
+def workers(
+    folder: Path, url: str, *names: str, **env: str
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Run worker processes of one thread each as long as the block runs."""
-    running = []
+    running: list[subprocess.Popen[bytes]] = []
     try:
         for name in names:
             with (folder / f"{name}.log").open("ab") as log:
@@ -199,7 +201,7 @@ def workers(folder: Path, url: str, *names: str, **env: str) -> Iterator[None]:
                         stderr=log,
                     )
                 )
-        yield
+        yield running
     finally:
         for process in running:
             process.send_signal(signal.SIGTERM)
@@ -215,6 +217,7 @@ def _worker_env(folder: Path, url: str, name: str) -> dict[str, str]:
         "BITNET_CPU_THREADS": "1",
         "BITNET_HEARTBEAT_SECONDS": "1",
         "BITNET_HEALTH_BEACON": str(folder / f"{name}.alive"),
+        "BITNET_DATA": str(folder / "workers"),
     }
 
 

@@ -51,9 +51,10 @@ FLEET_PLAN: Final = {
     "outer_momentum": 0.8,
     "round_s": 2.0,
     "codec": "ternary",
+    "broadcast": "ternary",
     "quorum": 0.7,
 }
-FLEET: Final = {"kind": "gradient", "down": "ternary"}
+FLEET: Final = {"kind": "gradient"}
 #: Rates of ideal data-parallel training with the optimiser of gradient rounds.
 MUON_RATES: Final = (1e-2, 2e-2, 4e-2)
 

@@ -15,9 +15,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_ext.codecs import Codec, decode, encode_with_feedback, is_finite
+from bitnet_ext.chain import next_link
+from bitnet_ext.codecs import Codec, encode_with_feedback, is_finite
 from bitnet_ext.frames import frame_bytes
 from bitnet_ext.outer import Part
+from bitnet_ext.wire.messages import EXACT
 from coordinator.domain import muon, sizing
 from coordinator.domain.initial import initial_vector
 from coordinator.domain.muon import OptimiserState, gradient_step
@@ -33,9 +35,10 @@ from tests.sim.text import Text, Windows
 
 Vector = NDArray[np.float32]
 
-#: What goes with a payload, each way, in bytes: an estimate. A submission's JSON block
-#: has 400, a task 600 to 900; the rest are HTTP headers of four requests.
-TALK_BYTES: Final = 1500
+#: What goes with a payload, in bytes as measured: claim, weights, tokens, a heartbeat
+#: and the submission, with their HTTP headers. Tokens of the text are no part of it.
+TALK_UP_BYTES: Final = 1850
+TALK_DOWN_BYTES: Final = 1930
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +48,6 @@ class Recipe:
     plan: TrainingPlan
     #: `delta`: local steps and an outer step; `gradient`: mean gradients and Muon.
     kind: str = "delta"
-    #: Codec of what workers download; fp32 is whole versions, else a chain of steps.
-    down: str = "fp32"
     #: Whether moments and residual outlive their process.
     keeps_state: bool = True
     #: Whether the next round begins while the coordinator still makes its step: then
@@ -252,12 +253,12 @@ class Fleet:
     def _timed(self, worker: Worker, stretch: Stretch, at: float) -> Claim:
         """Say how the task will go: how long each part takes, and who dies."""
         setting, counts, random = self._setting, self.counts, self._random
-        whole_bytes = frame_bytes(Codec.FP32, self._net.num_params) + TALK_BYTES
+        whole_bytes = frame_bytes(Codec.FP32, self._net.num_params)
         codec = Codec(self._recipe.plan.codec)
-        up_bytes = frame_bytes(codec, self._net.num_params) + TALK_BYTES
+        up_bytes = frame_bytes(codec, self._net.num_params) + TALK_UP_BYTES
         down_bytes = self._download(worker)
         counts.bytes_down += down_bytes
-        counts.bytes_down_fp32 += whole_bytes
+        counts.bytes_down_fp32 += whole_bytes + TALK_DOWN_BYTES
         compute_s = self._compute_s(worker, stretch)
         fetched_at = at + setting.transfer_s(down_bytes)
         if random.random() < setting.deaths:
@@ -265,7 +266,7 @@ class Fleet:
             silent_s = costs.HEARTBEAT_S * random.random()
             return Claim(worker, stretch, at, None, died_at - silent_s + costs.TTL_S)
         counts.bytes_up += up_bytes
-        counts.bytes_up_fp32 += whole_bytes
+        counts.bytes_up_fp32 += whole_bytes + TALK_UP_BYTES
         back_at = fetched_at + compute_s + setting.transfer_s(up_bytes)
         return Claim(worker, stretch, at, back_at, back_at)
 
@@ -273,11 +274,12 @@ class Fleet:
         """Return the bytes of the weights a worker lacks, and let it have them."""
         size = self._net.num_params
         whole = frame_bytes(Codec.FP32, size)
-        if worker.held is not None and self._recipe.down != Codec.FP32:
-            steps = self._version - worker.held
-            whole = min(whole, steps * frame_bytes(Codec(self._recipe.down), size))
+        broadcast = self._recipe.plan.broadcast
+        if worker.held is not None and broadcast != EXACT:
+            num_links = self._version - worker.held
+            whole = min(whole, num_links * frame_bytes(Codec(broadcast), size))
         worker.held = self._version
-        return whole + TALK_BYTES
+        return whole + TALK_DOWN_BYTES
 
     def _compute_s(self, worker: Worker, stretch: Stretch) -> float:
         plan, size = self._recipe.plan, self._net.num_params
@@ -388,17 +390,16 @@ class Fleet:
         self.counts.optimiser_s += seconds
 
     def _publish(self) -> None:
-        """Make the next version what workers get: whole, or by one coded step."""
+        """Make the next version what workers get: whole, or by the next link."""
         self._version += 1
         self.counts.num_rounds += 1
-        codec, size = Codec(self._recipe.down), self._net.num_params
-        if codec is Codec.FP32:
+        broadcast = self._recipe.plan.broadcast
+        if broadcast == EXACT:
             self.published = self.master.copy()
         else:
-            # The difference holds all that earlier steps rounded away.
-            payload, _ = encode_with_feedback(codec, self.master - self.published, None)
-            self.published = self.published + decode(codec, payload, size)
-            self._spend(costs.ENCODE * size)
+            self.published = self.published.copy()
+            next_link(Codec(broadcast), self.master, self.published)
+            self._spend(costs.ENCODE * self._net.num_params)
         self._coming.append((self._busy_until, self.published))
 
     def _train(self, claims: list[Claim]) -> Iterator[Vector]:

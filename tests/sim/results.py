@@ -19,8 +19,10 @@ ROOT: Final = Path(__file__).parents[2]
 CODE: Final = (
     *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone", "fleet")),
     "tests/sim/setting.py",
+    "bitnet_ext/chain.py",
     "bitnet_ext/codecs.py",
     "bitnet_ext/outer.py",
+    "bitnet_ext/kernels_trits.c",
     "bitnet_ext/trits.py",
     "coordinator/domain/initial.py",
     "coordinator/domain/muon.py",

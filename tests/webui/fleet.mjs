@@ -90,6 +90,8 @@ export function round(lanes, given = {}) {
     opened_at: NOW - 60,
     first_claim_at: NOW - 50,
     round_s: 100,
+    codec: "int8",
+    broadcast: "exact",
     lanes,
     ...given,
   };

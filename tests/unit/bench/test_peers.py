@@ -11,6 +11,7 @@ from torch.nn import functional
 from bitnet_ext.layout import SegmentKind, segments
 from tests.bench import ours
 from tests.bench.gradients import reference, relative_error
+from tests.bench.peers.cached import CachedTransformer
 from tests.bench.peers.dense import dense_transformer
 from tests.bench.peers.head import CHUNK_ROWS, chunked_cross_entropy
 from tests.bench.peers.plain import Transformer
@@ -143,3 +144,18 @@ def test_the_forced_reference_agrees_with_our_gradients():
     assert set(inputs) == {s.name for s in segments(SMALL) if s.kind in kinds}
     assert relative_error(own, exact) < 0.02
     assert relative_error(own, -exact) > 1.0
+
+
+@pytest.mark.parametrize("shape", [SMALL, GROUPED_SILU], ids=["heads", "grouped"])
+def test_the_peer_that_generates_gives_the_logits_of_the_dense_model(shape):
+    peer, (ids, _) = CachedTransformer(shape), a_batch(shape, 1)
+    load(peer.model, flat_weights(shape))
+    with torch.no_grad():
+        hidden = peer.model(ids)
+        expected = functional.linear(hidden, peer.model.embeddings.weight)[0]
+
+    first, *rest = ids[0, 4:].tolist()
+    found = [peer.feed(ids[0, :4].tolist()), peer.feed([first])]
+    found += [peer.feed([token]) for token in rest]
+
+    torch.testing.assert_close(torch.stack(found), expected[3:], rtol=0, atol=1e-5)

@@ -75,6 +75,7 @@ BODIES = {
         "seq_len": 128,
         "seed": 7,
         "codec": "int8",
+        "broadcast": "ternary",
         "hyper": HYPER,
         "text_bytes": 0,
     },

@@ -204,8 +204,11 @@ def test_a_damaged_corpus_that_appears_is_looked_at_again(bare: World, caplog):
 
 def opened(world, shard_id=SHARD):
     source = world.do(open_shard(world.fleet, shard_id))
-    with source.file as file:
-        return source.sha256, source.num_bytes, file.read()
+    try:
+        content = source.read(0, source.num_bytes)
+    finally:
+        source.close()
+    return source.sha256, source.num_bytes, content
 
 
 def test_a_shard_is_served_under_its_hash(adopted: World):

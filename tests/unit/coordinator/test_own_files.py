@@ -42,8 +42,10 @@ def shard(world: World, shard_id: str) -> Path:
 def fetched(world: World, served: int | str) -> bytes:
     opening = open_weights if isinstance(served, int) else open_shard
     source = world.do(opening(world.fleet, served))
-    with source.file as file:
-        return file.read()
+    try:
+        return source.read(0, source.num_bytes)
+    finally:
+        source.close()
 
 
 def refused(world: World, served: int | str) -> ErrorCode:

@@ -163,8 +163,8 @@ def test_an_overlapped_round_trains_the_version_before_and_waits_for_no_step():
     assert overlapped.now < plain.now
 
 
-def test_a_chain_of_coded_steps_stays_beside_the_master():
-    fleet = a_fleet(down="int8")
+def test_a_chain_of_links_stays_beside_the_master():
+    fleet = a_fleet(plan=msgspec.structs.replace(PLAN, broadcast="int8"))
 
     figures = fleet.run(60 * SEQ_LEN)
 

@@ -39,6 +39,26 @@ def remembers_nothing(fleet: Fleet) -> bool:
     return fleet.trainer.started_from[-1] is None
 
 
+def test_another_process_goes_on_with_moments_and_residual(
+    coordinator, tmp_path
+) -> None:
+    data = {"BITNET_DATA": str(tmp_path / "data")}
+    first = Fleet(coordinator, tmp_path, **data)
+    first.hands_out(first.task(), first.task())
+    first.turns(2)
+    first.close()  # nothing is said to the worker: it may as well be killed
+
+    second = Fleet(coordinator, tmp_path, **data)
+    second.hands_out(second.task(), second.task())
+    second.turns(2)
+    second.close()
+
+    assert [int(m.step[0]) for m in second.trainer.started_from] == [4, 6]
+    # What one payload rounds away fills the fourth.
+    frames = [payload_of(frame) for _, frame in second.submissions()]
+    assert [frame == frames[0] for frame in frames] == [True, True, True, False]
+
+
 def test_a_task_is_trained_and_submitted(fleet) -> None:
     fleet.hands_out(fleet.task())
 

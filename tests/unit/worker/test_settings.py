@@ -34,6 +34,7 @@ def test_what_is_not_set_has_a_default() -> None:
     assert got.heartbeat_s is None
     assert got.shutdown_s == 30.0
     assert got.beacon == Path(tempfile.gettempdir()) / BEACON_NAME
+    assert got.data is None
     assert got.log_level == "info"
     assert got.preset is None
     assert got.allow_synthetic_shards is False
@@ -47,6 +48,7 @@ def test_every_variable_is_effective(tmp_path) -> None:
         BITNET_HEARTBEAT_SECONDS="2.5",
         BITNET_SHUTDOWN_SECONDS="12",
         BITNET_HEALTH_BEACON=str(tmp_path / "alive"),
+        BITNET_DATA=str(tmp_path / "made" / "here"),
         BITNET_LOG_LEVEL="WARNING",
         BITNET_MODEL_PRESET="medium",
         BITNET_ALLOW_SYNTHETIC_SHARDS="true",
@@ -63,6 +65,7 @@ def test_every_variable_is_effective(tmp_path) -> None:
         heartbeat_s=2.5,
         shutdown_s=12.0,
         beacon=tmp_path / "alive",
+        data=tmp_path / "made" / "here",
         log_level="warning",
         preset="medium",
         allow_synthetic_shards=True,
@@ -104,6 +107,7 @@ def test_the_name_of_the_machine_is_the_default_name(monkeypatch) -> None:
         ("BITNET_SHUTDOWN_SECONDS", "3601"),
         ("BITNET_HEALTH_BEACON", "/"),
         ("BITNET_HEALTH_BEACON", "/nowhere/alive"),
+        ("BITNET_DATA", "/dev/null/below"),
         ("BITNET_LOG_LEVEL", "loud"),
         ("BITNET_MODEL_PRESET", "medum"),
         ("BITNET_ALLOW_SYNTHETIC_SHARDS", "yes"),

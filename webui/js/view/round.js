@@ -71,6 +71,7 @@ function Lanes({ round, laid }) {
     <p class="key">
       ${hidden && html`Not listed: ${hidden}. `}Solid: back. Outline: computing. Tick:
       forecast. Hatch: late. Dotted: ${duration(round.round_s)}, what a task should take.
+      Sent up: ${round.codec}; down: ${round.broadcast === "exact" ? "whole versions" : `${round.broadcast} links`}.
     </p>
   `;
 }
