@@ -116,19 +116,19 @@ NAME(round_fours)(float values[][STRIP], ptrdiff_t num_tokens, const float *inve
                   int8_t *blocks, ptrdiff_t size, ptrdiff_t block_step, int32_t *sums)
 {
     v16 inverse[STRIP_VECTORS];
-    i16 sum[STRIP_VECTORS] = {{0}};
+    u16 sum[STRIP_VECTORS] = {{0}};
     uint32_t words[STRIP];
     memcpy(inverse, inverses, sizeof inverse);
     for (ptrdiff_t m = 0; m < num_tokens; m += 4, blocks += LEFT_BYTES) {
         for (int i = 0; i < STRIP_VECTORS; i++) {
             v16 four[4];
-            i16 a, b, c, d;
+            u16 a, b, c, d;
             for (int row = 0; row < 4; row++)
                 memcpy(&four[row], values[m + row] + 16 * i, sizeof *four);
-            a = (i16)(four[0] * inverse[i] + ROUNDER);
-            b = (i16)(four[1] * inverse[i] + ROUNDER);
-            c = (i16)(four[2] * inverse[i] + ROUNDER);
-            d = (i16)(four[3] * inverse[i] + ROUNDER);
+            a = (u16)(four[0] * inverse[i] + ROUNDER);
+            b = (u16)(four[1] * inverse[i] + ROUNDER);
+            c = (u16)(four[2] * inverse[i] + ROUNDER);
+            d = (u16)(four[3] * inverse[i] + ROUNDER);
             sum[i] += (a + b) + (c + d) - 4 * ROUNDER_BITS;
             a = (a & 255) | ((b & 255) << 8) | ((c & 255) << 16) | (d << 24);
             memcpy(words + 16 * i, &a, sizeof a);

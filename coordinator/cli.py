@@ -149,7 +149,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--version", default=Pick.LATEST, help="a number, latest (default) or best"
     )
-    what.add_argument("--export", type=Path, help="an exported folder instead")
+    what.add_argument("--model", type=Path, help="an exported folder instead")
     parser.add_argument(
         "--text", type=Path, help="a file of text (default: the held-out text)"
     )
@@ -285,7 +285,7 @@ def _export(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     score = verbs.score(
         _settings(options),
-        options.export or parse_version(options.version),
+        options.model or parse_version(options.version),
         options.text,
         options.threads,
     )

@@ -48,8 +48,9 @@ CARD_NAME: Final = "README.md"
 PROBE_TOKENS: Final = 64
 #: How far the answers may be apart, as a share of how far logits are from zero, both as
 #: root of the mean square. Embeddings in fp16, or a scale stored as its inverse, make
-#: single activations round the other way; a weight in the wrong place changes them all.
-TOLERANCE: Final = 0.25
+#: single activations round the other way, most in a deep model that is hardly trained.
+#: That all numbers are in their places is known by then.
+TOLERANCE: Final = {Format.HF: 0.05, Format.GGUF: 0.25, Format.SAFETENSORS: 0.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +142,7 @@ def check_export(folder: Path, due: Parts, model: Model) -> Report:
         logits=_size(expected),
         difference=_size(found - expected),
     )
-    if not report.difference <= TOLERANCE * report.logits:
+    if not report.difference <= TOLERANCE[export.about.format] * report.logits:
         raise ExportError(
             f"read back, the model answers differently: logits of {report.logits:.3g} "
             f"differ by {report.difference:.3g} (root mean square)"

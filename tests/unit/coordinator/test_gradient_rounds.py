@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import msgspec
@@ -186,7 +187,7 @@ def test_the_published_frame_is_made_again_from_the_state(running: World):
     whole = path.read_bytes()
     path.unlink()
 
-    remake_published(running.fleet.blobs, 2)
+    remake_published(running.fleet.blobs, 2, hashlib.sha256(whole).hexdigest())
 
     assert path.read_bytes() == whole
 

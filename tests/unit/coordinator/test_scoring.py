@@ -75,7 +75,7 @@ def test_a_version_is_scored_on_the_held_out_text(fleet, tmp_path, capsys):
 def test_an_exported_folder_has_the_score_of_its_version(fleet, tmp_path, capsys):
     folder = exported(fleet, tmp_path, capsys, "--format", "hf", "--layout", "float")
 
-    assert scored(capsys, *fleet, "--export", folder) == scored(capsys, *fleet)
+    assert scored(capsys, *fleet, "--model", folder) == scored(capsys, *fleet)
 
 
 def test_a_file_is_scored_without_a_fleet(fleet, tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_a_file_is_scored_without_a_fleet(fleet, tmp_path, capsys):
     tokenizer = ByteTokenizer.load(tmp_path / "corpus" / "tokenized" / "tokenizer.json")
 
     by_folder = scored(
-        capsys, "--data", "/nowhere", "--export", folder, "--text", str(prose)
+        capsys, "--data", "/nowhere", "--model", folder, "--text", str(prose)
     )
 
     assert by_folder[3:] == (
@@ -103,14 +103,14 @@ def test_what_cannot_be_scored_is_refused_by_name(fleet, tmp_path, capsys):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
 
-    line = refused(capsys, *fleet, *other, "--export", folder)
+    line = refused(capsys, *fleet, *other, "--model", folder)
     assert "must be tokenized as the model was trained" in line
     for name in ("empty.txt", "bytes.txt", "none.txt"):
         path = str(tmp_path / name)
         assert path in refused(capsys, *fleet, "--text", path)
     model = tmp_path / "out" / "model-TQ2_0.gguf"
     model.write_bytes(model.read_bytes()[:-1])
-    assert f"{model} must have SHA-256" in refused(capsys, "--export", folder)
+    assert f"{model} must have SHA-256" in refused(capsys, "--model", folder)
 
 
 def test_a_damaged_held_out_shard_is_refused(fleet, tmp_path, capsys):
