@@ -143,6 +143,16 @@ def test_the_numbers_of_every_ruling_are_stored(four: World):
     assert sorted(sizes) == sorted(row.size for row in found.values())
 
 
+def test_what_is_clipped_counts_for_its_factor_in_the_step(four: World):
+    values = HONEST | {"w3": 4 * HONEST["w3"]}
+    sent = handed_in(four, values)
+    four.close_round()
+
+    found, total = rows(four), sum(sent.values())
+    mean = sum(sent[name] / total * found[name].factor * values[name] for name in NAMES)
+    np.testing.assert_allclose(four.state(2).momentum, mean, rtol=1e-4, atol=1e-5)
+
+
 def test_a_round_that_is_judged_again_after_a_crash_gives_the_same_bytes(
     tmp_path: Path,
 ):
