@@ -22,7 +22,7 @@ import torch
 from tests.sim.alone import alone, alone_by_muon, plan_for, windows_within
 from tests.sim.fleet import Fleet, Recipe
 from tests.sim.net import SEQ_LEN, Net, Shape
-from tests.sim.results import Job, Result, kept_or_done
+from tests.sim.results import BASELINE_CODE, Job, Result, kept_or_done
 from tests.sim.setting import Setting
 from tests.sim.text import Text, read_text
 
@@ -149,7 +149,9 @@ class Grid:
         points = [(beta, rate) for beta in self._betas for rate in rates]
         plans = [{"beta2": beta, "learning_rate": rate} for beta, rate in points]
         arguments = {**self._same, "plans": plans}
-        return points, self._submit(Job(self._name, self._act, arguments))
+        return points, self._submit(
+            Job(self._name, self._act, arguments, BASELINE_CODE)
+        )
 
     def losses(self) -> dict[Point, float]:
         """Return all losses by (beta2, rate)."""

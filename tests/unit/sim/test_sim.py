@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.sim import results
 from tests.sim.alone import alone, plan_for
 from tests.sim.fleet import Fleet, Recipe
 from tests.sim.net import NO_TARGET, SEQ_LEN, Net, Shape, _bit_linear
@@ -224,13 +225,28 @@ def test_a_result_is_kept_and_found_again(tmp_path):
         calls.append(number)
         return {"twice": 2 * number}
 
-    results = [
+    found = [
         kept_or_done(tmp_path, Job("a", act, {"number": number}))
         for number in (1, 1, 2)
     ]
 
-    assert results == [{"twice": 2}, {"twice": 2}, {"twice": 4}]
+    assert found == [{"twice": 2}, {"twice": 2}, {"twice": 4}]
     assert calls == [1, 2]
+
+
+def test_a_result_outlives_changes_of_code_that_it_did_not_run_through(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def names(mine, other):
+        (tmp_path / "mine").write_text(mine)
+        (tmp_path / "other").write_text(other)
+        results._digest.cache_clear()
+        return Job("a", dict, {}, ("mine",)).file_name()
+
+    assert names("1", "1") == names("1", "2") != names("2", "1")
+    results._digest.cache_clear()
 
 
 def test_the_standard_library_is_text_enough():
