@@ -44,16 +44,27 @@ SHOWN: Final = (
     "bytes_down_per_token",
     "utilisation",
     "speedup",
+    "stale_share",
 )
-#: The recipe of the fleet, as tuned on seeds 0 to 9 (lab log).
+#: The recipe of the fleet, as tuned on seeds 0 to 9 (lab log): over few windows rounds
+#: that wait for each step, over many rounds in which nobody waits.
 FLEET_PLAN: Final = {
     "learning_rate": 2e-2,
     "outer_momentum": 0.8,
     "round_s": 2.0,
     "codec": "ternary",
-    "quorum": 0.7,
+    "quorum": 0.5,
+}
+LONG_PLAN: Final = {
+    **FLEET_PLAN,
+    "learning_rate": 3e-2,
+    "outer_momentum": 0.6,
+    "round_s": 4.6,
 }
 FLEET: Final = {"kind": "gradient", "down": "ternary"}
+LONG_FLEET: Final = {**FLEET, "works_ahead": True}
+#: From so many windows on.
+LONG: Final = 24_000
 #: Rates of ideal data-parallel training with the optimiser of gradient rounds.
 MUON_RATES: Final = (1e-2, 2e-2, 4e-2)
 
@@ -188,7 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds = seeds[:1]
     asked.results.mkdir(parents=True, exist_ok=True)
     print(f"setting: {Setting()}")
-    print(f"fleet: {FLEET_PLAN} {FLEET}; seeds {seeds}; corpus {asked.corpus or '-'}")
+    print(f"fleet: {FLEET_PLAN} {FLEET}")
+    print(f"from {LONG} windows on: {LONG_PLAN} {LONG_FLEET}")
+    print(f"seeds {seeds}; corpus {asked.corpus or '-'}")
     figures: dict[str, Any] = {"seeds": seeds}
     with ProcessPoolExecutor(asked.jobs, initializer=_one_thread) as pool:
         submit = partial(pool.submit, kept_or_done, asked.results)
@@ -209,7 +222,10 @@ def _compare(
     started = []
     for seed in seeds:
         same = {"corpus": corpus, "seed": seed, "num_windows": num_windows}
-        mine = {**same, "plan": FLEET_PLAN, "recipe": FLEET}
+        plan, recipe = (
+            (LONG_PLAN, LONG_FLEET) if num_windows >= LONG else (FLEET_PLAN, FLEET)
+        )
+        mine = {**same, "plan": plan, "recipe": recipe}
         fleet = submit(Job(f"fleet-{name}-{seed}", run_fleet, mine))
         one = Grid(submit, f"alone-{name}-{seed}", run_alone, same)
         ideal = Grid(
