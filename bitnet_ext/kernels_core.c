@@ -61,8 +61,8 @@ const struct codecs *active_codecs(void) { return variants[isa_active()].codecs;
 
 narrow_kernel *active_narrow(void) { return variants[isa_active()].narrow; }
 
-/* One item of work: rows that stay in L2 by panels that stay in L2. */
-enum { ITEM_ROWS = 96, ITEM_PANELS = 8 };
+/* Panels of one item of work: they stay in L2. */
+enum { ITEM_PANELS = 8 };
 /* Waking a thread costs more than this many multiply-adds. */
 #define MIN_PARALLEL 500000.0
 
@@ -75,10 +75,10 @@ struct job {
 static void multiply_item(void *context, ptrdiff_t item)
 {
     const struct job *job = context;
-    ptrdiff_t m = item / job->num_chunks * ITEM_ROWS;
+    ptrdiff_t m = item / job->num_chunks * PRODUCT_ROWS;
     ptrdiff_t first = item % job->num_chunks * ITEM_PANELS;
     ptrdiff_t end = first + ITEM_PANELS, num_m = job->product->num_m - m;
-    job->panels(job->product, m, num_m < ITEM_ROWS ? num_m : ITEM_ROWS, first,
+    job->panels(job->product, m, num_m < PRODUCT_ROWS ? num_m : PRODUCT_ROWS, first,
                 end < job->num_panels ? end : job->num_panels);
 }
 
@@ -88,7 +88,7 @@ void run_product(const struct product *p, int threads)
     ptrdiff_t num_panels = (p->num_n + TILE_N - 1) / TILE_N;
     struct job job = {p, p->any_byte ? variant->any_byte : variant->panels, num_panels,
                       (num_panels + ITEM_PANELS - 1) / ITEM_PANELS};
-    ptrdiff_t count = (p->num_m + ITEM_ROWS - 1) / ITEM_ROWS * job.num_chunks;
+    ptrdiff_t count = (p->num_m + PRODUCT_ROWS - 1) / PRODUCT_ROWS * job.num_chunks;
     double work = 4.0 * (double)p->num_m * (double)p->num_n * (double)p->num_k4;
     run_parallel(multiply_item, &job, count, work < MIN_PARALLEL ? 1 : threads);
 }

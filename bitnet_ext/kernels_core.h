@@ -22,6 +22,8 @@ enum status { OK = 0, NO_MEMORY = 1, NOT_FINITE = 2, TOO_LARGE = 3, BAD_VALUE = 
 
 /* Rows of the left operand that lie together where it is packed in blocks. */
 enum { LEFT_ROWS = 12, LEFT_BYTES = LEFT_ROWS * TILE_K };
+/* Rows of one item of work: they stay in L2, and whole kernels fit into them. */
+enum { PRODUCT_ROWS = 8 * LEFT_ROWS };
 /* Tokens of a weight gradient that share a scale, for each of its rows. */
 enum { TOKENS = 128 };
 

@@ -33,11 +33,12 @@ INLINE void NAME(store)(float *x, ptrdiff_t left, v16 value)
         memcpy(x, &value, (size_t)left * sizeof *x);
 }
 
+/* Lanes 8 apart first, then 4, 2, 1. */
 INLINE float NAME(total)(v16 lanes)
 {
+    const i16 order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int step = LANES / 2; step > 0; step /= 2)
-        for (int lane = 0; lane < step; lane++)
-            lanes[lane] += lanes[lane + step];
+        lanes += __builtin_shuffle(lanes, order ^ step);
     return lanes[0];
 }
 

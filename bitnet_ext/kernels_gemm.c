@@ -167,6 +167,16 @@ finish_256(int add, float scale, __m256i sums, float *out)
     _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), part) : part);
 }
 
+/* What a tile kernel brings to L2 while it works: its share of the next panel, so that
+   the kernels of a panel's first rows need not wait for it. */
+#define AHEAD(rows) ((TILE_BYTES * rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS)
+static inline __attribute__((always_inline)) const char *
+share_of_next(const struct product *p, ptrdiff_t m, ptrdiff_t panel)
+{
+    ptrdiff_t bytes = p->num_k4 * TILE_BYTES;
+    return (const char *)p->tiles + (panel + 1) * bytes + m % PRODUCT_ROWS * bytes / PRODUCT_ROWS;
+}
+
 /* AVX-512 VNNI: rows by 32 columns, two accumulators a row. */
 #define START_512(i)                                                                   \
     __m512i a##i = _mm512_set1_epi32(pass.row_start[i * p->num_groups]), b##i = a##i;
@@ -193,6 +203,7 @@ finish_256(int add, float scale, __m256i sums, float *out)
                                            ptrdiff_t panel, float *out,                \
                                            ptrdiff_t out_step)                         \
     {                                                                                  \
+        const char *ahead = share_of_next(p, m, panel);                                \
         ROWS_##rows(FETCH)                                                             \
         for (ptrdiff_t g = 0; g < p->num_groups; g++) {                                \
             struct pass pass = pass_of(p, m, panel, g);                                \
@@ -201,6 +212,8 @@ finish_256(int add, float scale, __m256i sums, float *out)
             ROWS_##rows(START_512)                                                     \
             for (; w < w_end; w += TILE_BYTES, q0 += next, q4 += next, q8 += next) {            \
                 __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);   \
+                _mm_prefetch(ahead, _MM_HINT_T1);                                      \
+                ahead += AHEAD(rows);                                                  \
                 ROWS_##rows(STEP_512)                                                  \
             }                                                                          \
             if (pass.add) {                                                            \

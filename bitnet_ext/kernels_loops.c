@@ -9,7 +9,11 @@
 #include <string.h>
 
 /* Columns of dy that one pass quantises: TOKENS of them stay in L1. */
-enum { STRIP = 4 * LEFT_ROWS };
+enum { STRIP = 4 * LEFT_ROWS, STRIP_VECTORS = STRIP / 16 };
+/* Vectors of 16 numbers, as the compiler splits them for each machine. */
+typedef float v16 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+enum { ROUNDER_BITS = 0x4b400000 };
 
 /* Sums of int8: compilers widen each number to int32 first. */
 static int32_t sum_portable(const int8_t *q, ptrdiff_t count)
@@ -92,22 +96,5 @@ __attribute__((target("avx512f,avx512bw"))) static int32_t sum_avx512(const int8
 }
 #endif
 
-#define TARGET
-#define LEVEL portable
-#include "kernels_loops.h"
-#undef TARGET
-#undef LEVEL
-
-#if defined(__x86_64__)
-#define TARGET __attribute__((target("avx2")))
-#define LEVEL avx2
-#include "kernels_loops.h"
-#undef TARGET
-#undef LEVEL
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#define LEVEL avx512
-#include "kernels_loops.h"
-#undef TARGET
-#undef LEVEL
-#endif
+#define LOOPS "kernels_loops.h"
+#include "kernels_levels.h"

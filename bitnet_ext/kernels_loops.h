@@ -19,34 +19,17 @@ TARGET static inline int32_t NAME(largest)(const float *x, ptrdiff_t count)
     return largest;
 }
 
-/* q = x / scale to nearest, halves to even, where scale = largest / 127. */
-TARGET static inline void NAME(round_values)(const float *x, ptrdiff_t count,
-                                             float largest, float scale, int8_t *q)
-{
-    float inverse = 127.0f / largest;
-    int32_t furthest = 0;
-    for (ptrdiff_t i = 0; i < count; i++) {
-        float ratio = x[i] * inverse, shifted = ratio + ROUNDER;
-        int32_t off = bits_of(ratio - (shifted - ROUNDER)) & SIZE_MASK;
-        furthest = off > furthest ? off : furthest;
-        q[i] = (int8_t)bits_of(shifted);
-    }
-    /* The product is within 127 * 2^-22 of the quotient: they differ only near a half. */
-    if (float_of(furthest) < 0.49996f)
-        return;
-    for (ptrdiff_t i = 0; i < count; i++)
-        q[i] = (int8_t)bits_of(x[i] / scale + ROUNDER);
-}
-
+/* q = x times 127 / largest, to nearest, halves to even; returns largest / 127. */
 TARGET static inline float NAME(quantise)(const float *x, ptrdiff_t count, int8_t *q)
 {
     int32_t bits = NAME(largest)(x, count);
-    float largest = float_of(bits), scale = largest / 127.0f;
+    float scale = float_of(bits) / 127.0f, inverse = 127.0f / float_of(bits);
     if (bits >= INFINITE || scale < FLT_MIN) {
         memset(q, 0, (size_t)count);
         return bits >= INFINITE ? NAN : 0.0f;
     }
-    NAME(round_values)(x, count, largest, scale, q);
+    for (ptrdiff_t i = 0; i < count; i++)
+        q[i] = (int8_t)bits_of(x[i] * inverse + ROUNDER);
     return scale;
 }
 
@@ -74,6 +57,39 @@ TARGET static void NAME(row_starts)(const int8_t *q, ptrdiff_t num_m, ptrdiff_t 
         }
 }
 
+/* Each token times its scale, and the bits of the largest of each column. */
+TARGET static inline __attribute__((always_inline)) void
+NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, const float *token_scale,
+                   ptrdiff_t num_tokens, float values[][STRIP], int32_t *largest)
+{
+    i16 most[STRIP_VECTORS] = {{0}};
+    for (ptrdiff_t m = 0; m < num_tokens; m++, dy += num_n)
+        for (int i = 0; i < STRIP_VECTORS; i++) {
+            v16 value;
+            memcpy(&value, dy + 16 * i, sizeof value);
+            value *= token_scale[m];
+            i16 bits = (i16)value & SIZE_MASK;
+            i16 above = bits > most[i];
+            most[i] = (above & bits) | (~above & most[i]);
+            memcpy(values[m] + 16 * i, &value, sizeof value);
+        }
+    memcpy(largest, most, sizeof most);
+}
+
+/* The same for the last, narrower strip. */
+TARGET static void NAME(scale_edge)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
+                                    const float *token_scale, ptrdiff_t num_tokens,
+                                    float values[][STRIP], int32_t *largest)
+{
+    for (ptrdiff_t m = 0; m < num_tokens; m++, dy += num_n)
+        for (ptrdiff_t i = 0; i < size; i++) {
+            float value = dy[i] * token_scale[m];
+            int32_t bits = bits_of(value) & SIZE_MASK;
+            largest[i] = bits > largest[i] ? bits : largest[i];
+            values[m][i] = value;
+        }
+}
+
 /* Scales and inverses of a strip of columns; a column that is not plain becomes zeros. */
 TARGET static inline void NAME(column_scales)(float values[][STRIP], ptrdiff_t count,
                                               const int32_t *largest, float *inverse,
@@ -82,6 +98,8 @@ TARGET static inline void NAME(column_scales)(float values[][STRIP], ptrdiff_t c
     for (int i = 0; i < STRIP; i++) {
         scale[i] = float_of(largest[i]) / 127.0f;
         inverse[i] = 127.0f / float_of(largest[i]);
+    }
+    for (int i = 0; i < STRIP; i++) {
         if (largest[i] < INFINITE && scale[i] >= FLT_MIN)
             continue;
         scale[i] = largest[i] >= INFINITE ? NAN : 0.0f;
@@ -91,40 +109,34 @@ TARGET static inline void NAME(column_scales)(float values[][STRIP], ptrdiff_t c
     }
 }
 
-/* Four tokens of a strip as int8, side by side. */
+/* Tokens in fours as int8, side by side, in blocks of 12 columns; and their sums. The
+   low byte of a number plus ROUNDER is the integer next to it. */
 TARGET static inline __attribute__((always_inline)) void
-NAME(round_four)(float values[][STRIP], const float *inverse, uint32_t *word,
-                 int32_t *sum)
+NAME(round_fours)(float values[][STRIP], ptrdiff_t num_tokens, const float *inverses,
+                  int8_t *blocks, ptrdiff_t size, ptrdiff_t block_step, int32_t *sums)
 {
-    for (int i = 0; i < STRIP; i++) {
-        int32_t a = bits_of(values[0][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
-        int32_t b = bits_of(values[1][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
-        int32_t c = bits_of(values[2][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
-        int32_t d = bits_of(values[3][i] * inverse[i] + ROUNDER) - bits_of(ROUNDER);
-        sum[i] += a + b + c + d;
-        word[i] = ((uint32_t)a & 255) | ((uint32_t)b & 255) << 8 |
-                  ((uint32_t)c & 255) << 16 | (uint32_t)d << 24;
-    }
-}
-
-/* Each token times its scale; `largest` gets the bits of the largest of a column. */
-TARGET static inline __attribute__((always_inline)) void
-NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, ptrdiff_t size,
-                   const float *token_scale, ptrdiff_t num_tokens,
-                   float values[][STRIP], int32_t *largest)
-{
-    for (ptrdiff_t m = 0; m < num_tokens; m++, dy += num_n) {
-        /* The next strip: rows lie too far apart for the processor to see it come. */
-        __builtin_prefetch(dy + STRIP);
-        __builtin_prefetch(dy + STRIP + 16);
-        __builtin_prefetch(dy + STRIP + 32);
-        for (ptrdiff_t i = 0; i < size; i++) {
-            float value = dy[i] * token_scale[m];
-            int32_t bits = bits_of(value) & SIZE_MASK;
-            largest[i] = bits > largest[i] ? bits : largest[i];
-            values[m][i] = value;
+    v16 inverse[STRIP_VECTORS];
+    i16 sum[STRIP_VECTORS] = {{0}};
+    uint32_t words[STRIP];
+    memcpy(inverse, inverses, sizeof inverse);
+    for (ptrdiff_t m = 0; m < num_tokens; m += 4, blocks += LEFT_BYTES) {
+        for (int i = 0; i < STRIP_VECTORS; i++) {
+            v16 four[4];
+            i16 a, b, c, d;
+            for (int row = 0; row < 4; row++)
+                memcpy(&four[row], values[m + row] + 16 * i, sizeof *four);
+            a = (i16)(four[0] * inverse[i] + ROUNDER);
+            b = (i16)(four[1] * inverse[i] + ROUNDER);
+            c = (i16)(four[2] * inverse[i] + ROUNDER);
+            d = (i16)(four[3] * inverse[i] + ROUNDER);
+            sum[i] += (a + b) + (c + d) - 4 * ROUNDER_BITS;
+            a = (a & 255) | ((b & 255) << 8) | ((c & 255) << 16) | (d << 24);
+            memcpy(words + 16 * i, &a, sizeof a);
         }
+        for (ptrdiff_t n = 0; n < size; n += LEFT_ROWS)
+            memcpy(blocks + n / LEFT_ROWS * block_step, words + n, LEFT_BYTES);
     }
+    memcpy(sums, sum, sizeof sum);
 }
 
 /* A strip of columns of dy (tokens, N), each token times its scale, as int8 with a
@@ -136,20 +148,18 @@ TARGET static void NAME(quantise_columns)(const float *dy, ptrdiff_t num_n,
                                           int32_t *start, ptrdiff_t scale_step)
 {
     float values[TOKENS][STRIP], inverse[STRIP], scales[STRIP];
-    int32_t largest[STRIP] = {0}, sums[STRIP] = {0};
-    uint32_t word[STRIP];
+    int32_t largest[STRIP] = {0}, sums[STRIP];
     if (size < STRIP || num_tokens % 4)
         memset(values, 0, sizeof values);
     if (size == STRIP)
-        NAME(scale_tokens)(dy, num_n, STRIP, token_scale, num_tokens, values, largest);
+        NAME(scale_tokens)(dy, num_n, token_scale, num_tokens, values, largest);
     else
-        NAME(scale_tokens)(dy, num_n, size, token_scale, num_tokens, values, largest);
+        NAME(scale_edge)(dy, num_n, size, token_scale, num_tokens, values, largest);
     NAME(column_scales)(values, num_tokens, largest, inverse, scales);
-    for (ptrdiff_t m = 0; m < num_tokens; m += 4, blocks += LEFT_BYTES) {
-        NAME(round_four)(values + m, inverse, word, sums);
-        for (ptrdiff_t n = 0; n < size; n += LEFT_ROWS)
-            memcpy(blocks + n / LEFT_ROWS * block_step, word + n, LEFT_BYTES);
-    }
+    if (size == STRIP)
+        NAME(round_fours)(values, num_tokens, inverse, blocks, STRIP, block_step, sums);
+    else
+        NAME(round_fours)(values, num_tokens, inverse, blocks, size, block_step, sums);
     for (ptrdiff_t i = 0; i < size; i++) {
         scale[i * scale_step] = scales[i];
         start[i * scale_step] = -128 * sums[i];

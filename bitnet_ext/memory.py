@@ -17,7 +17,7 @@ def aligned(count: int, dtype: type[Number]) -> NDArray[Number]:
     """Return memory that starts on a cache line: no load of a kernel takes two."""
     size = count * np.dtype(dtype).itemsize
     raw = np.empty(size + _LINE, dtype=np.uint8)
-    start = -raw.ctypes.data % _LINE
+    start = -raw.__array_interface__["data"][0] % _LINE
     return raw[start : start + size].view(dtype)
 
 

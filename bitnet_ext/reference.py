@@ -46,10 +46,11 @@ def quantise_group(x: Vector) -> tuple[NDArray[np.int8], np.float32]:
     zeros = np.zeros(x.shape, dtype=np.int8)
     if not np.isfinite(x).all():
         return zeros, np.float32(np.nan)
-    scale = np.abs(x).max(initial=np.float32(0)) / np.float32(127)
+    largest = np.abs(x).max(initial=np.float32(0))
+    scale = largest / np.float32(127)
     if scale < _SMALLEST:
         return zeros, np.float32(0)
-    return np.rint(x / scale).astype(np.int8), scale
+    return np.rint(x * (np.float32(127) / largest)).astype(np.int8), scale
 
 
 def quantise_rows(x_MK: NDArray[np.float32], group: int) -> QuantisedRows:
@@ -85,30 +86,14 @@ def matmul(
     return total
 
 
-def quantise_columns(dy_MN: NDArray[np.float32]) -> QuantisedRows:
-    """Return the transpose as int8 rows, in groups of `TOKENS` rows of dy.
-
-    Unlike `quantise_rows` it multiplies by the inverse of the scale.
-    """
-    left = quantise_rows(dy_MN.T.copy(), TOKENS)
-    for g, start in enumerate(range(0, len(dy_MN), TOKENS)):
-        part_NM = dy_MN[start : start + TOKENS].T
-        largest = np.abs(part_NM).max(axis=1, initial=np.float32(0))
-        plain = left.scale[:, g] > 0
-        inverse = np.float32(127) / largest[plain]
-        left.q[plain, start : start + TOKENS] = np.rint(
-            part_NM[plain] * inverse[:, None]
-        )
-    return left
-
-
 def weight_gradient(
     dy_MN: NDArray[np.float32],
     rows: QuantisedRows,
     into_NK: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Return dy^T @ rows as float32 (N, K), added to `into` where it is given."""
-    return matmul(quantise_columns(dy_MN * rows.scale), rows.q.T, 1.0, into_NK)
+    left = quantise_rows((dy_MN * rows.scale).T.copy(), TOKENS)
+    return matmul(left, rows.q.T, 1.0, into_NK)
 
 
 def pack(values_NK: NDArray[np.int8]) -> NDArray[np.uint8]:

@@ -49,7 +49,7 @@ def head(
     ]
     odds_MV = np.stack([row for row, _, _ in rows])
     at_target_M = np.array([at_target for _, at_target, _ in rows], dtype=np.float32)
-    columns = reference.quantise_columns(odds_MV * tokens.scale)
+    columns = reference.quantise_rows((odds_MV * tokens.scale).T.copy(), TOKENS)
     dtable_VH = reference.matmul(columns, tokens.q.T, factor, into_VH.copy())
     dhidden_MH = _dhidden(odds_MV, words)
     for m, target in enumerate(targets_M):
@@ -100,10 +100,7 @@ def _total(lanes: Floats) -> np.float32:
 
 
 def split(values_MV: Floats) -> tuple[QuantisedRows, QuantisedRows]:
-    """Return rows as int8 with a scale for `WORDS` words, and what that left over.
-
-    Unlike `quantise_rows` it multiplies by the inverse of the scale.
-    """
+    """Return rows as int8 with a scale for `WORDS` words, and what that left over."""
     high = reference.quantise_rows(values_MV, WORDS)
     low_q = np.zeros_like(high.q)
     for g, start in enumerate(range(0, values_MV.shape[1], WORDS)):
@@ -112,7 +109,6 @@ def split(values_MV: Floats) -> tuple[QuantisedRows, QuantisedRows]:
         plain = high.scale[:, g] > 0
         inverse = np.float32(127) / largest[plain]
         ratio = values_MV[plain, part] * inverse[:, None]
-        high.q[plain, part] = np.rint(ratio)
         low_q[plain, part] = np.rint((ratio - np.rint(ratio)) * np.float32(FINER))
     return high, QuantisedRows(low_q, high.scale, WORDS)
 
