@@ -64,11 +64,11 @@ def quantise_weight(w_NK: NDArray[np.float32]) -> TernaryWeight:
 def quantise_rows(x_MK: NDArray[np.float32], group: int | None = None) -> QuantisedRows:
     """Return a float32 matrix (M, K) as int8 rows.
 
-    `scale` is the largest |x| of a group over 127, and `q` is x / scale rounded,
-    halves to even. Without `group` a row is one group. A group of zeros (or of
-    numbers so small that the scale is subnormal) has scale 0 and values 0; one with
-    a NaN or an infinity has scale NaN. Raises ValueError for another type or shape
-    and for a group that is not a positive multiple of 4.
+    `scale` is the largest |x| of a group over 127, and `q` is x times 127 / largest,
+    rounded with halves to even. Without `group` a row is one group. A group of zeros
+    (or of numbers so small that the scale is subnormal) has scale 0 and values 0; one
+    with a NaN or an infinity has scale NaN. Raises ValueError for another type or
+    shape and for a group that is not a positive multiple of 4.
     """
     x_MK = _matrix(x_MK, "rows")
     rows = empty_rows(x_MK.shape[0], x_MK.shape[1], group)

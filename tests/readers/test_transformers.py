@@ -1,8 +1,8 @@
 """Hugging Face `transformers` loads every layout, and its logits are ours.
 
-Both round activations to int8, by formulas that differ in the last bit of a float: ours
-divides by the scale, theirs multiplies by its inverse. So now and then a number between
-two neighbours goes to the other one, and every later logit moves by about a hundredth.
+Both round activations to int8, but what they round differs in the last bits of a float,
+because sums before it are taken in another order. So now and then a number between two
+neighbours goes to the other one, and every later logit moves by about a hundredth.
 Here each such number is shown to lie on the edge between the two, our forward pass
 takes the neighbour that theirs took, and then all logits must agree.
 """
