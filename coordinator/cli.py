@@ -21,6 +21,7 @@ from coordinator import verbs
 from coordinator.app import KEY_NAME, Listening, serve
 from coordinator.control import (
     AcknowledgeReset,
+    ReadmitWorker,
     ResetPassword,
     Seed,
     TrainFor,
@@ -89,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     stop = add("train-for", _train_for, "stop giving out training after a while")
     stop.add_argument("seconds", help="seconds from now, or `ever`")
     add("acknowledge-reset", _acknowledge, "take the banner of a hard reset down")
+    readmit = add("readmit-worker", _readmit, "give a quarantined worker work again")
+    readmit.add_argument("worker_id", help="as the page shows it")
     add("reset-admin-password", _reset_password, "make a new admin password")
     add("worker-key", _worker_key, "print the key that workers need")
     _add_export(add("export", _export, "write a version for other software"))
@@ -248,6 +251,12 @@ def _train_for(options: argparse.Namespace) -> int:
 
 def _acknowledge(options: argparse.Namespace) -> int:
     print(verbs.command(_settings(options), AcknowledgeReset()))
+    return 0
+
+
+def _readmit(options: argparse.Namespace) -> int:
+    wish = ReadmitWorker(worker_id=options.worker_id)
+    print(verbs.command(_settings(options), wish))
     return 0
 
 

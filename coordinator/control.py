@@ -21,7 +21,12 @@ from msgspec import Struct
 from coordinator.domain.errors import FleetError, StartError
 from coordinator.login.passwords import new_password, reset_admin_password
 from coordinator.service.fleet import Fleet
-from coordinator.service.steering import acknowledge_reset, seed_epoch, train_until
+from coordinator.service.steering import (
+    acknowledge_reset,
+    readmit_worker,
+    seed_epoch,
+    train_until,
+)
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +81,17 @@ class AcknowledgeReset(Struct, frozen=True, tag="acknowledge-reset"):
     """Take the banner of a hard reset down."""
 
 
+class ReadmitWorker(Struct, frozen=True, kw_only=True, tag="readmit-worker"):
+    """Give a quarantined worker work again."""
+
+    worker_id: str
+
+
 class ResetPassword(Struct, frozen=True, tag="reset-admin-password"):
     """Make a new admin password and end every session."""
 
 
-Command = Seed | TrainFor | AcknowledgeReset | ResetPassword
+Command = Seed | TrainFor | AcknowledgeReset | ReadmitWorker | ResetPassword
 
 
 class KeyOrigin(Struct, frozen=True, tag="key-origin"):
@@ -115,6 +126,9 @@ async def obey(fleet: Fleet, command: Command) -> str:
         case AcknowledgeReset():
             await acknowledge_reset(fleet)
             return "reset acknowledged"
+        case ReadmitWorker(worker_id=worker_id):
+            await readmit_worker(fleet, worker_id)
+            return f"worker {worker_id} gets work again"
         case ResetPassword():
             password = new_password(fleet.rng)
             await fleet.store.write(

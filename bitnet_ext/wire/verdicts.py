@@ -48,6 +48,7 @@ class Verdict(StrEnum):
     WAITING = "waiting"  #: its work of this round is back, the round is open
     IDLE = "idle"  #: nothing to claim
     LOST = "lost"  #: no heartbeat within the limit
+    QUARANTINED = "quarantined"  #: gets no work: its submissions were left out
 
 
 class LeaseState(StrEnum):

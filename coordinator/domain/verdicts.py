@@ -23,6 +23,8 @@ class WorkerFacts:
     num_tokens: int | None
     #: It has a finished claim in the round that is still open.
     back_in_round: bool
+    #: Why it gets no work; None where it does.
+    quarantine: str | None
 
 
 def silence_limit_s(heartbeat_s: float) -> float:
@@ -37,6 +39,8 @@ def verdict(facts: WorkerFacts) -> tuple[Verdict, str]:
         return Verdict.LOST, (
             f"No heartbeat for {facts.heartbeat_age_s:.0f} s, limit {limit:.0f} s."
         )
+    if facts.quarantine is not None:
+        return Verdict.QUARANTINED, f"Gets no work: {facts.quarantine}."
     if facts.tokens_done is not None and facts.num_tokens:
         share = 100.0 * facts.tokens_done / facts.num_tokens
         return Verdict.COMPUTING, f"{share:.0f} % of its task done."

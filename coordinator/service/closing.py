@@ -1,8 +1,8 @@
 """Closing a round: from its accepted submissions to the next weight version.
 
-Journey: read the round and its submissions in their fixed order; average, take the
-step and encode the blobs, off the loop; make them durable; then one
-transaction makes the version, marks the submissions applied, closes the round and
+Journey: read the round and its submissions in their fixed order; judge them, average
+what is left, take the step and encode the blobs, off the loop; make them durable; then
+one transaction makes the version, marks the submissions applied, closes the round and
 opens the next. A crash before that transaction leaves the round as it was: it is
 closed again at the next start, with the same bytes.
 """
@@ -17,9 +17,10 @@ from sqlalchemy import Connection
 
 from bitnet_ext.codecs import PayloadError
 from bitnet_ext.frames import FrameError
-from coordinator.domain import leases
+from coordinator.domain import guards, leases
 from coordinator.service.broadcast import publication
 from coordinator.service.fleet import Fleet
+from coordinator.service.judging import Judged, give_tokens_back, judge_round, record
 from coordinator.service.pruning import prune_versions
 from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_epoch_if_done, add_evaluation
@@ -103,21 +104,24 @@ class RoundCloser:
             base = await self._fleet.off_loop(
                 lambda: read_state(self._fleet.blobs, closing.live.base_version)
             )
+        judged = await self._fleet.off_loop(
+            lambda: judge_round(self._fleet.blobs, closing)
+        )
         stepped = await self._fleet.off_loop(
-            lambda: next_state(self._fleet.blobs, closing, base, self._spare)
+            lambda: next_state(self._fleet.blobs, judged.kept, base, self._spare)
         )
         if stepped is None:
             await self._refuse_all(closing)
         else:
-            await self._publish(closing, base, stepped)
+            await self._publish(judged, base, stepped)
         self._fleet.work.ring()
         self._fleet.changed.ring()
         return True
 
     async def _publish(
-        self, closing: Closing, base: ServerState, stepped: ServerState
+        self, judged: Judged, base: ServerState, stepped: ServerState
     ) -> None:
-        fleet = self._fleet
+        fleet, closing = self._fleet, judged.kept
         layout = bytes.fromhex(closing.run.layout_hash)
         published = await fleet.off_loop(
             lambda: publication(
@@ -133,7 +137,7 @@ class RoundCloser:
         )
         now = fleet.clock.now()
         point = await fleet.store.write(
-            lambda connection: _commit(connection, fleet, closing, blobs, now)
+            lambda connection: _commit(connection, fleet, judged, blobs, now)
         )
         self._state, self._spare = stepped, base
         # Whole versions lie in the memory of a state, which is used again.
@@ -176,6 +180,9 @@ def _find(connection: Connection) -> Closing | None:
         submissions=rounds.accepted_in_round(connection, live.round_id),
         version=versions.highest_number(connection) + 1,
         tokens_before=base.tokens_total if base else 0,
+        recent_sizes=rounds.recent_sizes(
+            connection, run.run_id, newest=guards.NUM_RECENT
+        ),
     )
 
 
@@ -198,11 +205,12 @@ def version_point(row: PointRow) -> VersionPoint:
 def _commit(
     connection: Connection,
     fleet: Fleet,
-    closing: Closing,
+    judged: Judged,
     blobs: VersionBlobs,
     now: float,
 ) -> VersionPoint:
     """Make the version. Raises LookupError when its round is no longer to close."""
+    closing = judged.kept
     run = runs.newest_run(connection)
     live = None if run is None else rounds.live_round(connection, run.run_id)
     if run is None or live is None or live.round_id != closing.live.round_id:
@@ -226,6 +234,7 @@ def _commit(
         state_sha256=blobs.state.sha256,
         state_bytes=blobs.state.num_bytes,
     )
+    record(connection, judged, now)
     rounds.apply_submissions(connection, live.round_id, closing.version)
     _open_next(connection, fleet, run, live, closing.version, now)
     return version_point(versions.points_of(connection, run.run_id, newest=1)[0])
@@ -260,18 +269,9 @@ def _open_next(
 
 def _filter(connection: Connection, closing: Closing, now: float) -> None:
     """Leave every submission of the round out; the round starts over."""
-    live, run = closing.live, closing.run
+    live = closing.live
     rounds.filter_submissions(connection, live.round_id, "not finite after the step")
-    for row in closing.submissions:
-        runs.add_range(
-            connection,
-            run_id=run.run_id,
-            epoch=row.epoch,
-            shard_id=row.shard_id,
-            start_token=row.start_token,
-            num_tokens=row.tokens,
-        )
-        runs.add_accepted_tokens(connection, run.run_id, -row.tokens)
+    give_tokens_back(connection, closing.submissions)
     rounds.void_claims(connection, live.round_id)
     tasks.forgive_returns(connection, live.round_id)
     rounds.change_round(

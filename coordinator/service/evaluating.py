@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+from collections.abc import Sequence
 
 import msgspec
 from sqlalchemy import Connection
@@ -11,6 +13,7 @@ from sqlalchemy import Connection
 from bitnet_ext.wire.messages import EvaluationAnswer, EvaluationRequest
 from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain.errors import RefusedError
+from coordinator.domain.guards import NUM_RISEN, has_risen
 from coordinator.domain.manifest import Shard
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
@@ -18,6 +21,8 @@ from coordinator.service.returning import held_task, lease_lost
 from coordinator.service.view import EvaluationPoint
 from coordinator.store import tasks, versions, workers
 from coordinator.store.rows import EvaluationRow, VersionRow
+
+log = logging.getLogger(__name__)
 
 
 async def take_evaluation(
@@ -140,4 +145,30 @@ def _record(
     row = versions.find_evaluation(connection, request.submission_id)
     if row is None:
         raise LookupError(f"evaluation {request.submission_id} has no row")
+    _alarm_if_due(connection, row, now)
     return evaluation_point(row, version)
+
+
+def _alarm_if_due(connection: Connection, row: EvaluationRow, now: float) -> None:
+    """Record that held-out loss has risen, when this score is the one that says so."""
+    scores = versions.evaluations_of(connection, row.run_id)
+    without = [score for score in scores if score.version != row.version]
+    reason = loss_alarm(scores)
+    if reason is None or loss_alarm(without) is not None:
+        return
+    log.error(reason, extra={"event": "loss.risen", "version": row.version})
+    body = {"version": row.version, "reason": reason}
+    workers.add_event(connection, at=now, kind="loss.risen", body=body)
+
+
+def loss_alarm(scores: Sequence[EvaluationRow]) -> str | None:
+    """Return what is wrong with the scores of a run, by version; None: nothing."""
+    losses = [score.nats / score.tokens for score in scores]
+    if not has_risen(losses):
+        return None
+    best = min(range(len(losses)), key=losses.__getitem__)
+    least = 100.0 * (min(losses[-NUM_RISEN:]) / losses[best] - 1.0)
+    return (
+        f"The last {NUM_RISEN} evaluations are {least:.1f} % or more above version "
+        f"{scores[best].version}, the best."
+    )

@@ -13,7 +13,7 @@ from bitnet_ext.wire.verdicts import TaskState
 from coordinator.domain.eta import estimate
 from coordinator.domain.verdicts import WorkerFacts, verdict
 from coordinator.service.closing import version_point
-from coordinator.service.evaluating import evaluation_point
+from coordinator.service.evaluating import evaluation_point, loss_alarm
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
@@ -137,6 +137,7 @@ def _run(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> RunVi
         gzip_bits_per_byte=manifest.gzip_bits_per_byte(),
         tokens_per_s=sum(moving[-5:]) / len(moving[-5:]) if moving else None,
         eta=_eta(run, moving, now),
+        loss_alarm=loss_alarm(versions.evaluations_of(connection, run.run_id)),
         reset_from_version=None if run.reset_acknowledged else run.reset_from_version,
     )
 
@@ -256,6 +257,7 @@ def _worker(
             tokens_done=None if task is None else task.tokens_done,
             num_tokens=None if task is None else task.num_tokens,
             back_in_round=back_in_round,
+            quarantine=worker.quarantine_reason,
         )
     )
     return WorkerView(

@@ -11,6 +11,7 @@ from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Manifest
 from coordinator.service.fleet import RUNNING, Fleet, no_run
+from coordinator.service.roster import known_worker
 from coordinator.service.seeding import add_epoch, add_fixed_tasks, budget_left
 from coordinator.store import runs, workers
 from coordinator.store.rows import RunRow
@@ -87,6 +88,37 @@ async def acknowledge_reset(fleet: Fleet) -> None:
         runs.change_run(connection, run.run_id, reset_acknowledged=True)
 
     await fleet.store.write(change)
+    fleet.changed.ring()
+
+
+async def readmit_worker(fleet: Fleet, worker_id: str) -> None:
+    """End the quarantine of a worker; what was left out before counts no more.
+
+    Raises RefusedError: unknown_worker, bad_request where it is in none.
+    """
+    now = fleet.clock.now()
+
+    def change(connection: Connection) -> None:
+        worker = known_worker(connection, worker_id)
+        if worker.quarantined_at is None:
+            raise RefusedError(
+                ErrorCode.BAD_REQUEST,
+                f"worker_id must be of a worker in quarantine, got {worker_id!r}",
+                field="worker_id",
+            )
+        workers.change_worker(
+            connection,
+            worker_id,
+            quarantined_at=None,
+            quarantine_reason=None,
+            judged_from=now,
+        )
+        workers.add_event(
+            connection, at=now, kind="worker.readmitted", body={"worker_id": worker_id}
+        )
+
+    await fleet.store.write(change)
+    fleet.work.ring()
     fleet.changed.ring()
 
 

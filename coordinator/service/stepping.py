@@ -38,6 +38,10 @@ class Closing:
     version: int
     #: Tokens behind the version before.
     tokens_before: int
+    #: Sizes of the submissions that were applied last (`coordinator.domain.guards`).
+    recent_sizes: Sequence[float] = ()
+    #: Of the numbers of each submission, once the guards have ruled.
+    factors: Sequence[float] = ()
 
     @property
     def plan(self) -> TrainingPlan:
@@ -58,7 +62,7 @@ def next_state(
     None when it would not be finite. Raises OSError, FrameError or PayloadError when
     a file of the round does not help.
     """
-    parts = _parts(blobs, closing.submissions)
+    parts = _parts(blobs, closing)
     match closing.plan.round_kind:
         case RoundKind.DELTA:
             return _after_outer_step(closing, base, parts, spare)
@@ -100,7 +104,7 @@ def _after_gradient_step(
         step=closing.version - closing.run.root_version,
     )
     shape = shape_from_json(msgspec.json.decode(closing.run.model_json))
-    after = merged_step(before, parts, segments(shape), sizes, threads=_num_cores())
+    after = merged_step(before, parts, segments(shape), sizes, threads=num_cores())
     if after is None:
         return None
     return ServerState(
@@ -111,22 +115,23 @@ def _after_gradient_step(
     )
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Return the cores that this process may use."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     return len(os.sched_getaffinity(0))
 
 
-def _parts(blobs: Blobs, submissions: Sequence[SubmissionRow]) -> Iterator[Part]:
-    """Yield the submissions in order, each with its share of the tokens.
+def _parts(blobs: Blobs, closing: Closing) -> Iterator[Part]:
+    """Yield the submissions in order, each with its share of the tokens, clipped.
 
     Shares are normalised before anything is multiplied, so that one submission
     alone has a share of exactly 1.
     """
-    shares = merge_weights([row.tokens for row in submissions])
-    for row, share in zip(submissions, shares, strict=True):
+    rows = closing.submissions
+    shares = merge_weights([row.tokens for row in rows])
+    for row, share, factor in zip(rows, shares, closing.factors, strict=True):
         header, payload = decode_frame(
             blobs.read(BlobKind.PAYLOAD, row.payload_file or "")
         )
-        yield Part(header.codec, payload, share)
+        yield Part(header.codec, payload, share * factor)

@@ -51,6 +51,8 @@ class RunView(View, frozen=True, kw_only=True):
     #: Of the whole fleet, over the last closed rounds; None before the first.
     tokens_per_s: float | None
     eta: EtaView
+    #: Why held-out loss needs a look; None while it falls, or rises little.
+    loss_alarm: str | None
     #: Not null after a hard reset that no operator has acknowledged.
     reset_from_version: int | None
 

@@ -158,6 +158,67 @@ def filter_submissions(connection: Connection, round_id: int, reason: str) -> No
     )
 
 
+def filter_one(connection: Connection, submission_id: str, reason: str) -> None:
+    """Leave one submission out, with the reason."""
+    connection.execute(
+        update(submissions)
+        .where(
+            submissions.c.submission_id == submission_id,
+            submissions.c.state == SubmissionState.ACCEPTED,
+        )
+        .values(state=SubmissionState.FILTERED, reason=reason)
+    )
+
+
+def rule(connection: Connection, submission_id: str, **columns: Any) -> None:
+    """Record what the guards found out about a submission."""
+    connection.execute(
+        update(submissions)
+        .where(submissions.c.submission_id == submission_id)
+        .values(**columns)
+    )
+
+
+def recent_sizes(connection: Connection, run_id: str, *, newest: int) -> list[float]:
+    """Return the sizes of the submissions that were applied last, in no order."""
+    rows = connection.execute(
+        select(submissions.c.size)
+        .where(
+            submissions.c.run_id == run_id,
+            submissions.c.state == SubmissionState.APPLIED,
+            submissions.c.size.is_not(None),
+        )
+        .order_by(
+            submissions.c.version.desc(),
+            submissions.c.epoch,
+            submissions.c.shard_id,
+            submissions.c.start_token,
+        )
+        .limit(newest)
+    )
+    return [size for (size,) in rows]
+
+
+def left_out_of(
+    connection: Connection, worker_id: str, *, since: float, newest: int
+) -> list[bool]:
+    """Return whether each of a worker's last rulings left it out, newest first.
+
+    Only submissions accepted after `since` count.
+    """
+    rows = connection.execute(
+        select(submissions.c.state)
+        .where(
+            submissions.c.worker_id == worker_id,
+            submissions.c.accepted_at > since,
+            submissions.c.size.is_not(None),
+        )
+        .order_by(submissions.c.accepted_at.desc(), submissions.c.submission_id)
+        .limit(newest)
+    )
+    return [state == SubmissionState.FILTERED for (state,) in rows]
+
+
 def filter_run(connection: Connection, run_id: str, reason: str) -> None:
     """Leave out everything of a run that is accepted but not applied."""
     connection.execute(

@@ -207,3 +207,6 @@ class WorkerRow(Struct, frozen=True, kw_only=True):
     tasks_done: int
     tasks_failed: int
     tokens_accepted: int
+    quarantined_at: float | None
+    quarantine_reason: str | None
+    judged_from: float

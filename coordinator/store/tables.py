@@ -235,6 +235,11 @@ submissions: Final = Table(
     Column("payload_bytes", BigInteger, nullable=False),
     Column("body_sha256", String(64), nullable=False),
     Column("answer_json", Text, nullable=False),
+    # What the guards found out when its round was closed; empty before.
+    Column("norm", Float),
+    Column("size", Float),
+    Column("factor", Float),
+    Column("cosine", Float),
     CheckConstraint(
         "state IN ('accepted','applied','filtered')", name="submission_state"
     ),
@@ -244,6 +249,8 @@ submissions: Final = Table(
 )
 Index("ix_submissions_round", submissions.c.round_id)
 Index("ix_submissions_accepted_at", submissions.c.run_id, submissions.c.accepted_at)
+Index("ix_submissions_worker", submissions.c.worker_id, submissions.c.accepted_at)
+Index("ix_submissions_version", submissions.c.run_id, submissions.c.version)
 
 #: A weight version: two blobs, the published frame and the server state.
 versions: Final = Table(
@@ -307,6 +314,10 @@ workers: Final = Table(
     Column("tasks_done", Integer, nullable=False, server_default="0"),
     Column("tasks_failed", Integer, nullable=False, server_default="0"),
     Column("tokens_accepted", BigInteger, nullable=False, server_default="0"),
+    Column("quarantined_at", Float),
+    Column("quarantine_reason", Text),
+    # What it handed in before is not held against it any more.
+    Column("judged_from", Float, nullable=False, server_default="0"),
 )
 
 #: What happened, in order: the story behind every number on the page.

@@ -104,6 +104,7 @@ def fleet() -> FleetView:
             gzip_bits_per_byte=2.5,
             tokens_per_s=20.0,
             eta=eta,
+            loss_alarm=None,
             reset_from_version=None,
         ),
         round=RoundView(

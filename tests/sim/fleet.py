@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_ext.chain import next_link
-from bitnet_ext.codecs import Codec, encode_with_feedback
+from bitnet_ext.codecs import Codec, decode, encode_with_feedback
 from bitnet_ext.frames import frame_bytes
+from bitnet_ext.fused import norm_of
 from bitnet_ext.outer import Part
 from bitnet_ext.wire.messages import EXACT
 from bitnet_ext.wire.verdicts import RoundKind
-from coordinator.domain import muon, sizing
+from coordinator.domain import guards, muon, sizing
 from coordinator.domain.initial import initial_vector
 from coordinator.domain.muon import OptimiserState, merged_step
 from coordinator.domain.outer_step import merge_weights, outer_step
@@ -54,6 +55,8 @@ class Recipe:
     works_ahead: bool = False
     #: What the last worker multiplies its pseudo-gradients by.
     poison: float = 1.0
+    #: Whether submissions are judged before they are merged.
+    guarded: bool = True
 
     def __post_init__(self) -> None:
         """Refuse local steps that change their weights on the way."""
@@ -74,6 +77,13 @@ class Worker:
     held: int | None = None
     #: When it can claim again.
     free_at: float = 0.0
+    #: Whether each of its submissions was left out, oldest first.
+    left_out: list[bool] = field(default_factory=list)
+
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether it gets no more work."""
+        return guards.keeps_failing(self.left_out)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -110,6 +120,10 @@ class Counts:
     bytes_down_fp32: int = 0
     num_rounds: int = 0
     num_lost: int = 0
+    #: Submissions that the guards left out, of honest workers and of the poisoned.
+    num_honest_left_out: int = 0
+    num_poison_left_out: int = 0
+    num_clipped: int = 0
     #: Worker seconds that went into work that was applied.
     useful_s: float = 0.0
     #: Windows applied, and those of them that were of the version before.
@@ -152,6 +166,8 @@ class Fleet:
         #: Until when the coordinator's optimiser is at work.
         self._busy_until = 0.0
         self._given_back: list[Stretch] = []
+        #: Sizes of the last submissions that were merged.
+        self._recent: list[float] = []
         self._epoch, self._next = 0, 0
         self._order = text.order(seed, 0)
 
@@ -184,6 +200,10 @@ class Fleet:
             "utilisation": counts.useful_s / (self.now * len(self._workers)),
             "rounds": counts.num_rounds,
             "lost_tasks": counts.num_lost,
+            "honest_left_out": counts.num_honest_left_out,
+            "poison_left_out": counts.num_poison_left_out,
+            "clipped": counts.num_clipped,
+            "quarantined": sum(worker.is_quarantined for worker in self._workers),
             "optimiser_s": counts.optimiser_s,
             "stale_share": counts.num_stale / max(1, counts.num_windows),
             "bytes_up_per_token": counts.bytes_up / self.tokens,
@@ -222,7 +242,7 @@ class Fleet:
             at = max(opens_at, worker.free_at) + self._setting.round_trip_s
             first_back = min((c.back_at for c in claims if c.back_at), default=None)
             late = first_back is not None and first_back <= at
-            if late or left == 0:
+            if late or left == 0 or worker.is_quarantined:
                 continue
             age = at - claims[0].claimed_at if claims else 0.0
             stretch = self._cut(worker, age, left, may_retry=at >= self.now)
@@ -364,18 +384,23 @@ class Fleet:
 
     def _apply(self, claims: list[Claim]) -> None:
         """Train what came back, merge it and publish the next version."""
-        codec = Codec(self._recipe.plan.codec)
-        tokens = [claim.stretch.num * SEQ_LEN for claim in claims]
+        codec, size = Codec(self._recipe.plan.codec), self._net.num_params
+        payloads = [
+            self._payload(claim, gradient)
+            for claim, gradient in zip(claims, self._train(claims), strict=True)
+        ]
+        kept = self._judged(claims, payloads)
+        tokens = [claims[place].stretch.num * SEQ_LEN for place in kept]
         parts = [
-            Part(codec, self._payload(claim, gradient), share)
-            for claim, gradient, share in zip(
-                claims, self._train(claims), merge_weights(tokens), strict=True
+            Part(codec, payloads[place], share * factor)
+            for (place, factor), share in zip(
+                kept.items(), merge_weights(tokens), strict=True
             )
         ]
-        self._spend(costs.DECODE * len(claims) * self._net.num_params)
+        self._spend(costs.DECODE * len(parts) * size)
         state = self._stepped(parts, sum(tokens))
         self.tokens += sum(tokens)
-        self._count_stale(claims)
+        self._count_stale([claims[place] for place in kept])
         if state is not None:
             self._state = state
             self._publish()
@@ -385,6 +410,62 @@ class Fleet:
         for num, base in (part for claim in claims for part in claim.bases):
             self.counts.num_windows += num
             self.counts.num_stale += 0 if base is newest else num
+
+    def _judged(self, claims: list[Claim], payloads: list[bytes]) -> dict[int, float]:
+        """Return the factors of what is merged, by place; the rest goes back."""
+        if not self._recipe.guarded:
+            return dict.fromkeys(range(len(claims)), 1.0)
+        codec, size = Codec(self._recipe.plan.codec), self._net.num_params
+        self._spend(costs.JUDGE * len(claims) * size)
+        candidates = [
+            self._candidate(claim, norm_of(decode(codec, payload, size)))
+            for claim, payload in zip(claims, payloads, strict=True)
+        ]
+        rulings = guards.judge(
+            candidates,
+            self._recent,
+            lambda place: (codec, payloads[place]),
+            num_elements=size,
+        )
+        for claim, candidate, ruling in zip(claims, candidates, rulings, strict=True):
+            self._note(claim, candidate, ruling)
+        return {
+            place: ruling.factor
+            for place, ruling in enumerate(rulings)
+            if ruling.reason is None
+        }
+
+    def _candidate(self, claim: Claim, norm: float) -> guards.Candidate:
+        plan, tokens = self._recipe.plan, claim.stretch.num * SEQ_LEN
+        num_steps = sizing.num_steps(
+            tokens, seq_len=SEQ_LEN, batch_size=plan.batch_size
+        )
+        size = guards.size_of(
+            norm,
+            plan,
+            tokens_before=self.tokens,
+            tokens=tokens,
+            num_steps=num_steps,
+        )
+        return guards.Candidate(tokens=tokens, norm=norm, size=size)
+
+    def _note(
+        self, claim: Claim, candidate: guards.Candidate, ruling: guards.Ruling
+    ) -> None:
+        """Keep what a ruling means for its worker, its stretch and later rounds."""
+        claim.worker.left_out.append(ruling.reason is not None)
+        if ruling.reason is None:
+            self.counts.num_clipped += ruling.factor < 1.0
+            self._recent = [*self._recent, candidate.size][-guards.NUM_RECENT :]
+            return
+        self._given_back.append(claim.stretch)
+        if self._is_poisoned(claim.worker):
+            self.counts.num_poison_left_out += 1
+        else:
+            self.counts.num_honest_left_out += 1
+
+    def _is_poisoned(self, worker: Worker) -> bool:
+        return self._recipe.poison != 1.0 and worker is self._workers[-1]
 
     def _stepped(self, parts: list[Part], tokens: int) -> OptimiserState | None:
         """Return the next state of the coordinator, and let that take its time.
@@ -488,7 +569,7 @@ class Fleet:
 
     def _payload(self, claim: Claim, gradient: Vector) -> bytes:
         worker = claim.worker
-        if self._recipe.poison != 1.0 and worker is self._workers[-1]:
+        if self._is_poisoned(worker):
             gradient = gradient * np.float32(self._recipe.poison)
         payload, worker.residual = encode_with_feedback(
             Codec(self._recipe.plan.codec), gradient, worker.residual

@@ -23,6 +23,7 @@ export function run(given = {}) {
     gzip_bits_per_byte: 2.5,
     tokens_per_s: 1700,
     eta: { at: null, earliest_at: null, latest_at: null, reason: "Needs a round." },
+    loss_alarm: null,
     reset_from_version: null,
     ...given,
   };

@@ -1,7 +1,7 @@
 // Workers in words and in order: who is late, and which row stands above which. Pure.
 
 /** Worst first: verdicts, and `late` for who computes past its forecast. */
-const WORST_FIRST = ["lost", "late", "idle", "waiting", "computing"];
+const WORST_FIRST = ["quarantined", "lost", "late", "idle", "waiting", "computing"];
 
 /** Return how far a held task is, or null when the worker holds none. */
 export function taskProgress(worker, now) {

@@ -78,6 +78,7 @@ def test_the_worker_key_is_made_once_and_for_its_owner_alone(capsys, tmp_path):
         ["worker-key"],
         ["train-for", "60"],
         ["acknowledge-reset"],
+        ["readmit-worker", "w1"],
         ["reset-admin-password"],
     ],
 )
@@ -116,6 +117,12 @@ def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):
     assert timed == "training for 60 s more\n"
     assert ever == "training until the token budget is used up\n"
     assert reset == "reset acknowledged\n"
+
+
+def test_only_a_quarantined_worker_is_readmitted(capsys, folders):
+    said(capsys, "seed-real-tasks", *folders)
+
+    assert "'w9'" in refused(capsys, "readmit-worker", *folders, "w9")
 
 
 def test_an_epoch_on_another_corpus_is_refused_and_the_run_stays(

@@ -6,12 +6,17 @@ import math
 
 import msgspec
 import pytest
+from sqlalchemy import select
 
-from bitnet_ext.wire.verdicts import ErrorCode
+from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain.errors import RefusedError
+from coordinator.service.evaluating import loss_alarm
 from coordinator.service.view import EvaluationPoint
 from coordinator.store import tasks, versions
+from coordinator.store.tables import events
 from tests.unit.coordinator.fleets import PLAN, World
+
+PLAN_OF_EVERY_VERSION = msgspec.structs.replace(PLAN, evaluate_every=1)
 
 
 @pytest.fixture
@@ -41,6 +46,25 @@ def test_a_score_is_kept_and_published(scoring: World):
             bits_per_byte=186.0 / math.log(2.0) / 300,
         ),
     )
+
+
+def test_three_scores_above_the_best_raise_an_alarm_once(world: World):
+    world.start_run(PLAN_OF_EVERY_VERSION, scored=True)
+    world.register("w1")
+    for nats in (190.0, 186.0, 192.0, 195.0, 193.0, 194.0):
+        while (task := world.claimed()).kind != TaskKind.EVALUATE:
+            world.clock.advance(1.0)
+            world.submit(task)
+            world.close_round()
+            world.clock.advance(100.0)
+        world.score(task, nats=nats)
+
+    (alarm,) = world.read(
+        lambda c: list(c.execute(select(events).where(events.c.kind == "loss.risen")))
+    )
+    reason = "The last 3 evaluations are 3.2 % or more above version 2, the best."
+    assert msgspec.json.decode(alarm.body_json) == {"version": 5, "reason": reason}
+    assert loss_alarm(world.read(lambda c: versions.evaluations_of(c, "r-1")))
 
 
 def test_the_same_score_gets_the_same_answer_and_is_told_once(scoring: World):

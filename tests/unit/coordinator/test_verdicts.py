@@ -8,13 +8,14 @@ from bitnet_ext.wire.verdicts import Verdict
 from coordinator.domain.verdicts import WorkerFacts, silence_limit_s, verdict
 
 
-def facts(age_s=1.0, heartbeat_s=5.0, done=None, due=None, back=False):
+def facts(age_s=1.0, heartbeat_s=5.0, done=None, due=None, back=False, bad=None):
     return WorkerFacts(
         heartbeat_age_s=age_s,
         heartbeat_s=heartbeat_s,
         tokens_done=done,
         num_tokens=due,
         back_in_round=back,
+        quarantine=bad,
     )
 
 
@@ -28,6 +29,8 @@ def facts(age_s=1.0, heartbeat_s=5.0, done=None, due=None, back=False):
         (facts(age_s=31.0, done=20, due=80), Verdict.LOST, "for 31 s, limit 30 s"),
         (facts(age_s=31.0, heartbeat_s=6.0), Verdict.IDLE, "Holds no task."),
         (facts(age_s=37.0, heartbeat_s=6.0), Verdict.LOST, "for 37 s, limit 36 s"),
+        (facts(bad="5 of 8"), Verdict.QUARANTINED, "Gets no work: 5 of 8."),
+        (facts(age_s=31.0, bad="5 of 8"), Verdict.LOST, "for 31 s"),
         (facts(back=True), Verdict.WAITING, "is back"),
         (facts(done=1, due=2, back=True), Verdict.COMPUTING, "50 %"),
     ],

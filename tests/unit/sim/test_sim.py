@@ -125,6 +125,31 @@ def test_the_fleet_learns(kind, rate):
     assert after < before - 0.2
 
 
+@pytest.mark.parametrize("kind", list(RoundKind))
+def test_who_sends_poison_is_left_out_and_gets_no_more_work(kind):
+    plan = plan_for(400, round_kind=kind, round_s=2.0, learning_rate=4e-3)
+    fleet = a_fleet(Setting(deaths=0.0), text=a_text(400), plan=plan, poison=-5.0)
+
+    figures = fleet.run(160 * SEQ_LEN)
+
+    assert (figures["poison_left_out"], figures["quarantined"]) == (5, 1)
+    assert fleet._workers[-1].is_quarantined
+    assert figures["tokens"] == 160 * SEQ_LEN
+
+
+def test_what_is_left_out_is_trained_by_somebody_else():
+    fleet = a_fleet(Setting(deaths=0.0), text=a_text(400), poison=-5.0)
+    fleet._round(10**6)
+
+    (back,) = fleet._given_back
+    fleet._round(10**6)
+
+    num_trained = fleet._next - sum(s.num for s in fleet._given_back)
+    assert fleet.counts.num_poison_left_out > 0
+    assert fleet.tokens == num_trained * SEQ_LEN
+    assert back not in fleet._given_back
+
+
 def test_a_quorum_does_not_wait_for_the_lease_of_a_dead_worker():
     patient, quick = (
         a_fleet(Setting(deaths=0.1), quorum=quorum).run(160 * SEQ_LEN)

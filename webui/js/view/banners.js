@@ -14,6 +14,7 @@ export function Banners({ tryNow }) {
   return html`
     ${offline.value && html`<${Offline} tryNow=${tryNow} />`}
     ${view?.insecure_http && html`<${InsecureHttp} />`}
+    ${view?.run?.loss_alarm && html`<${LossAlarm} reason=${view.run.loss_alarm} />`}
     ${view?.run?.reset_from_version != null && html`<${HardReset} run=${view.run} />`}
   `;
 }
@@ -49,6 +50,12 @@ function InsecureHttp() {
       <b>This page comes over plain HTTP.</b> Who can read the network can read the
       password and take over the session. Put TLS in front, or use a tunnel.
     <//>
+  `;
+}
+
+function LossAlarm({ reason }) {
+  return html`
+    <${Banner} tone="slow" icon="warn"><b>Held-out loss has risen.</b>${" "}${reason}<//>
   `;
 }
 

@@ -1,0 +1,181 @@
+"""Judging a round before it is merged, and what that means for tokens and workers.
+
+A ruling is a function of the payloads of the round, the plan and the submissions that
+were applied before; it is stored with each submission, and once more only to be seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+from sqlalchemy import Connection
+
+from bitnet_ext.codecs import Bytes, Codec, Vector, decode
+from bitnet_ext.frames import decode_frame
+from bitnet_ext.fused import norm_of
+from bitnet_ext.layout import num_params, shape_from_json
+from coordinator.domain import guards
+from coordinator.domain.guards import Candidate, Ruling
+from coordinator.service.stepping import Closing, num_cores
+from coordinator.store import rounds, runs, workers
+from coordinator.store.blobs import BlobKind, Blobs
+from coordinator.store.rows import SubmissionRow
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A round after the guards have seen it."""
+
+    #: What is left of the round to merge, with its factors.
+    kept: Closing
+    candidates: Sequence[Candidate]
+    rulings: Sequence[Ruling]
+    #: All submissions of the round, in the order of rulings.
+    submissions: Sequence[SubmissionRow]
+
+
+def judge_round(blobs: Blobs, closing: Closing) -> Judged:
+    """Rule on every submission of a round; blocking, off the loop.
+
+    Raises OSError, FrameError or PayloadError when a file does not help.
+    """
+    rows = closing.submissions
+
+    def read(place: int) -> tuple[Codec, Bytes]:
+        data = blobs.read(BlobKind.PAYLOAD, rows[place].payload_file or "")
+        header, payload = decode_frame(data)
+        return header.codec, payload
+
+    shape = shape_from_json(msgspec.json.decode(closing.run.model_json))
+    scratch = np.empty(num_params(shape), dtype=np.float32)
+    candidates = [
+        _candidate(closing, row, read(place), scratch) for place, row in enumerate(rows)
+    ]
+    rulings = guards.judge(
+        candidates,
+        closing.recent_sizes,
+        read,
+        num_elements=len(scratch),
+        threads=num_cores(),
+    )
+    merged = [n for n, ruling in enumerate(rulings) if ruling.reason is None]
+    kept = replace(
+        closing,
+        submissions=[rows[n] for n in merged],
+        factors=[rulings[n].factor for n in merged],
+    )
+    return Judged(kept=kept, candidates=candidates, rulings=rulings, submissions=rows)
+
+
+def _candidate(
+    closing: Closing, row: SubmissionRow, payload: tuple[Codec, Bytes], scratch: Vector
+) -> Candidate:
+    codec, data = payload
+    numbers = decode(codec, data, len(scratch), out=scratch)
+    norm = norm_of(numbers, threads=num_cores())
+    size = guards.size_of(
+        norm,
+        closing.plan,
+        tokens_before=closing.tokens_before,
+        tokens=row.tokens,
+        num_steps=row.num_steps,
+    )
+    return Candidate(tokens=row.tokens, norm=norm, size=size)
+
+
+def record(connection: Connection, judged: Judged, now: float) -> None:
+    """Store the rulings; what is left out goes back, and who sent it is looked at."""
+    for row, candidate, ruling in zip(
+        judged.submissions, judged.candidates, judged.rulings, strict=True
+    ):
+        rounds.rule(
+            connection,
+            row.submission_id,
+            norm=candidate.norm,
+            size=candidate.size,
+            factor=ruling.factor,
+            cosine=ruling.cosine,
+        )
+        if ruling.reason is not None:
+            _leave_out(connection, row, candidate, ruling, now)
+
+
+def give_tokens_back(connection: Connection, rows: Iterable[SubmissionRow]) -> None:
+    """Make the stretches of submissions that are left out ranges again."""
+    for row in rows:
+        runs.add_range(
+            connection,
+            run_id=row.run_id,
+            epoch=row.epoch,
+            shard_id=row.shard_id,
+            start_token=row.start_token,
+            num_tokens=row.tokens,
+        )
+        runs.add_accepted_tokens(connection, row.run_id, -row.tokens)
+
+
+def _leave_out(
+    connection: Connection,
+    row: SubmissionRow,
+    candidate: Candidate,
+    ruling: Ruling,
+    now: float,
+) -> None:
+    reason = ruling.reason or ""
+    rounds.filter_one(connection, row.submission_id, reason)
+    give_tokens_back(connection, [row])
+    log.warning(
+        "a submission of %s is left out: %s",
+        row.worker_id,
+        reason,
+        extra={"event": "submission.filtered", "worker_id": row.worker_id},
+    )
+    workers.add_event(
+        connection,
+        at=now,
+        kind="submission.filtered",
+        body={
+            "submission_id": row.submission_id,
+            "worker_id": row.worker_id,
+            "round_id": row.round_id,
+            "reason": reason,
+            "norm": candidate.norm,
+            "cosine": ruling.cosine,
+        },
+    )
+    _quarantine_if_due(connection, row.worker_id, reason, now)
+
+
+def _quarantine_if_due(
+    connection: Connection, worker_id: str, reason: str, now: float
+) -> None:
+    worker = workers.find_worker(connection, worker_id)
+    if worker is None or worker.quarantined_at is not None:
+        return
+    left_out = rounds.left_out_of(
+        connection, worker_id, since=worker.judged_from, newest=guards.NUM_JUDGED
+    )
+    if not guards.keeps_failing(left_out):
+        return
+    why = f"{sum(left_out)} of its last {len(left_out)} left out, the last one {reason}"
+    workers.change_worker(
+        connection, worker_id, quarantined_at=now, quarantine_reason=why
+    )
+    log.error(
+        "worker %s is quarantined: %s",
+        worker_id,
+        why,
+        extra={"event": "worker.quarantined", "worker_id": worker_id},
+    )
+    workers.add_event(
+        connection,
+        at=now,
+        kind="worker.quarantined",
+        body={"worker_id": worker_id, "reason": why},
+    )
