@@ -106,7 +106,7 @@ def test_random_bytes_behind_the_magic_are_no_frame(data):
         (4, "<H", 0, "format version"),
         (4, "<H", 2, "format version"),
         (6, "<B", 0, "kind"),
-        (6, "<B", 5, "kind"),
+        (6, "<B", len(FrameKind) + 1, "kind"),
         (6, "<B", 255, "kind"),
         (7, "<B", 0, "codec"),
         (7, "<B", 4, "codec"),

@@ -156,9 +156,16 @@ def test_the_new_weights_are_one_step_down_the_gradient(
 
 
 def by_newton(gradient: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return nearly the nearest orthogonal matrix, as in the paper."""
-    x = gradient / np.linalg.norm(gradient)
-    for _ in range(5):
+    """Return roughly the nearest orthogonal matrix, for each half of the short side."""
+    if gradient.shape[0] > gradient.shape[1]:
+        return by_newton(gradient.T).T
+    return np.vstack([three_iterations(half) for half in np.split(gradient, 2)])
+
+
+def three_iterations(half: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what Newton-Schulz makes of a matrix in three iterations."""
+    x = half / np.linalg.norm(half)
+    for _ in range(3):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x

@@ -8,6 +8,7 @@ what workers get. Every byte, every second and every optimiser's FLOP is counted
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -49,13 +50,19 @@ class Recipe:
     plan: TrainingPlan
     #: Whether moments and residual outlive their process.
     keeps_state: bool = True
-    #: Whether the next round begins while the coordinator still makes its step: then
-    #: its work is of the version before.
-    overlaps: bool = False
+    #: Whether a worker that has handed in begins its next task at once, on the weights
+    #: that it holds, and takes the next version between two windows once it is there.
+    works_ahead: bool = False
     #: What the last worker multiplies its pseudo-gradients by.
     poison: float = 1.0
     #: Whether submissions are judged before they are merged.
     guarded: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse local steps that change their weights on the way."""
+        kind = self.plan.round_kind
+        if self.works_ahead and kind is not RoundKind.GRADIENT:
+            raise ValueError(f"works_ahead needs gradient rounds, not {kind}")
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +102,8 @@ class Claim:
     worker: Worker
     stretch: Stretch
     claimed_at: float
+    #: How many of its windows are trained on which weights, in order.
+    bases: tuple[tuple[int, Vector], ...]
     #: When its submission is accepted; None where the worker dies.
     back_at: float | None
     #: When its lease is over without a submission.
@@ -117,6 +126,9 @@ class Counts:
     num_clipped: int = 0
     #: Worker seconds that went into work that was applied.
     useful_s: float = 0.0
+    #: Windows applied, and those of them that were of the version before.
+    num_windows: int = 0
+    num_stale: int = 0
     optimiser_s: float = 0.0
     curve: list[tuple[float, int, float]] = field(default_factory=list)
 
@@ -149,9 +161,8 @@ class Fleet:
             for speed in self._setting.speeds
         ]
         self._version = 0
-        #: What workers train from, and what comes after it once it is ready.
-        self._base = self.published
-        self._coming: list[tuple[float, Vector]] = []
+        #: The last two versions, and since when they can be had.
+        self._versions = [(0.0, self.published), (0.0, self.published)]
         #: Until when the coordinator's optimiser is at work.
         self._busy_until = 0.0
         self._given_back: list[Stretch] = []
@@ -194,6 +205,7 @@ class Fleet:
             "clipped": counts.num_clipped,
             "quarantined": sum(worker.is_quarantined for worker in self._workers),
             "optimiser_s": counts.optimiser_s,
+            "stale_share": counts.num_stale / max(1, counts.num_windows),
             "bytes_up_per_token": counts.bytes_up / self.tokens,
             "bytes_down_per_token": counts.bytes_down / self.tokens,
             "bytes_up_ratio": counts.bytes_up_fp32 / counts.bytes_up,
@@ -209,9 +221,8 @@ class Fleet:
     # One round.
 
     def _round(self, budget: int) -> None:
-        self._take_newest()
         claims = self._claims(budget)
-        closes_at = self._closes_at(claims)
+        closes_at = max(self.now, self._closes_at(claims))
         back = [c for c in claims if c.back_at is not None and c.back_at <= closes_at]
         for claim in claims:
             self._end(claim, closes_at, is_back=claim in back)
@@ -220,30 +231,28 @@ class Fleet:
             self._busy_until = max(self.now, self._busy_until)
             self._apply(sorted(back, key=lambda claim: claim.stretch))
 
-    def _take_newest(self) -> None:
-        """Begin a round on the newest version, or on the one before it."""
-        num_ahead = 1 if self._recipe.overlaps else 0
-        while len(self._coming) > num_ahead:
-            ready_at, self._base = self._coming.pop(0)
-            self.now = max(self.now, ready_at)
-
     def _claims(self, budget: int) -> list[Claim]:
         """Give out the tasks of a round, in the order in which workers ask."""
         claims: list[Claim] = []
         left = -(-(budget - self.tokens) // SEQ_LEN)
-        for worker in sorted(self._workers, key=lambda w: max(self.now, w.free_at)):
-            at = max(self.now, worker.free_at) + self._setting.round_trip_s
+        (before_at, _), (newest_at, _) = self._versions
+        # Who works ahead is never more than one version behind.
+        opens_at = before_at if self._recipe.works_ahead else max(self.now, newest_at)
+        for worker in sorted(self._workers, key=lambda w: max(opens_at, w.free_at)):
+            at = max(opens_at, worker.free_at) + self._setting.round_trip_s
             first_back = min((c.back_at for c in claims if c.back_at), default=None)
             late = first_back is not None and first_back <= at
             if late or left == 0 or worker.is_quarantined:
                 continue
             age = at - claims[0].claimed_at if claims else 0.0
-            stretch = self._cut(worker, age, left)
+            stretch = self._cut(worker, age, left, may_retry=at >= self.now)
             left -= stretch.num
             claims.append(self._timed(worker, stretch, at))
         return claims
 
-    def _cut(self, worker: Worker, round_age_s: float, most: int) -> Stretch:
+    def _cut(
+        self, worker: Worker, round_age_s: float, most: int, *, may_retry: bool
+    ) -> Stretch:
         plan = self._recipe.plan
         size = sizing.task_tokens(
             worker.tokens_per_s,
@@ -251,7 +260,7 @@ class Fleet:
             batch_tokens=plan.batch_size * SEQ_LEN,
             seq_len=SEQ_LEN,
         )
-        if self._given_back:
+        if self._given_back and may_retry:
             found = self._given_back.pop(0)
             head = sizing.divided(found.num * SEQ_LEN, size, quorum=plan.quorum)
             num = min(head // SEQ_LEN, most)
@@ -278,15 +287,31 @@ class Fleet:
         counts.bytes_down += down_bytes
         counts.bytes_down_fp32 += whole_bytes + TALK_DOWN_BYTES
         compute_s = self._compute_s(worker, stretch)
-        fetched_at = at + setting.transfer_s(down_bytes)
+        fetch_s = setting.transfer_s(down_bytes)
+        # Who works ahead fetches the next version while it trains.
+        fetched_at = at if self._recipe.works_ahead else at + fetch_s
+        bases = self._bases(stretch.num, fetched_at, compute_s, fetch_s)
         if random.random() < setting.deaths:
             died_at = fetched_at + compute_s * random.random()
             silent_s = costs.HEARTBEAT_S * random.random()
-            return Claim(worker, stretch, at, None, died_at - silent_s + costs.TTL_S)
+            over_at = died_at - silent_s + costs.TTL_S
+            return Claim(worker, stretch, at, bases, None, over_at)
         counts.bytes_up += up_bytes
         counts.bytes_up_fp32 += whole_bytes + TALK_UP_BYTES
         back_at = fetched_at + compute_s + setting.transfer_s(up_bytes)
-        return Claim(worker, stretch, at, back_at, back_at)
+        return Claim(worker, stretch, at, bases, back_at, back_at)
+
+    def _bases(
+        self, num: int, starts_at: float, compute_s: float, fetch_s: float
+    ) -> tuple[tuple[int, Vector], ...]:
+        """Say which windows begin before the newest version is there, or after."""
+        (_, before), (ready_at, newest) = self._versions
+        if not self._recipe.works_ahead:
+            return ((num, newest),)
+        missing_s = ready_at + fetch_s - starts_at
+        num_before = min(num, max(0, math.ceil(missing_s / (compute_s / num))))
+        parts = ((num_before, before), (num - num_before, newest))
+        return tuple(part for part in parts if part[0])
 
     def _download(self, worker: Worker) -> int:
         """Return the bytes of the weights a worker lacks, and let it have them."""
@@ -306,7 +331,7 @@ class Fleet:
         )
         steps_itself = plan.round_kind is RoundKind.DELTA
         each = costs.ADAMW if steps_itself else costs.ACCUMULATE
-        flop = (each * num_steps + costs.ENCODE) * size
+        flop = (each * num_steps + costs.DECODE + costs.ENCODE) * size
         optimiser_s = self._setting.optimiser_s(
             flop, num_params=size, speed=worker.speed
         )
@@ -375,9 +400,16 @@ class Fleet:
         self._spend(costs.DECODE * len(parts) * size)
         state = self._stepped(parts, sum(tokens))
         self.tokens += sum(tokens)
+        self._count_stale([claims[place] for place in kept])
         if state is not None:
             self._state = state
             self._publish()
+
+    def _count_stale(self, claims: list[Claim]) -> None:
+        newest = self._versions[-1][1]
+        for num, base in (part for claim in claims for part in claim.bases):
+            self.counts.num_windows += num
+            self.counts.num_stale += 0 if base is newest else num
 
     def _judged(self, claims: list[Claim], payloads: list[bytes]) -> dict[int, float]:
         """Return the factors of what is merged, by place; the rest goes back."""
@@ -480,23 +512,30 @@ class Fleet:
             self.published = self.published.copy()
             next_link(Codec(broadcast), self.master, self.published)
             self._spend(costs.ENCODE * self._net.num_params)
-        self._coming.append((self._busy_until, self.published))
+        self._versions = [self._versions[-1], (self._busy_until, self.published)]
 
     def _train(self, claims: list[Claim]) -> Iterator[Vector]:
         """Yield the pseudo-gradient, or the mean gradient, of each claim."""
         if self._recipe.plan.round_kind is RoundKind.GRADIENT:
-            for claim in claims:
-                windows = self._windows(claim.stretch)
-                _, grads = self._net.gradients(self._base[None], windows[None])
-                yield grads[0] * np.float32(
-                    clipped(grads[0], self._recipe.plan.clip_norm)
-                )
+            yield from map(self._mean_gradient, claims)
             return
         locals_ = [self._local(claim) for claim in claims]
-        flats = trained(self._net, self._base, locals_)
+        base = self._versions[-1][1]
+        flats = trained(self._net, base, locals_)
         for claim, local, flat in zip(claims, locals_, flats, strict=True):
             claim.worker.moments = local.moments
-            yield self._base - flat
+            yield base - flat
+
+    def _mean_gradient(self, claim: Claim) -> Vector:
+        windows, done = self._windows(claim.stretch), 0
+        mean = np.zeros(self._net.num_params, np.float32)
+        for num, base in claim.bases:
+            part = windows[done : done + num]
+            _, grads = self._net.gradients(base[None], part[None])
+            mean += grads[0] * np.float32(num / len(windows))
+            done += num
+        mean *= np.float32(clipped(mean, self._recipe.plan.clip_norm))
+        return mean
 
     def _local(self, claim: Claim) -> Local:
         plan, stretch = self._recipe.plan, claim.stretch

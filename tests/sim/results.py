@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[2]
-#: The code that decides what a run gives.
+#: The code that decides what one worker alone gives, or ideal parallel training.
+BASELINE_CODE: Final = (
+    *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone", "setting")),
+    "coordinator/domain/initial.py",
+    "coordinator/domain/muon.py",
+    "coordinator/domain/plan.py",
+)
+#: And what a fleet gives: all of it.
 CODE: Final = (
-    *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone", "fleet")),
-    "tests/sim/setting.py",
+    *BASELINE_CODE,
+    "tests/sim/fleet.py",
     "bitnet_ext/chain.py",
     "bitnet_ext/codecs.py",
     "bitnet_ext/outer.py",
     "bitnet_ext/kernels_trits.c",
     "bitnet_ext/trits.py",
-    "coordinator/domain/initial.py",
-    "coordinator/domain/muon.py",
     "coordinator/domain/outer_step.py",
-    "coordinator/domain/plan.py",
     "coordinator/domain/rounds.py",
     "coordinator/domain/sizing.py",
 )
@@ -42,11 +46,12 @@ class Job:
     name: str
     act: Callable[..., Result]
     arguments: dict[str, Any]
+    code: tuple[str, ...] = CODE
 
     def file_name(self) -> str:
         """Return the name of its result: another for another code or argument."""
         text = json.dumps(self.arguments, sort_keys=True, default=str)
-        digest = hashlib.sha256(f"{_code_digest()}{self.name}{text}".encode())
+        digest = hashlib.sha256(f"{_digest(self.code)}{self.name}{text}".encode())
         return f"{self.name}-{digest.hexdigest()[:12]}.json"
 
 
@@ -63,9 +68,9 @@ def kept_or_done(folder: Path, job: Job) -> Result:
     return result
 
 
-@lru_cache(maxsize=1)
-def _code_digest() -> str:
+@lru_cache
+def _digest(code: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for name in CODE:
+    for name in code:
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bitnet_ext.wire.verdicts import RoundKind
+from tests.sim import results
 from tests.sim.alone import alone, plan_for
 from tests.sim.fleet import Fleet, Recipe
 from tests.sim.net import NO_TARGET, SEQ_LEN, Net, Shape, _bit_linear
@@ -19,6 +20,7 @@ from worker.model.bitlinear import BitLinear
 
 NET = Net(Shape(width=16, num_layers=1))
 PLAN = plan_for(60, round_s=4.0, learning_rate=4e-3)
+GRADIENT = msgspec.structs.replace(PLAN, round_kind=RoundKind.GRADIENT)
 
 
 def a_text(num_windows=24):
@@ -170,7 +172,7 @@ def test_work_that_comes_back_does_not_make_its_next_worker_late():
     fleet = a_fleet(Setting(deaths=0.0, jitter=0.0), text=a_text(400), quorum=0.7)
     for _ in range(6):
         fleet._round(10**6)
-    fleet._given_back.append(fleet._cut(fleet._workers[-1], 0.0, 100))
+    fleet._given_back.append(fleet._cut(fleet._workers[-1], 0.0, 100, may_retry=True))
     lost = fleet.counts.num_lost
 
     fleet._round(10**6)
@@ -178,20 +180,46 @@ def test_work_that_comes_back_does_not_make_its_next_worker_late():
     assert fleet.counts.num_lost == lost
 
 
-def test_an_overlapped_round_trains_the_version_before_and_waits_for_no_step():
-    plan = msgspec.structs.replace(PLAN, round_kind=RoundKind.GRADIENT)
-    fleets = [a_fleet(plan=plan, overlaps=overlaps) for overlaps in (False, True)]
-    for fleet in fleets:
-        for _ in range(3):
-            fleet._round(10**6)
-        fleet._take_newest()
+def test_who_works_ahead_is_done_sooner_by_using_what_it_holds():
+    plain, ahead = (
+        a_fleet(Setting(deaths=0.0), plan=GRADIENT, works_ahead=works_ahead)
+        for works_ahead in (False, True)
+    )
 
-    plain, overlapped = fleets
+    done, sooner = (fleet.run(300 * SEQ_LEN) for fleet in (plain, ahead))
 
-    assert plain._base is plain.published
-    assert overlapped._base is not overlapped.published
-    assert overlapped._coming == [(overlapped._busy_until, overlapped.published)]
-    assert overlapped.now < plain.now
+    assert done["stale_share"] == 0
+    assert 0 < sooner["stale_share"] < 1
+    assert sooner["virtual_s"] < done["virtual_s"]
+    assert sooner["utilisation"] > done["utilisation"]
+
+
+@pytest.mark.parametrize(
+    ("ready_at", "before"), [(10.0, 0), (10.5, 1), (13.0, 3), (99.0, 4)]
+)
+def test_windows_that_begin_before_a_version_is_there_are_of_the_one_before(
+    ready_at, before
+):
+    fleet = a_fleet(plan=GRADIENT, works_ahead=True)
+    old, new = np.zeros(1), np.ones(1)
+    fleet._versions = [(0.0, old), (ready_at, new)]
+
+    bases = fleet._bases(4, starts_at=10.0, compute_s=4.0, fetch_s=0.0)
+
+    assert sum(num for num, base in bases if base is old) == before
+    assert sum(num for num, base in bases if base is new) == 4 - before
+
+
+def test_nobody_is_two_versions_behind():
+    fleet = a_fleet(plan=GRADIENT, works_ahead=True)
+    fleet._versions = [(50.0, fleet.published), (60.0, fleet.published)]
+
+    assert all(claim.claimed_at > 50.0 for claim in fleet._claims(10**6))
+
+
+def test_local_steps_can_not_change_their_weights_on_the_way():
+    with pytest.raises(ValueError, match="works_ahead needs gradient rounds"):
+        a_fleet(works_ahead=True)
 
 
 def test_a_chain_of_links_stays_beside_the_master():
@@ -228,13 +256,28 @@ def test_a_result_is_kept_and_found_again(tmp_path):
         calls.append(number)
         return {"twice": 2 * number}
 
-    results = [
+    found = [
         kept_or_done(tmp_path, Job("a", act, {"number": number}))
         for number in (1, 1, 2)
     ]
 
-    assert results == [{"twice": 2}, {"twice": 2}, {"twice": 4}]
+    assert found == [{"twice": 2}, {"twice": 2}, {"twice": 4}]
     assert calls == [1, 2]
+
+
+def test_a_result_outlives_changes_of_code_that_it_did_not_run_through(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def names(mine, other):
+        (tmp_path / "mine").write_text(mine)
+        (tmp_path / "other").write_text(other)
+        results._digest.cache_clear()
+        return Job("a", dict, {}, ("mine",)).file_name()
+
+    assert names("1", "1") == names("1", "2") != names("2", "1")
+    results._digest.cache_clear()
 
 
 def test_the_standard_library_is_text_enough():
