@@ -271,7 +271,11 @@ def turned(x: Floats, cosines: Floats, sines: Floats) -> Floats:
 
 def check_ids(ids: Ids, vocab_size: int) -> NDArray[np.int64]:
     """Return ids as int64 (T,); raises ValueError for none, or one out of range."""
-    checked = np.asarray(ids, dtype=np.int64)
+    try:
+        checked = np.asarray(ids, dtype=np.int64)
+    except OverflowError:
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise out_of_range(wrong, vocab_size) from None
     if checked.ndim != 1 or not checked.size:
         raise ValueError("ids must hold at least one id, got none")
     for token in checked[(checked < 0) | (checked >= vocab_size)]:

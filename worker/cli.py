@@ -2,7 +2,8 @@
 
 Results go to standard output, everything else to standard error; the last line of
 `calibrate` and `eval` is JSON. Wrong arguments or settings end the process with
-status 2 and one line, a coordinator that makes no sense with status 1.
+status 2 and one line, a coordinator that makes no sense with status 1; Ctrl-C with 130,
+and a reader that has gone with 141.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -61,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, 2)
     except WorkerError as error:
         return _complain(error, 1)
+    except BrokenPipeError:
+        # Whoever read it has gone; what is left in the buffer must not fail at the end.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 

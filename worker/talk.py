@@ -7,6 +7,7 @@ goes to standard error.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from bitnet_ext.decode import Decoder
 from bitnet_ext.infer import Model
 from worker import offline
-from worker.errors import SettingsError
+from worker.errors import SettingsError, WorkerError
 from worker.generate import Sampling, generate
 from worker.text import Tokenizer, is_installed
 
@@ -86,19 +87,35 @@ class _Talk:
         """Print as ids come; return how many came after the first."""
         piece = str if self.tokenizer is None else self.tokenizer.pieces()
         gap = " " if self.tokenizer is None else ""
-        sys.stdout.write(piece(first))
+        _write(piece(first))
         self.unread, count = [first], 0
         for token in drawn:
-            sys.stdout.write(gap + piece(token))
-            sys.stdout.flush()
+            _write(gap + piece(token))
             self.unread, count = [token], count + 1
-        print(flush=True)
+        _write("\n")
         return count
 
 
+def _write(text: str) -> None:
+    """Send text on its way; raises WorkerError where that fails."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise WorkerError(f"standard output: {error.strerror}") from error
+
+
 def _talk(arguments: argparse.Namespace, *, text_needed: bool) -> _Talk:
+    _open_output()
     sampling = _sampling(arguments)
     model, path = _model(arguments)
+    stop_id, vocab_size = sampling.stop_id, model.shape.vocab_size
+    if stop_id is not None and not 0 <= stop_id < vocab_size:
+        raise SettingsError(
+            f"--stop-id must be from 0 to {vocab_size - 1}, got {stop_id}"
+        )
     return _Talk(
         Decoder(model, threads=arguments.threads),
         sampling,
@@ -106,6 +123,14 @@ def _talk(arguments: argparse.Namespace, *, text_needed: bool) -> _Talk:
         _tokenizer(arguments.tokenizer or path, text_needed=text_needed),
         [],
     )
+
+
+def _open_output() -> None:
+    """Let letters that the terminal has no code for come out as question marks."""
+    if sys.stdout is None:
+        raise SettingsError("standard output is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling:
@@ -146,7 +171,10 @@ def _next_line() -> str:
     if sys.stdin.isatty():
         sys.stderr.write(PROMPT)
         sys.stderr.flush()
-    return sys.stdin.readline()
+    try:
+        return sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"standard input must be UTF-8: {error}") from error
 
 
 def _tokenizer(path: Path | None, *, text_needed: bool) -> Tokenizer | None:

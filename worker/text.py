@@ -26,7 +26,11 @@ class Tokenizer:
         self._inner.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
+        """Return the ids of a text; raises SettingsError for one that is not UTF-8."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SettingsError(f"text must be UTF-8, got {text!r}") from error
         return list(self._inner.encode(text).ids)
 
     def pieces(self) -> Callable[[int], str]:

@@ -49,6 +49,7 @@ GOOD_PLAN = {
     "QUORUM": ("0.7", 0.7),
     "CODEC": ("ternary", "ternary"),
     "ROUND_KIND": ("gradient", "gradient"),
+    "BROADCAST": ("ternary", "ternary"),
     "EVALUATE_EVERY": ("1", 1),
 }
 BAD = [
@@ -88,6 +89,7 @@ BAD = [
     ("QUORUM", "1.1"),
     ("CODEC", "int4"),
     ("ROUND_KIND", "gradients"),
+    ("BROADCAST", "fp32"),
     ("EVALUATE_EVERY", "0"),
 ]
 

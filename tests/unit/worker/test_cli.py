@@ -379,6 +379,7 @@ def test_without_the_package_ids_are_printed_and_a_text_prompt_is_refused(
         (["--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["--num-tokens", "0"], "from 1 to 1048576, got '0'"),
         (["--seed", "-1"], "--seed"),
+        (["--stop-id", "64"], "--stop-id must be from 0 to 63, got 64"),
         (["--threads", "4097"], "from 1 to 4096, got '4097'"),
         (["--preset", "tny"], "did you mean 'tiny'"),
     ],
