@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 HEARTBEATS_PER_TTL: Final = 6
@@ -82,6 +82,83 @@ class Reported:
     cpu_s: float
     #: Wall seconds of its latest local step; 0 before the first.
     step_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """One live lease: all that its two clocks go by. Moments are of the lease clock."""
+
+    num_tokens: int
+    claimed_at: float
+    #: When tokens or bytes rose last.
+    progress_at: float
+    expires_at: float
+    hard_at: float
+    #: As predicted at the claim; None where nobody had been measured.
+    predicted_s: float | None
+    reported: Reported
+
+
+def ends_at(expires_at: float, hard_at: float | None) -> float:
+    """Return when a lease is over, unless a heartbeat moves it on."""
+    return expires_at if hard_at is None else min(expires_at, hard_at)
+
+
+def renewed(
+    lease: Lease, said: Reported, *, ttl_s: float, now: float, is_measured: bool
+) -> Lease:
+    """Return a live lease after a heartbeat at `now`.
+
+    `is_measured` says whether a task of this worker was ever accepted; if not, its
+    own speed decides how long it may take.
+    """
+    before = lease.reported
+    # More tokens than there are would be progress without end.
+    after = replace(said, tokens_done=min(said.tokens_done, lease.num_tokens))
+    progress_at, expires_at = lease.progress_at, lease.expires_at
+    if shows_progress(
+        before,
+        after,
+        since_advance_s=now - progress_at,
+        advanced_after_s=progress_at - lease.claimed_at,
+    ):
+        expires_at = max(expires_at, now + ttl_s)
+    if advanced(before, after):
+        progress_at = now
+    return replace(
+        lease,
+        progress_at=progress_at,
+        expires_at=expires_at,
+        hard_at=lease.hard_at if is_measured else _own_limit(lease, after, now),
+        # A count that went back is noise, such as a heartbeat that was overtaken.
+        reported=Reported(
+            tokens_done=max(before.tokens_done, after.tokens_done),
+            bytes_done=max(before.bytes_done, after.bytes_done),
+            cpu_s=max(before.cpu_s, after.cpu_s),
+            step_s=after.step_s,
+        ),
+    )
+
+
+def _own_limit(lease: Lease, after: Reported, now: float) -> float:
+    """Return when the lease of a worker that nobody has measured yet ends for good.
+
+    Its own speed decides, anew at each heartbeat, but only within an hour: what the
+    fleet would need says little of a box that may be ten times slower. Before its
+    first token, the limit is the one of the claim; once all are done it stays.
+    """
+    if lease.reported.tokens_done >= lease.num_tokens:
+        return lease.hard_at
+    predicted = predicted_from_progress(
+        num_tokens=lease.num_tokens,
+        tokens_done=after.tokens_done,
+        elapsed_s=now - lease.claimed_at,
+    )
+    if predicted is None:
+        return lease.hard_at
+    own = own_hard_at(lease.claimed_at, predicted)
+    # A limit by the fleet's speed is only ever moved out.
+    return own if lease.predicted_s is None else max(own, lease.hard_at)
 
 
 def shows_progress(

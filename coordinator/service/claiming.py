@@ -283,8 +283,11 @@ class _Claim:
 
         The speed of training serves for an evaluation too, which is faster.
         """
-        speed = worker.tokens_per_s or workers.fleet_speed(self._connection)
-        return task.num_tokens / speed if speed else None
+        return sizing.predicted_s(
+            task.num_tokens,
+            worker.tokens_per_s,
+            fleet=workers.fleet_speed(self._connection),
+        )
 
     def _lease_id(self, task_id: str, num_leases: int) -> str:
         return leases.lease_id(
