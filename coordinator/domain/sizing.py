@@ -59,6 +59,11 @@ def predicted_s(
     return num_tokens / speed if speed else None
 
 
+def step_s(tokens_per_s: float | None, *, batch_tokens: int) -> float | None:
+    """Return how long a local step takes by measured speed; None before any."""
+    return batch_tokens / tokens_per_s if tokens_per_s else None
+
+
 def seconds_left(round_s: float, *, round_age_s: float) -> float:
     """Return how long a task claimed now may take, so that the round ends on time."""
     return max(round_s - round_age_s, MIN_ROUND_SHARE * round_s)

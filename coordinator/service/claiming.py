@@ -247,7 +247,8 @@ class _Claim:
             expires_at=self._now + ttl,
             hard_at=leases.first_hard_at(
                 self._now,
-                predicted,
+                # The fleet's speed says nothing of a box that nobody has measured.
+                None if worker.tokens_per_s is None else predicted,
                 round_s=plan_of(run).round_s,
                 fixed_size=task.fixed_size,
             ),

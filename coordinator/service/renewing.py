@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 from sqlalchemy import Connection
 
-from bitnet_ext.wire.messages import HeartbeatAnswer, HeartbeatRequest
+from bitnet_ext.wire.messages import HeartbeatAnswer, HeartbeatRequest, Task
 from bitnet_ext.wire.verdicts import LeaseState
-from coordinator.domain import leases
-from coordinator.domain.leases import Lease, Reported
+from coordinator.domain import leases, sizing
+from coordinator.domain.leases import Reported
 from coordinator.service.fleet import Fleet
-from coordinator.service.grace import awake
+from coordinator.service.grace import awake, lease_of
 from coordinator.service.returning import is_held
 from coordinator.service.roster import heartbeat_s, known_worker
 from coordinator.store import tasks, workers
@@ -68,11 +69,11 @@ def _renew(
         step_s=request.step_s,
     )
     lease = leases.renewed(
-        _lease_of(task, now),
+        lease_of(task, now),
         said,
         ttl_s=ttl_s,
         now=now,
-        is_measured=worker.tokens_per_s is not None,
+        usual_step_s=_usual_step_s(task, worker),
     )
     tasks.renew_lease(
         connection,
@@ -88,19 +89,10 @@ def _renew(
     return lease.expires_at
 
 
-def _lease_of(task: TaskRow, now: float) -> Lease:
-    expires_at = task.expires_at or now
-    return Lease(
-        num_tokens=task.num_tokens,
-        claimed_at=task.claimed_at or now,
-        progress_at=task.progress_at or now,
-        expires_at=expires_at,
-        hard_at=task.hard_at or expires_at,
-        predicted_s=task.predicted_s,
-        reported=Reported(
-            tokens_done=task.tokens_done,
-            bytes_done=task.bytes_done,
-            cpu_s=task.cpu_s,
-            step_s=task.step_s,
-        ),
+def _usual_step_s(task: TaskRow, worker: WorkerRow) -> float | None:
+    if worker.tokens_per_s is None:
+        return None
+    terms = msgspec.json.decode(task.lease_terms_json or "", type=Task)
+    return sizing.step_s(
+        worker.tokens_per_s, batch_tokens=terms.batch_size * terms.seq_len
     )
