@@ -138,6 +138,7 @@ class Detected:
     """How a worker that stood still was found out."""
 
     fault: Fault | None
+    #: Its latest step; before the first, what one takes on the average.
     step_s: float
     after_s: float
     #: False where its lease ended first, and nobody called it stuck or lost.
@@ -576,7 +577,8 @@ class Fleet:
             self.seen.detected.append(
                 Detected(
                     fault=held.fault,
-                    step_s=min(STEP_TOKENS, held.lease.num_tokens) / box.speed,
+                    step_s=held.lease.reported.step_s
+                    or min(STEP_TOKENS, held.lease.num_tokens) / box.speed,
                     after_s=self.t - since,
                     called=called,
                     was_measured=box.tokens_per_s is not None,
