@@ -19,7 +19,8 @@ import numpy as np
 
 from coordinator.domain import leases
 from tests.sim import reference
-from tests.sim.leases import HEARTBEAT_S, Detected, Fleet, Seen
+from tests.sim.happenings import Detected, Seen
+from tests.sim.leases import HEARTBEAT_S, Fleet
 
 #: Seeds that nothing was tuned on.
 SEEDS: Final = (100, 101, 102, 103)

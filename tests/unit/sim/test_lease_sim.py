@@ -10,7 +10,8 @@ from tests.sim import leases as sim
 from tests.sim import reference
 from tests.sim.bench_leases import bars, figures
 from tests.sim.boxes import FAST, Work
-from tests.sim.leases import RATES, Fault, Fleet
+from tests.sim.happenings import RATES, Fault
+from tests.sim.leases import Fleet
 
 HOURS = 2.5
 
