@@ -16,7 +16,7 @@ STATE ?= demo-state
 PORT ?= 0
 QUICK ?= 0
 
-.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning wheel lock vendor clean format
+.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning bench-leases wheel lock vendor clean format
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -81,6 +81,9 @@ SEEDS ?=
 bench-learning: setup ## Simulate a fleet next to one worker: SEEDS="100 101" CORPUS=folder QUICK=1
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.sim.bench_learning $(BENCH_OPTIONS) \
 	    --seeds "$(SEEDS)" --corpus "$(CORPUS)" --results "$(RESULTS)"
+
+bench-leases: setup ## Simulate leases, task sizes and verdicts of a fleet: QUICK=1
+	@$(BIN)/python -m tests.sim.bench_leases $(BENCH_OPTIONS)
 
 wheel: setup ## Build the wheel into dist/
 	bash ci/wheel.sh

@@ -40,12 +40,11 @@ from coordinator.service.adopting import adopt_corpus
 from coordinator.service.closing import RoundCloser
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet, OnEvent
-from coordinator.service.grace import extend_leases
+from coordinator.service.grace import CLOCK_FACT, extend_leases
 from coordinator.service.lag import LoopLag
 from coordinator.service.own_files import look_again
 from coordinator.service.starting import RunSettings, reconcile
 from coordinator.service.sweeping import (
-    CLOCK_FACT,
     CLOCK_S,
     SWEEP_S,
     every,

@@ -45,6 +45,8 @@ class Verdict(StrEnum):
     """What the coordinator makes of a worker, from numbers it measured itself."""
 
     COMPUTING = "computing"  #: holds a task and its heartbeats arrive
+    SLOW = "slow"  #: advances, past its prediction
+    STUCK = "stuck"  #: its heartbeats arrive, but show no progress
     WAITING = "waiting"  #: its work of this round is back, the round is open
     IDLE = "idle"  #: nothing to claim
     LOST = "lost"  #: no heartbeat within the limit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 HEARTBEATS_PER_TTL: Final = 6
@@ -23,10 +23,13 @@ HARD_SLACK_S: Final = 60.0
 MAX_ROUNDS: Final = 4.0
 #: The most that an unmeasured worker gets by what it says of its own speed. Its first
 #: task is a probe of a few local steps, or one pass over the held-out text: a box
-#: that needs an hour for that is of no use to rounds of minutes.
-MAX_UNMEASURED_S: Final = 3600.0
+#: that needs two hours for that is of no use to rounds of minutes. (At 1 token/s four
+#: steps of 1,024 tokens take over one.)
+MAX_UNMEASURED_S: Final = 7200.0
 #: How long rising CPU time alone counts as progress, in measured step times ...
 CPU_GRACE_STEPS: Final = 5.0
+#: ... at least so long before the first step of a task, which needs some preparing ...
+CPU_GRACE_FIRST_S: Final = 60.0
 #: ... and before any step was measured.
 CPU_GRACE_UNMEASURED_S: Final = 3600.0
 
@@ -44,11 +47,13 @@ def hard_at(claimed_at: float, predicted_s: float) -> float:
 def first_hard_at(
     claimed_at: float, predicted_s: float | None, *, round_s: float, fixed_size: bool
 ) -> float:
-    """Return the same at the claim; `predicted_s` is None before any measurement.
+    """Return the same at the claim; `predicted_s` goes by this worker's own speed.
 
-    A prediction counts for `MAX_ROUNDS` at most, else a worker that takes all it may
-    would be given more for each task. Where the size was not cut to the round it
-    counts for as long as that worker had before it was measured.
+    None: it was never measured. What the fleet would need says nothing of a box that
+    may be a hundred times slower. A prediction counts for `MAX_ROUNDS` at most, else a
+    worker that takes all it may would be given more for each task. Where the size was
+    not cut to the round it counts for as long as that worker had before it was
+    measured.
     """
     if predicted_s is None:
         return claimed_at + MAX_UNMEASURED_S
@@ -56,20 +61,6 @@ def first_hard_at(
     if fixed_size:
         most_s = max(most_s, MAX_UNMEASURED_S)
     return hard_at(claimed_at, min(predicted_s, most_s))
-
-
-def own_hard_at(claimed_at: float, predicted_s: float) -> float:
-    """Return the same by the speed that an unmeasured worker says it has."""
-    return min(hard_at(claimed_at, predicted_s), claimed_at + MAX_UNMEASURED_S)
-
-
-def resumed_hard_at(claimed_at: float, hard_at: float, *, now: float) -> float:
-    """Return the same after a pause of the coordinator that ends `now`.
-
-    Time to hand in what was finished meanwhile, and no more: many short pauses must
-    not add up to a lease without end.
-    """
-    return max(hard_at, min(now + MIN_TTL_S, claimed_at + MAX_UNMEASURED_S))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,22 +75,128 @@ class Reported:
     step_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """One live lease: all that its two clocks go by. Moments are of the lease clock."""
+
+    num_tokens: int
+    claimed_at: float
+    #: When tokens or bytes rose last.
+    progress_at: float
+    expires_at: float
+    hard_at: float
+    reported: Reported
+
+
+def ends_at(expires_at: float, hard_at: float | None) -> float:
+    """Return when a lease is over, unless a heartbeat moves it on."""
+    return expires_at if hard_at is None else min(expires_at, hard_at)
+
+
+def renewed(
+    lease: Lease,
+    said: Reported,
+    *,
+    ttl_s: float,
+    now: float,
+    usual_step_s: float | None,
+) -> Lease:
+    """Return a live lease after a heartbeat at `now`.
+
+    `usual_step_s` is how long a local step takes by accepted tasks of this worker; None
+    before the first, where its own speed decides how long the task may take.
+    """
+    before = lease.reported
+    # More tokens than there are would be progress without end.
+    after = replace(said, tokens_done=min(said.tokens_done, lease.num_tokens))
+    progress_at, expires_at = lease.progress_at, lease.expires_at
+    if shows_progress(
+        before,
+        after,
+        since_advance_s=now - progress_at,
+        advanced_after_s=progress_at - lease.claimed_at,
+        usual_step_s=usual_step_s,
+    ):
+        expires_at = max(expires_at, now + ttl_s)
+    if advanced(before, after):
+        progress_at = now
+    return replace(
+        lease,
+        progress_at=progress_at,
+        expires_at=expires_at,
+        hard_at=_own_limit(lease, after, now)
+        if usual_step_s is None
+        else lease.hard_at,
+        # A count that went back is noise, such as a heartbeat that was overtaken.
+        reported=Reported(
+            tokens_done=max(before.tokens_done, after.tokens_done),
+            bytes_done=max(before.bytes_done, after.bytes_done),
+            cpu_s=max(before.cpu_s, after.cpu_s),
+            step_s=after.step_s,
+        ),
+    )
+
+
+def resumed(lease: Lease, *, ttl_s: float, now: float, away_s: float) -> Lease:
+    """Return a live lease after a pause of the coordinator that ends `now`.
+
+    The pause, or what a jump of the clock over a restart makes of it, counts for
+    nothing: the limit moves on by as much, and so does the grace of CPU time. Many
+    short pauses add up to no more than themselves.
+    """
+    return replace(
+        lease,
+        progress_at=max(lease.progress_at, min(lease.progress_at + away_s, now)),
+        expires_at=max(lease.expires_at, now + ttl_s),
+        hard_at=lease.hard_at + max(0.0, away_s),
+    )
+
+
+def no_progress_s(expires_at: float, *, ttl_s: float, heartbeat_at: float) -> float:
+    """Return for how long heartbeats have come that did not move `expires_at` on."""
+    return max(0.0, heartbeat_at - (expires_at - ttl_s))
+
+
+def _own_limit(lease: Lease, after: Reported, now: float) -> float:
+    """Return when the lease of a worker that nobody has measured yet ends for good.
+
+    Its own speed decides, anew at each heartbeat, but only within two hours. Before its
+    first token, the limit is the one of the claim; once all are done it stays.
+    """
+    if lease.reported.tokens_done >= lease.num_tokens:
+        return lease.hard_at
+    predicted = predicted_from_progress(
+        num_tokens=lease.num_tokens,
+        tokens_done=after.tokens_done,
+        elapsed_s=now - lease.claimed_at,
+    )
+    if predicted is None:
+        return lease.hard_at
+    # Where pauses have moved the limit on, they still count for nothing.
+    most = max(lease.claimed_at + MAX_UNMEASURED_S, lease.hard_at)
+    return min(hard_at(lease.claimed_at, predicted), most)
+
+
 def shows_progress(
     before: Reported,
     after: Reported,
     *,
     since_advance_s: float,
     advanced_after_s: float,
+    usual_step_s: float | None,
 ) -> bool:
     """Return whether a heartbeat proves that the task advances.
 
     The last rise of tokens or bytes was `advanced_after_s` after the claim, and is
     `since_advance_s` old. CPU time alone counts only for a while: a worker that spins
-    for ever must not keep its lease.
+    for ever must not keep its lease. (Nor is a hung one ever quite without CPU time:
+    its heartbeat takes some.)
     """
     if advanced(before, after):
         return True
     grace_s = CPU_GRACE_UNMEASURED_S
+    if usual_step_s is not None:
+        grace_s = max(CPU_GRACE_FIRST_S, CPU_GRACE_STEPS * usual_step_s)
     if before.tokens_done > 0:
         # No step takes longer than all that came before its end.
         grace_s = CPU_GRACE_STEPS * min(after.step_s, advanced_after_s)

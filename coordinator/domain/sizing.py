@@ -48,6 +48,22 @@ def task_tokens(
     return max(1, round(tokens_per_s * seconds / seq_len)) * seq_len
 
 
+def predicted_s(
+    num_tokens: int, tokens_per_s: float | None, *, fleet: float | None
+) -> float | None:
+    """Return how long a task should take by measured speed; None before any.
+
+    A worker's own speed counts, else the mean of the `fleet`, in tokens per second.
+    """
+    speed = tokens_per_s or fleet
+    return num_tokens / speed if speed else None
+
+
+def step_s(tokens_per_s: float | None, *, batch_tokens: int) -> float | None:
+    """Return how long a local step takes by measured speed; None before any."""
+    return batch_tokens / tokens_per_s if tokens_per_s else None
+
+
 def seconds_left(round_s: float, *, round_age_s: float) -> float:
     """Return how long a task claimed now may take, so that the round ends on time."""
     return max(round_s - round_age_s, MIN_ROUND_SHARE * round_s)

@@ -249,7 +249,8 @@ class _Claim:
             expires_at=self._now + ttl,
             hard_at=leases.first_hard_at(
                 self._now,
-                predicted,
+                # The fleet's speed says nothing of a box that nobody has measured.
+                None if worker.tokens_per_s is None else predicted,
                 round_s=plan_of(run).round_s,
                 fixed_size=task.fixed_size,
             ),
@@ -285,8 +286,11 @@ class _Claim:
 
         The speed of training serves for an evaluation too, which is faster.
         """
-        speed = worker.tokens_per_s or workers.fleet_speed(self._connection)
-        return task.num_tokens / speed if speed else None
+        return sizing.predicted_s(
+            task.num_tokens,
+            worker.tokens_per_s,
+            fleet=workers.fleet_speed(self._connection),
+        )
 
     def _lease_id(self, task_id: str, num_leases: int) -> str:
         return leases.lease_id(

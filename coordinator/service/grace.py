@@ -11,24 +11,34 @@ from typing import Final
 from sqlalchemy import Connection
 
 from coordinator.domain import leases
+from coordinator.domain.leases import Lease, Reported
 from coordinator.service.fleet import Fleet
 from coordinator.service.roster import heartbeat_s
 from coordinator.store import tasks, workers
+from coordinator.store.rows import TaskRow
 
 log = logging.getLogger(__name__)
 
 #: Leases are looked at each second; later than this, the process itself stood still.
 SLEPT_S: Final = 10.0
+#: How far the lease clock had come, as stored now and then.
+CLOCK_FACT: Final = "clock_high_water"
 
 
 def extend_leases(fleet: Fleet) -> None:
-    """Give every live lease the grace of a start. Blocking.
+    """Give every live lease at least one TTL from now, after a restart. Blocking.
 
     To be called once nothing can stop the start any more: whoever only looks at a
     data folder, or is refused, must not keep a lease alive.
     """
     now = fleet.clock.now()
-    fleet.store.write_now(lambda connection: _give_grace(connection, fleet, now))
+
+    def extend(connection: Connection) -> None:
+        stored = workers.fact(connection, CLOCK_FACT)
+        away_s = 0.0 if stored is None else now - float(stored)
+        _give_grace(connection, fleet, now, away_s)
+
+    fleet.store.write_now(extend)
 
 
 async def awake(fleet: Fleet) -> float:
@@ -37,37 +47,59 @@ async def awake(fleet: Fleet) -> float:
     Whoever judges a lease asks here for the time: what workers sent meanwhile is read
     only now.
     """
-    if _slept(fleet):
+    if _slept_s(fleet) > SLEPT_S:
         async with fleet.waking:
-            if _slept(fleet):
+            away_s = _slept_s(fleet)
+            if away_s > SLEPT_S:
                 now = fleet.clock.now()
-                await fleet.store.write(lambda c: _give_grace(c, fleet, now))
+                await fleet.store.write(lambda c: _give_grace(c, fleet, now, away_s))
                 fleet.swept_at = fleet.clock.monotonic()
     return fleet.clock.now()
 
 
-def _slept(fleet: Fleet) -> bool:
-    return (
-        fleet.swept_at is not None
-        and fleet.clock.monotonic() - fleet.swept_at > SLEPT_S
-    )
+def _slept_s(fleet: Fleet) -> float:
+    if fleet.swept_at is None:
+        return 0.0
+    return fleet.clock.monotonic() - fleet.swept_at
 
 
-def _give_grace(connection: Connection, fleet: Fleet, now: float) -> None:
+def _give_grace(
+    connection: Connection, fleet: Fleet, now: float, away_s: float
+) -> None:
     by_id = {worker.worker_id: worker for worker in workers.all_workers(connection)}
     held = tasks.all_leased(connection)
     for task in held:
         interval_s = heartbeat_s(fleet, by_id[task.lease_worker_id or ""])
+        lease = leases.resumed(
+            lease_of(task, now), ttl_s=leases.ttl_s(interval_s), now=now, away_s=away_s
+        )
         tasks.renew_lease(
             connection,
             task.task_id,
-            expires_at=max(task.expires_at or now, now + leases.ttl_s(interval_s)),
-            hard_at=leases.resumed_hard_at(
-                task.claimed_at or now, task.hard_at or now, now=now
-            ),
+            progress_at=lease.progress_at,
+            expires_at=lease.expires_at,
+            hard_at=lease.hard_at,
         )
     log.info(
         "%d leases get time to be renewed",
         len(held),
         extra={"event": "leases.extended"},
+    )
+
+
+def lease_of(task: TaskRow, now: float) -> Lease:
+    """Return the lease of a leased task."""
+    expires_at = task.expires_at or now
+    return Lease(
+        num_tokens=task.num_tokens,
+        claimed_at=task.claimed_at or now,
+        progress_at=task.progress_at or now,
+        expires_at=expires_at,
+        hard_at=task.hard_at or expires_at,
+        reported=Reported(
+            tokens_done=task.tokens_done,
+            bytes_done=task.bytes_done,
+            cpu_s=task.cpu_s,
+            step_s=task.step_s,
+        ),
     )

@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 
 from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskState
+from coordinator.domain import leases
 from coordinator.domain.eta import estimate
 from coordinator.domain.verdicts import WorkerFacts, verdict
 from coordinator.service.closing import version_point
@@ -256,6 +257,15 @@ def _worker(
             heartbeat_s=interval_s,
             tokens_done=None if task is None else task.tokens_done,
             num_tokens=None if task is None else task.num_tokens,
+            no_progress_s=0.0
+            if task is None
+            else leases.no_progress_s(
+                task.expires_at or now,
+                ttl_s=leases.ttl_s(interval_s),
+                heartbeat_at=worker.heartbeat_at,
+            ),
+            elapsed_s=0.0 if task is None else now - (task.claimed_at or now),
+            predicted_s=None if task is None else task.predicted_s,
             back_in_round=back_in_round,
             quarantine=worker.quarantine_reason,
         )

@@ -212,8 +212,7 @@ def is_held(task: TaskRow, lease_id: str, now: float) -> bool:
     return (
         task.state == TaskState.LEASED
         and task.lease_hash == leases.lease_hash(lease_id)
-        and (task.expires_at or 0.0) > now
-        and (task.hard_at is None or task.hard_at > now)
+        and leases.ends_at(task.expires_at or 0.0, task.hard_at) > now
     )
 
 

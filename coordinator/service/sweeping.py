@@ -13,6 +13,7 @@ from bitnet_ext.wire.verdicts import TaskState
 from coordinator.domain.errors import FleetError, RefusedError
 from coordinator.service.adopting import adopt_corpus
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.grace import CLOCK_FACT
 from coordinator.service.returning import sweep_leases
 from coordinator.service.seeding import add_evaluation, budget_left
 from coordinator.service.starting import RunSettings
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 
 SWEEP_S: Final = 1.0
 CLOCK_S: Final = 10.0
-CLOCK_FACT: Final = "clock_high_water"
 
 
 async def every(

@@ -7,6 +7,7 @@ import random
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,21 +19,28 @@ class LeaseClock:
     A jump of the wall clock while running changes nothing.
     """
 
-    def __init__(self, high_water: float = 0.0) -> None:
-        self._start = max(time.time(), high_water)
-        self._started = time.monotonic()
+    def __init__(
+        self,
+        high_water: float = 0.0,
+        *,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._wall, self._monotonic = wall, monotonic
+        self._start = max(wall(), high_water)
+        self._started = monotonic()
 
     def now(self) -> float:
         """Return the lease clock, Unix seconds."""
-        return self._start + (time.monotonic() - self._started)
+        return self._start + (self._monotonic() - self._started)
 
     def wall(self) -> float:
         """Return the wall clock, Unix seconds."""
-        return time.time()
+        return self._wall()
 
     def monotonic(self) -> float:
         """Return seconds since some fixed moment of this process."""
-        return time.monotonic()
+        return self._monotonic()
 
 
 class SystemRng:

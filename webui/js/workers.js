@@ -1,7 +1,16 @@
 // Workers in words and in order: who is late, and which row stands above which. Pure.
 
 /** Worst first: verdicts, and `late` for who computes past its forecast. */
-const WORST_FIRST = ["quarantined", "lost", "late", "idle", "waiting", "computing"];
+const WORST_FIRST = [
+  "quarantined",
+  "lost",
+  "stuck",
+  "late",
+  "slow",
+  "idle",
+  "waiting",
+  "computing",
+];
 
 /** Return how far a held task is, or null when the worker holds none. */
 export function taskProgress(worker, now) {
@@ -49,7 +58,7 @@ export function orderRows(shown, workers, now, hold) {
 
 // A verdict that this page doesn't know is sorted as the worst rather than hidden.
 function rank(worker, now) {
-  const isLate = lateWorkers([worker], now).length > 0;
+  const isLate = worker.verdict !== "stuck" && lateWorkers([worker], now).length > 0;
   return WORST_FIRST.indexOf(isLate ? "late" : worker.verdict);
 }
 

@@ -51,7 +51,11 @@ def test_what_counts_as_progress(after, since_advance_s, due):
 
     assert (
         shows_progress(
-            before, after, since_advance_s=since_advance_s, advanced_after_s=40.0
+            before,
+            after,
+            since_advance_s=since_advance_s,
+            advanced_after_s=40.0,
+            usual_step_s=1.0,
         )
         is due
     )
@@ -68,16 +72,87 @@ def test_before_the_first_token_cpu_time_counts_for_an_hour(
             reported(0, 5, cpu_s=2.0, step_s=step_s),
             since_advance_s=since_advance_s,
             advanced_after_s=0.0,
+            usual_step_s=None,
         )
         is due
     )
 
 
-@given(predicted_s=st.floats(0.0, 1e12))
-def test_what_an_unmeasured_worker_says_gives_it_an_hour_at_most(predicted_s):
-    assert leases.first_hard_at(1000.0, None, round_s=60.0, fixed_size=True) == 4600.0
-    assert leases.own_hard_at(1000.0, 20.0) == 1120.0
-    assert leases.own_hard_at(1000.0, predicted_s) <= 4600.0
+@pytest.mark.parametrize(
+    ("usual_step_s", "limit_s"), [(1.0, 60.0), (12.0, 60.0), (20.0, 100.0)]
+)
+def test_before_the_first_token_a_measured_worker_gets_five_of_its_usual_steps(
+    usual_step_s, limit_s
+):
+    def shows(since_advance_s):
+        return shows_progress(
+            reported(0, 5, cpu_s=1.0),
+            reported(0, 5, cpu_s=2.0),
+            since_advance_s=since_advance_s,
+            advanced_after_s=3.0,
+            usual_step_s=usual_step_s,
+        )
+
+    assert shows(limit_s - 0.1)
+    assert not shows(limit_s)
+
+
+def test_a_pause_of_the_coordinator_counts_for_nothing():
+    after = leases.resumed(LEASE, ttl_s=30.0, now=1520.0, away_s=500.0)
+
+    assert after.expires_at == 1550.0
+    assert after.hard_at == 1620.0
+    assert after.progress_at == 1510.0
+
+
+@given(pauses=st.lists(st.floats(0.0, 100.0), max_size=20))
+def test_many_pauses_move_the_hard_limit_by_no_more_than_themselves(pauses):
+    lease, now = LEASE, 1010.0
+    for away_s in pauses:
+        now += away_s
+        lease = leases.resumed(lease, ttl_s=30.0, now=now, away_s=away_s)
+
+    assert lease.hard_at == pytest.approx(LEASE.hard_at + sum(pauses))
+    assert lease.progress_at <= now
+
+
+def test_heartbeats_without_progress_are_counted_from_the_last_renewal():
+    def still_s(heartbeat_at):
+        return leases.no_progress_s(1040.0, ttl_s=30.0, heartbeat_at=heartbeat_at)
+
+    assert [still_s(at) for at in (1005.0, 1010.0, 1025.0)] == [0.0, 0.0, 15.0]
+
+
+def test_only_an_unmeasured_worker_is_limited_by_its_own_speed():
+    said = reported(50, 5, cpu_s=2.0, step_s=2.0)
+
+    def limit(usual_step_s):
+        return leases.renewed(
+            LEASE, said, ttl_s=30.0, now=1020.0, usual_step_s=usual_step_s
+        ).hard_at
+
+    assert limit(2.0) == 1120.0
+    assert limit(None) == 1000.0 + 3 * 40.0 + 60.0
+
+
+LEASE = leases.Lease(
+    num_tokens=100,
+    claimed_at=1000.0,
+    progress_at=1010.0,
+    expires_at=1040.0,
+    hard_at=1120.0,
+    reported=reported(10, 5, cpu_s=1.0, step_s=2.0),
+)
+
+
+@given(after_s=st.floats(0.0, 1e12), tokens=st.integers(0, 1000))
+def test_what_an_unmeasured_worker_says_gives_it_two_hours_at_most(after_s, tokens):
+    assert leases.first_hard_at(1000.0, None, round_s=60.0, fixed_size=True) == 8200.0
+    said = reported(tokens, 5)
+    told = leases.renewed(
+        LEASE, said, ttl_s=30.0, now=1000.0 + after_s, usual_step_s=None
+    )
+    assert told.hard_at <= 8200.0
 
 
 @pytest.mark.parametrize(
@@ -86,11 +161,11 @@ def test_what_an_unmeasured_worker_says_gives_it_an_hour_at_most(predicted_s):
         (20.0, 60.0, False, 20.0),
         (240.0, 60.0, False, 240.0),
         (1e9, 60.0, False, 240.0),
-        (1e9, 60.0, True, 3600.0),
+        (1e9, 60.0, True, 7200.0),
         (1e9, 1800.0, True, 7200.0),
     ],
 )
-def test_a_prediction_counts_for_four_rounds_or_an_hour_where_the_size_is_fixed(
+def test_a_prediction_counts_for_four_rounds_or_two_hours_where_the_size_is_fixed(
     predicted_s, round_s, fixed_size, due_s
 ):
     due = leases.first_hard_at(

@@ -61,8 +61,8 @@ def fixed_task(world, speed):
     return world.claimed("w1")
 
 
-def test_cpu_time_counts_for_an_hour_before_the_first_step(world: World):
-    running, task = world, fixed_task(world, 0.001)  # a hard limit of 10,860 s
+def test_cpu_time_counts_for_an_hour_before_the_first_step(running: World):
+    task = running.claimed()  # a hard limit of 7,200 s
     for minute in range(1, 121):
         running.clock.advance(29.0)
         answer = running.heartbeat(task, cpu_s=float(minute))
@@ -96,11 +96,11 @@ def test_cpu_time_counts_for_five_steps_and_then_a_stuck_lease_expires(running: 
 
 def test_before_any_measurement_the_task_itself_sets_the_hard_limit(running: World):
     task = running.claimed()
-    assert limits(running, task) == (START + 30.0, START + 3600.0)
+    assert limits(running, task) == (START + 30.0, START + 7200.0)
     running.clock.advance(10.0)
 
     running.heartbeat(task, bytes_done=1)
-    assert limits(running, task)[1] == START + 3600.0
+    assert limits(running, task)[1] == START + 7200.0
     running.heartbeat(task, tokens_done=16)  # 64 tokens would take 40 s
     assert limits(running, task)[1] == START + 3 * 40.0 + 60.0
     running.clock.advance(10.0)
@@ -135,7 +135,7 @@ def outlived_s(world, task, beat_s=25.0, **progress):
     ids=["crumbs", "bytes", "cpu", "long_steps", "all_at_once"],
 )
 @pytest.mark.parametrize("fleet_speed", [None, 3.2])
-def test_nothing_that_an_unmeasured_worker_says_keeps_a_lease_over_an_hour(
+def test_nothing_that_an_unmeasured_worker_says_keeps_a_lease_over_two_hours(
     running: World, progress, fleet_speed
 ):
     running.register("w2")
@@ -143,7 +143,7 @@ def test_nothing_that_an_unmeasured_worker_says_keeps_a_lease_over_an_hour(
         running.set_speed("w2", fleet_speed)
     task = running.claimed()
 
-    assert outlived_s(running, task, **progress) <= 3600.0
+    assert outlived_s(running, task, **progress) <= 7200.0
 
 
 def test_more_tokens_than_the_task_has_are_no_progress(running: World):
@@ -179,7 +179,7 @@ def test_a_box_ten_times_slower_than_the_fleet_finishes_its_first_task(running: 
 
 @pytest.mark.parametrize(
     ("own", "of_another", "due_s"),
-    [(None, None, 3600.0), (8.0, 2.0, 97.5), (None, 2.0, 210.0)],
+    [(None, None, 7200.0), (8.0, 2.0, 97.5), (None, 2.0, 7200.0)],
 )
 def test_an_evaluation_has_a_hard_limit_too(world: World, own, of_another, due_s):
     world.start_run(scored=True, seeded=False)
@@ -195,18 +195,18 @@ def test_an_evaluation_has_a_hard_limit_too(world: World, own, of_another, due_s
     assert limits(world, task)[1] - START == pytest.approx(due_s)
 
 
-def test_a_limit_by_the_fleet_is_only_moved_out(running: World):
+def test_the_speed_of_the_fleet_limits_no_worker_that_nobody_has_measured(
+    running: World,
+):
     running.register("w2")
-    running.set_speed("w2", 3.2)  # 64 tokens in 20 s: a limit of 120 s
-    task = running.claimed("w1")
-    running.clock.advance(1.0)
-    running.heartbeat(task, tokens_done=32)  # 2 s by its own speed
-    assert limits(running, task)[1] - START == pytest.approx(120.0)
+    running.set_speed("w2", 3.2)
+    task = running.claimed("w1")  # 64 tokens: 20 s by the fleet's speed
+    assert limits(running, task)[1] - START == 7200.0
     running.clock.advance(29.0)
 
-    running.heartbeat(task, tokens_done=33)  # 58 s
+    running.heartbeat(task, tokens_done=1)
 
-    assert limits(running, task)[1] - START == pytest.approx(3 * 64 * 30 / 33 + 60)
+    assert limits(running, task)[1] - START == pytest.approx(3 * 64 * 29 + 60)
 
 
 def test_progress_never_brings_the_end_of_a_lease_nearer(running: World):
@@ -237,7 +237,7 @@ def test_an_evaluation_that_never_ends_is_taken_away(world: World):
     world.register("w1")
     task = world.claimed("w1")
 
-    assert outlived_s(world, task, bytes_done=lambda n: n) <= 3600.0
+    assert outlived_s(world, task, bytes_done=lambda n: n) <= 7200.0
 
 
 def test_a_measured_speed_sets_the_hard_limit_once(running: World):
@@ -259,7 +259,6 @@ def test_an_unmeasured_worker_is_predicted_by_the_fleet(running: World):
     task = running.claimed("w1")  # 64 tokens, 20 s
 
     assert running.task(task.task_id).predicted_s == pytest.approx(20.0)
-    assert limits(running, task)[1] - START == pytest.approx(120.0)
 
 
 def test_a_speed_that_falls_with_each_task_holds_no_round_longer(running: World):
@@ -276,13 +275,13 @@ def test_a_speed_that_falls_with_each_task_holds_no_round_longer(running: World)
         running.submit(task)
         assert running.close_round()
 
-    assert spans[0] == 3600.0
+    assert spans[0] == 7200.0
     assert spans[1:] == pytest.approx([3 * 240.0 + 60.0] * 5)
 
 
 @pytest.mark.parametrize(
     ("speed", "due_s"),
-    [(0.1, 3 * 80.0 + 60.0), (0.01, 3 * 800.0 + 60.0), (0.001, 3 * 3600.0 + 60.0)],
+    [(0.1, 3 * 80.0 + 60.0), (0.01, 3 * 800.0 + 60.0), (0.001, 3 * 7200.0 + 60.0)],
 )
 def test_a_task_of_a_fixed_size_may_take_longer_than_rounds(world: World, speed, due_s):
     task = fixed_task(world, speed)

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from bitnet_ext.wire.verdicts import LeaseState, TaskKind
+from coordinator.service.grace import CLOCK_FACT
 from coordinator.service.starting import RunSettings
 from coordinator.service.sweeping import (
-    CLOCK_FACT,
     every,
     is_over,
     keep_clock,

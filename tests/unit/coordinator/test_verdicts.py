@@ -8,7 +8,17 @@ from bitnet_ext.wire.verdicts import Verdict
 from coordinator.domain.verdicts import WorkerFacts, silence_limit_s, verdict
 
 
-def facts(age_s=1.0, heartbeat_s=5.0, done=None, due=None, back=False, bad=None):
+def facts(
+    age_s=1.0,
+    heartbeat_s=5.0,
+    done=None,
+    due=None,
+    back=False,
+    still_s=0.0,
+    elapsed_s=50.0,
+    predicted_s=None,
+    bad=None,
+):
     return WorkerFacts(
         heartbeat_age_s=age_s,
         heartbeat_s=heartbeat_s,
@@ -16,6 +26,9 @@ def facts(age_s=1.0, heartbeat_s=5.0, done=None, due=None, back=False, bad=None)
         num_tokens=due,
         back_in_round=back,
         quarantine=bad,
+        no_progress_s=still_s,
+        elapsed_s=elapsed_s,
+        predicted_s=predicted_s,
     )
 
 
@@ -31,6 +44,21 @@ def facts(age_s=1.0, heartbeat_s=5.0, done=None, due=None, back=False, bad=None)
         (facts(age_s=37.0, heartbeat_s=6.0), Verdict.LOST, "for 37 s, limit 36 s"),
         (facts(bad="5 of 8"), Verdict.QUARANTINED, "Gets no work: 5 of 8."),
         (facts(age_s=31.0, bad="5 of 8"), Verdict.LOST, "for 31 s"),
+        (facts(done=20, due=80, still_s=15.0), Verdict.COMPUTING, "25 %"),
+        (facts(done=20, due=80, still_s=16.0), Verdict.STUCK, "for 16 s, limit 15 s"),
+        (facts(31.0, done=20, due=80, still_s=16.0), Verdict.LOST, "for 31 s"),
+        (facts(still_s=16.0), Verdict.IDLE, "Holds no task."),
+        (facts(done=20, due=80, predicted_s=50.0), Verdict.COMPUTING, "25 %"),
+        (
+            facts(done=20, due=80, elapsed_s=51.0, predicted_s=50.0),
+            Verdict.SLOW,
+            "25 % of its task done after 51 s, predicted 50 s",
+        ),
+        (
+            facts(done=2, due=8, still_s=16.0, elapsed_s=51.0, predicted_s=50.0),
+            Verdict.STUCK,
+            "without progress",
+        ),
         (facts(back=True), Verdict.WAITING, "is back"),
         (facts(done=1, due=2, back=True), Verdict.COMPUTING, "50 %"),
     ],

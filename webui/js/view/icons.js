@@ -20,7 +20,13 @@ const SHAPES = {
   dot: () => html`<circle class="solid" cx="8" cy="8" r="4" />`,
   reset: () => line("M3 8a5 5 0 1 0 1.6-3.7M3 2v3.4h3.4"),
 };
-const NAMES = { pending: "idle", done: "ok", failed: "lost", quarantined: "warn" };
+const NAMES = {
+  pending: "idle",
+  done: "ok",
+  failed: "lost",
+  stuck: "warn",
+  quarantined: "warn",
+};
 
 /** Draw an icon of 16 by 16 in the colour of the text; a name without one is a ring. */
 export function Icon({ name }) {

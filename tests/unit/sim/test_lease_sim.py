@@ -1,0 +1,143 @@
+"""The simulator of leases: it counts what goes wrong, and sees a broken rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coordinator.domain import leases, sizing, verdicts
+from tests.sim import leases as sim
+from tests.sim import reference
+from tests.sim.bench_leases import bars, figures
+from tests.sim.boxes import FAST, Work
+from tests.sim.happenings import RATES, Fault
+from tests.sim.leases import Fleet
+
+HOURS = 2.5
+
+
+def seen(rates=None, *, seed=7, hours=HOURS, num_boxes=12):
+    return Fleet(seed=seed, num_boxes=num_boxes, rates=rates).run(hours)
+
+
+def often(*faults):
+    return dict.fromkeys(faults, 2.0)
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return figures([seen()])
+
+
+def test_the_same_seed_gives_the_same_figures(usual):
+    assert figures([seen()]) == usual
+
+
+def test_no_living_worker_loses_its_lease(usual):
+    assert usual["alive_leases_lost"] == 0
+    assert usual["slow_called_stuck"] == 0
+
+
+def test_an_hour_for_a_probe_is_too_short_for_one_token_a_second(
+    monkeypatch,
+):
+    monkeypatch.setattr(leases, "MAX_UNMEASURED_S", 3600.0)
+
+    assert seen().alive_lost
+
+
+def test_a_ttl_of_two_heartbeats_takes_leases_from_slow_networks(monkeypatch):
+    monkeypatch.setattr(leases, "HEARTBEATS_PER_TTL", 2)
+    monkeypatch.setattr(leases, "MIN_TTL_S", 10.0)
+
+    assert seen().alive_lost
+
+
+def test_without_grace_pauses_of_the_coordinator_take_leases(monkeypatch):
+    monkeypatch.setattr(sim, "COORDINATOR_FAULTS", 20.0)
+    assert not seen().alive_lost
+
+    monkeypatch.setattr(leases, "resumed", lambda lease, **_: lease)
+
+    assert seen().alive_lost
+
+
+def test_a_stuck_limit_without_slack_calls_slow_workers_stuck(monkeypatch):
+    monkeypatch.setattr(leases, "CPU_GRACE_STEPS", 0.5)
+
+    assert seen().slow_called_stuck
+
+
+def test_a_worker_that_hangs_is_found_within_two_minutes_where_steps_are_short():
+    found = figures([seen(often(Fault.HANG, Fault.SPIN, Fault.STOP))])
+
+    assert found["num_stuck"] > 10
+    assert found["stuck_detect_s_max"] <= bars()["stuck_detect_s_max"][1]
+
+
+def test_an_hour_of_grace_before_each_first_step_hides_the_hung(monkeypatch):
+    monkeypatch.setattr(leases, "CPU_GRACE_FIRST_S", 3600.0)
+
+    found = figures([seen(often(Fault.HANG, Fault.SPIN), hours=6.0)])
+
+    assert (
+        found["stuck_lease_ended_first"] > 0
+        or found["stuck_detect_s_max"] > bars()["stuck_detect_s_max"][1]
+    )
+
+
+def test_the_task_of_a_killed_worker_is_free_again_within_a_ttl_and_a_sweep():
+    found = seen({Fault.KILL: 2.0})
+
+    assert len(found.free_again_s) > 5
+    assert 20.0 < max(found.free_again_s) <= 31.0
+    assert found.wasted["kill"] > 0
+
+
+def test_a_partition_longer_than_the_ttl_counts_apart():
+    found = seen({Fault.PARTITION: 2.0})
+
+    assert found.partitions_lost > 5
+    assert not found.alive_lost
+    assert figures([found])["wasted_share"] == 0.0
+
+
+def test_stuck_and_silent_workers_need_a_limit_to_be_found(monkeypatch):
+    monkeypatch.setattr(verdicts, "STUCK_SHARE", 1e9)
+
+    found = figures([seen(often(Fault.HANG))])
+
+    assert found["stuck_lease_ended_first"] > 0
+
+
+def test_speeds_that_are_never_measured_make_tasks_of_the_wrong_length(monkeypatch):
+    monkeypatch.setattr(sizing, "EWMA_WEIGHT", 0.0)
+
+    assert figures([seen(hours=6.0)])["predicted_within_2x"] < 0.7
+
+
+def test_work_time_stands_still_with_the_process():
+    work = Work(
+        np.random.default_rng(1),
+        num_tokens=2500,
+        tokens_per_s=100.0,
+        link=FAST,
+        slowed=False,
+    )
+
+    assert work.tokens(0.0) == 0
+    assert work.tokens(work.total_s - FAST.up_s) == 2500
+    last = work.said(work.total_s, 0.0)
+    assert (last.tokens_done, last.bytes_done) == (2500, 4_500_000)
+    assert sum(RATES.values()) > RATES[Fault.KILL]
+
+
+def test_by_the_rules_of_the_reference_only_an_honest_calibration_holds():
+    def share(too_hopeful):
+        return reference.expired_share(
+            [30.0], hours=200.0, too_hopeful=too_hopeful, seed=1
+        )
+
+    assert share(160.0) == 1.0
+    assert share(1.0) == 0.0
+    assert reference.lease_s(600.0, [(100.0, 100.0)]) == 960.0
