@@ -389,6 +389,7 @@ class Fleet:
                 tokens_done=None if held.over else lease.reported.tokens_done,
                 num_tokens=None if held.over else lease.num_tokens,
                 back_in_round=False,
+                quarantine=None,
                 no_progress_s=leases.no_progress_s(
                     lease.expires_at,
                     ttl_s=leases.ttl_s(HEARTBEAT_S),
