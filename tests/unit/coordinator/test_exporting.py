@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,6 +18,7 @@ from bitnet_ext.exports.provenance import Format, Variant
 from bitnet_ext.frames import decode_frame
 from bitnet_ext.layout import num_params, preset_shape
 from bitnet_ext.wire.verdicts import ErrorCode
+from coordinator import verbs
 from coordinator.cli import main
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import load_manifest
@@ -233,6 +236,46 @@ def test_a_disk_that_fills_up_in_mid_export_is_told_to_the_page(
 
     assert error.value.code is ErrorCode.DISK_LOW
     assert not list(running.fleet.blobs.folder.glob(".export-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_export_that_is_ended_by_a_signal_leaves_nothing(
+    fleet, tmp_path, capsys, monkeypatch, number
+):
+    def signalled(_: object, path: Path, **__: object) -> None:
+        path.write_bytes(b"half of it")
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(hugging_face, "save_file", signalled)
+    out = tmp_path / "out"
+    ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        status = ended(["export", *fleet, "--out", str(out), "--format", "hf"])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, ignored)
+
+    assert status == 128 + number
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_score_that_is_interrupted_ends_without_a_word(fleet, capsys, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(verbs, "score", interrupted)
+
+    assert ended(["eval", *fleet]) == 128 + signal.SIGINT
+    assert capsys.readouterr() == ("", "")
+
+
+def ended(arguments: list[str]) -> int:
+    """Run a command; return its exit status, however it ends."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 def full_disk(monkeypatch) -> None:
