@@ -1,16 +1,19 @@
 """`bitnet-coordinator`: serve, maintenance and the demo.
 
 Settings come from the environment (`BITNET_COORD_<FIELD>`); an option of the same
-name wins over it. Every wrong value is one line on standard error and exit status 2.
+name wins over it. Every wrong value is one line on standard error and exit status 2;
+a command that is interrupted ends with 130 without a word.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -55,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     act: Callable[[argparse.Namespace], int] = options.act
     try:
         return act(options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except StartError as error:
         print(f"bitnet-coordinator: {error}", file=sys.stderr)
         return error.exit_code
@@ -272,14 +277,29 @@ def _worker_key(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     form = Format(options.format)
-    said = verbs.export(
-        _settings(options),
-        parse_version(options.version),
-        (form, _variant(options, form)),
-        options.out,
-    )
+    with _ended_by_sigterm():
+        said = verbs.export(
+            _settings(options),
+            parse_version(options.version),
+            (form, _variant(options, form)),
+            options.out,
+        )
     print(said)
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the block, so that nothing half done is left, and exit."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ norms float32. There is no output tensor: llama.cpp takes the embeddings.
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,15 +71,14 @@ def write_model(
     shape = about.shape()
     kind, _ = _TYPES[about.variant]
     _check_widths(shape, about.variant)
-    writer = GGUFWriter(folder / file_name(about.variant), "bitnet")
-    _describe(writer, about)
-    _add_tokenizer(writer, tokenizer, about)
-    for segment in segments(shape):
-        _add_part(writer, segment, parts[segment.name], kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with closing(GGUFWriter(folder / file_name(about.variant), "bitnet")) as writer:
+        _describe(writer, about)
+        _add_tokenizer(writer, tokenizer, about)
+        for segment in segments(shape):
+            _add_part(writer, segment, parts[segment.name], kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def read_model(folder: Path, about: Provenance) -> Parts:

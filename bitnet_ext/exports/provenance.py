@@ -21,6 +21,14 @@ class ExportError(ValueError):
     """An export can't be made, or is not what it should be; names the file."""
 
 
+class UnwritableError(ExportError):
+    """A folder can't be written; `full` where that is for want of room."""
+
+    def __init__(self, message: str, *, full: bool) -> None:
+        super().__init__(message)
+        self.full = full
+
+
 class Format(StrEnum):
     """Who is to read an export."""
 

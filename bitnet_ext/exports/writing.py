@@ -7,6 +7,7 @@ compared, synced, and only then renamed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from uuid import uuid4
 
 import msgspec
 import numpy as np
+from safetensors import SafetensorError
 
 from bitnet_ext.exports import gguf_file, hugging_face, plain
 from bitnet_ext.exports.card import model_card
@@ -38,6 +40,7 @@ from bitnet_ext.exports.provenance import (
     ExportError,
     Format,
     Provenance,
+    UnwritableError,
     Variant,
     encode_provenance,
 )
@@ -69,30 +72,52 @@ def write_export(
     """Write a model, float32 in the order of the layout, to the new folder `target`.
 
     Raises ExportError where something is there already, where the format can't hold
-    the model, or where what is read back is not the model; OSError where it can't be
-    written. Nothing is left behind then.
+    the model, or where what is read back is not the model; UnwritableError where it
+    can't be written. Nothing is left behind then.
     """
-    with _appearing(target) as folder:
+    with _appearing(target, flat.nbytes) as folder:
         due = _write(folder, flat, about, tokenizer)
         report = check_export(folder, due, Model.from_flat(about.shape(), flat))
     return report
 
 
 @contextlib.contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """Give a folder to fill, which gets the name `target` once the block has ended."""
-    if target.exists() or target.is_symlink():
-        raise ExportError(f"{target} is there already: name a folder that is not")
+def _appearing(target: Path, num_bytes: int) -> Iterator[Path]:
+    """Give a folder to fill, which gets the name `target` once the block has ended.
+
+    Raises UnwritableError for what the system or a library says of a failed write.
+    """
     fresh = target.with_name(f".{target.name}-{uuid4().hex[:8]}")
-    fresh.mkdir(parents=True)
     try:
+        if target.exists() or target.is_symlink():
+            raise ExportError(f"{target} is there already: name a folder that is not")
+        fresh.mkdir(parents=True)
         yield fresh
         for path in (*fresh.iterdir(), fresh):
             _sync(path)
         fresh.rename(target)
         _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(target, error, _free(fresh) < num_bytes) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _unwritable(
+    target: Path, error: OSError | SafetensorError, low: bool
+) -> UnwritableError:
+    """Return what to say; the libraries lose the number of the error."""
+    number = getattr(error, "errno", None)
+    full = low if number is None else number in (errno.ENOSPC, errno.EDQUOT)
+    said = getattr(error, "strerror", None) or error
+    what = f"there is no room for {target}" if full else f"{target} can't be written"
+    return UnwritableError(f"{what}: {said}", full=full)
+
+
+def _free(fresh: Path) -> int:
+    """Return the bytes left on the disk of a folder that may never have been made."""
+    there = next(path for path in (fresh, *fresh.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from bitnet_ext.exports.provenance import ExportError, Format, Variant
+from bitnet_ext.exports.provenance import (
+    ExportError,
+    Format,
+    UnwritableError,
+    Variant,
+)
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.service.exporting import Chosen, Pick, choose, export_version
@@ -56,6 +61,12 @@ def _pack(
             folder = Path(scratch) / name
             export_version(data, fleet.corpus, chosen, variant, folder)
             return _archive(folder, data)
+    except UnwritableError as error:
+        if not error.full:
+            raise
+        raise RefusedError(
+            ErrorCode.DISK_LOW, f"the data folder has no room for it: {error.__cause__}"
+        ) from error
     except ExportError as error:
         raise RefusedError(ErrorCode.BAD_REQUEST, str(error)) from error
     except OSError as error:

@@ -106,7 +106,7 @@ def export_version(
     """Write a version of the data folder to the new folder `target`. Blocking.
 
     Raises ExportError, ManifestError or OSError naming what is missing, damaged or in
-    the way; `target` is not made then.
+    the way, UnwritableError where the disk fails; `target` is not made then.
     """
     flat = read_weights(data, chosen)
     tokenizer, eot_id = read_tokenizer(corpus, chosen.run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
-from safetensors import safe_open
+from gguf import GGUFReader, GGUFWriter
+from safetensors import SafetensorError, safe_open
 
+from bitnet_ext.exports import hugging_face, plain
 from bitnet_ext.exports.folder import check_sums, open_export, write_sums
 from bitnet_ext.exports.parts import difference, ternary_parts
 from bitnet_ext.exports.provenance import (
@@ -19,6 +21,7 @@ from bitnet_ext.exports.provenance import (
     VARIANTS,
     ExportError,
     Format,
+    UnwritableError,
     Variant,
     encode_provenance,
 )
@@ -222,6 +225,57 @@ def test_what_is_there_already_is_never_touched(tmp_path, there) -> None:
         NARROW.write(target, Format.HF, Variant.FLOAT)
 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let the libraries fail to write a model file, with so many bytes left."""
+
+    def begin(failure: Exception, free: int) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise failure
+
+        monkeypatch.setattr(hugging_face, "save_file", fail)
+        monkeypatch.setattr(plain, "save_file", fail)
+        monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
+        usage = shutil.disk_usage("/")._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    return begin
+
+
+@pytest.mark.parametrize("form", list(Format))
+@pytest.mark.parametrize(
+    ("failure", "free", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1 << 40, True),
+        (OSError(errno.EIO, "Input/output error"), 0, False),
+        (OSError("9216 requested and 4096 written"), 4096, True),
+        (OSError("9216 requested and 4096 written"), 1 << 40, False),
+        (SafetensorError("I/O error: No space left on device"), 4096, True),
+    ],
+)
+def test_a_disk_that_fails_is_told_of_by_the_folder(
+    tmp_path, failing, form, failure, free, full
+) -> None:
+    failing(failure, free)
+    out = tmp_path / "out"
+
+    with pytest.raises(UnwritableError) as error:
+        NARROW_OR_TINY[form].write(out, form, VARIANTS[form][0])
+
+    due = f"there is no room for {out}: " if full else f"{out} can't be written: "
+    assert error.value.full is full
+    assert str(error.value) == due + str(getattr(failure, "strerror", "") or failure)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told_of(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+
+    with pytest.raises(UnwritableError, match=f"{out} can't be written: Not a dir"):
+        NARROW.write(out, Format.HF, Variant.FLOAT)
 
 
 @pytest.mark.parametrize("variant", [Variant.TQ1_0, Variant.TQ2_0])

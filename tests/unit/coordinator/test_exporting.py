@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+from pathlib import Path
+
 import msgspec
 import pytest
+from gguf import GGUFWriter
+from safetensors import SafetensorError
 
 from bitnet_ext.codecs import decode
+from bitnet_ext.exports import hugging_face, plain
 from bitnet_ext.exports.folder import open_export
 from bitnet_ext.exports.provenance import Format, Variant
 from bitnet_ext.frames import decode_frame
 from bitnet_ext.layout import num_params, preset_shape
 from bitnet_ext.wire.verdicts import ErrorCode
+from coordinator import verbs
 from coordinator.cli import main
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import load_manifest
@@ -201,3 +209,86 @@ def test_what_cannot_be_exported_is_told_to_the_page(running):
         )
     assert error.value.code is ErrorCode.BAD_REQUEST
     assert not list(running.fleet.blobs.folder.glob(".export-*"))
+
+
+@pytest.mark.parametrize("form", list(Format))
+def test_a_disk_that_fills_up_in_mid_export_is_one_line(
+    fleet, tmp_path, capsys, monkeypatch, form
+):
+    full_disk(monkeypatch)
+    out = tmp_path / "out"
+
+    line = refused(capsys, *fleet, "--out", str(out), "--format", form)
+
+    assert f"there is no room for {out}: " in line
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("form", [Format.HF, Format.SAFETENSORS])
+def test_a_disk_that_fills_up_in_mid_export_is_told_to_the_page(
+    running, monkeypatch, form
+):
+    full_disk(monkeypatch)
+    wish = (form, Variant.MASTER)
+
+    with pytest.raises(RefusedError, match="no room") as error:
+        running.do(open_archive(running.fleet, Pick.LATEST, wish))
+
+    assert error.value.code is ErrorCode.DISK_LOW
+    assert not list(running.fleet.blobs.folder.glob(".export-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_export_that_is_ended_by_a_signal_leaves_nothing(
+    fleet, tmp_path, capsys, monkeypatch, number
+):
+    def signalled(_: object, path: Path, **__: object) -> None:
+        path.write_bytes(b"half of it")
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(hugging_face, "save_file", signalled)
+    out = tmp_path / "out"
+    ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        status = ended(["export", *fleet, "--out", str(out), "--format", "hf"])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, ignored)
+
+    assert status == 128 + number
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_score_that_is_interrupted_ends_without_a_word(fleet, capsys, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(verbs, "score", interrupted)
+
+    assert ended(["eval", *fleet]) == 128 + signal.SIGINT
+    assert capsys.readouterr() == ("", "")
+
+
+def ended(arguments: list[str]) -> int:
+    """Run a command; return its exit status, however it ends."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def full_disk(monkeypatch) -> None:
+    """Let the libraries fail to write, as they do on a full disk: with no number."""
+
+    def fail_safetensors(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def fail_numpy(*_: object) -> None:
+        raise OSError("9216 requested and 4096 written")
+
+    for module in (hugging_face, plain):
+        monkeypatch.setattr(module, "save_file", fail_safetensors)
+    monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail_numpy)
+    usage = shutil.disk_usage("/")._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
