@@ -108,10 +108,8 @@ def load_export(folder: Path) -> Export:
         ) from error
     try:
         return open_export(folder)
-    except OSError as error:
-        raise SettingsError(f"{folder}: {error.strerror or error}") from error
     except ValueError as error:
-        raise SettingsError(f"{folder}: {error}") from error
+        raise SettingsError(str(error)) from error
 
 
 def _shape(preset: str, header: FrameHeader) -> ModelShape:

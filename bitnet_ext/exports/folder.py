@@ -44,17 +44,30 @@ class Export:
 def open_export(folder: Path) -> Export:
     """Check every file of an exported folder and read its model.
 
-    Raises ExportError naming the file that is not what it was, or the folder where it
-    is no export at all.
+    Raises ExportError naming the file that is not what it was or can't be read, or the
+    folder where it is no export at all.
     """
-    check_sums(folder)
-    about = decode_provenance((folder / PROVENANCE_NAME).read_bytes())
-    return Export(
-        about=about,
-        shape=about.shape(),
-        parts=_read_model(folder, about),
-        tokenizer=folder / TOKENIZER_NAME,
-    )
+    try:
+        check_sums(folder)
+        return _read(folder)
+    except OSError as error:
+        raise ExportError(
+            f"{error.filename or folder}: {error.strerror or error}"
+        ) from error
+
+
+def _read(folder: Path) -> Export:
+    content = (folder / PROVENANCE_NAME).read_bytes()
+    try:
+        about = decode_provenance(content)
+        return Export(
+            about=about,
+            shape=about.shape(),
+            parts=_read_model(folder, about),
+            tokenizer=folder / TOKENIZER_NAME,
+        )
+    except ValueError as error:
+        raise ExportError(f"{folder}: {error}") from error
 
 
 def _read_model(folder: Path, about: Provenance) -> Parts:

@@ -26,7 +26,8 @@ class ExportHandler(FileHandler):
 
     async def get(self) -> None:
         """Answer with the exported folder in one file."""
-        wish = parse_version(self.get_query_argument("version"))
+        # What is missing is refused as what is empty: with the name of its field.
+        wish = parse_version(self.get_query_argument("version", ""))
         variant = self._variant()
         name, source = await open_archive(self.api.fleet, wish, variant)
         self.set_header("Content-Disposition", f'attachment; filename="{name}.tar"')
@@ -34,7 +35,7 @@ class ExportHandler(FileHandler):
 
     def _variant(self) -> tuple[Format, Variant]:
         """Return format and variant. Raises RefusedError `bad_request`."""
-        wished = self.get_query_argument("format")
+        wished = self.get_query_argument("format", "")
         if wished not in list(Format):
             raise _refused("format", list(Format), wished)
         form = Format(wished)

@@ -102,8 +102,9 @@ def test_a_login_of_another_host_name_is_none(running, operator) -> None:
         ("?version=../1&format=hf", 400, "bad_request", "version"),
         ("?version=1&format=onnx", 400, "bad_request", "format"),
         ("?version=1&format=hf&variant=TQ1_0", 400, "bad_request", "variant"),
-        ("?version=1", 400, "bad_request", None),
-        ("", 400, "bad_request", None),
+        ("?version=1", 400, "bad_request", "format"),
+        ("?format=hf", 400, "bad_request", "version"),
+        ("", 400, "bad_request", "version"),
     ],
 )
 def test_a_wrong_wish_is_refused_with_its_field(

@@ -210,6 +210,36 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path) -> None:
         open_export(tmp_path / "nowhere")
 
 
+def test_a_file_that_cannot_be_read_is_named(whole, tmp_path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole / "hf", folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+
+    with pytest.raises(ExportError) as error:
+        open_export(folder)
+
+    assert str(error.value) == f"{folder}/config.json: Is a directory"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("provenance.json", "{}"), ("model.safetensors", "?")]
+)
+def test_a_file_that_was_never_right_is_named_with_its_folder(
+    whole, tmp_path, name, content
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole / "hf", folder)
+    (folder / name).write_text(content)
+    (folder / "SHA256SUMS").unlink()
+    write_sums(folder)
+
+    with pytest.raises(ExportError) as error:
+        open_export(folder)
+
+    assert str(error.value).startswith(f"{folder}: {name}: ")
+
+
 @pytest.mark.parametrize("there", ["a folder", "a file", "a link to nothing"])
 def test_what_is_there_already_is_never_touched(tmp_path, there) -> None:
     target = tmp_path / "out"
