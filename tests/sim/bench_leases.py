@@ -22,7 +22,7 @@ from tests.sim import reference
 from tests.sim.happenings import Detected, Seen
 from tests.sim.leases import HEARTBEAT_S, Fleet
 
-#: Seeds that nothing was tuned on.
+#: The rules were looked at with these seeds, and mended: fresh ones say more.
 SEEDS: Final = (100, 101, 102, 103)
 NUM_BOXES: Final = 60
 HOURS: Final = 22.0
