@@ -12,9 +12,11 @@ from worker.order import sequence_starts, text_window
 
 SEQ_LEN = 16
 BLOCK = 4
+#: Three blocks, two whole sequences, and one of 8 tokens.
+SHARD = 232
 
 
-def a_stretch(first: int, end: int, *, shard: int = 200, **changes: int) -> Task:
+def a_stretch(first: int, end: int, *, shard: int = SHARD, **changes: int) -> Task:
     """Return the task of tokens `first` to `end` of the order of a shard."""
     return msgspec.structs.replace(
         a_task(end - first),
@@ -29,14 +31,14 @@ def starts(first: int, end: int, **changes: int) -> list[int]:
     return sequence_starts(a_stretch(first, end, **changes)).tolist()
 
 
-@pytest.mark.parametrize("shard", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200])
+@pytest.mark.parametrize("shard", [1, 15, 16, 17, 63, 64, 65, 128, 129, 200, SHARD])
 def test_a_whole_shard_is_every_sequence_once(shard) -> None:
     assert sorted(starts(0, shard, shard=shard)) == list(range(0, shard, SEQ_LEN))
 
 
-@pytest.mark.parametrize("cut", [16, 48, 64, 80, 128, 192])
+@pytest.mark.parametrize("cut", [16, 48, 64, 80, 128, 192, 224])
 def test_wherever_it_is_cut_both_parts_together_are_the_whole(cut) -> None:
-    assert starts(0, cut) + starts(cut, 200) == starts(0, 200)
+    assert starts(0, cut) + starts(cut, SHARD) == starts(0, SHARD)
 
 
 def test_sequences_are_shuffled_within_their_block_only() -> None:
@@ -51,7 +53,7 @@ def test_sequences_are_shuffled_within_their_block_only() -> None:
 
 def test_the_short_sequence_at_the_end_of_a_shard_goes_last() -> None:
     for seed in range(20):
-        assert starts(128, 200, seed=seed)[-1] == 192
+        assert starts(128, SHARD, seed=seed)[-1] == 224
 
 
 def test_the_order_goes_by_the_seed_and_the_block() -> None:
@@ -74,7 +76,7 @@ def test_the_order_is_the_same_with_every_numpy() -> None:
         (48, 64, (0, 64)),
         (48, 80, (0, 128)),
         (64, 128, (64, 128)),
-        (176, 200, (128, 200)),
+        (208, SHARD, (192, SHARD)),
     ],
 )
 def test_the_text_of_a_task_is_that_of_the_blocks_it_reaches_into(
@@ -100,5 +102,5 @@ def test_a_task_that_is_not_whole_sequences_in_blocks_is_refused(
 
 
 def test_a_stretch_beyond_the_shard_is_refused() -> None:
-    with pytest.raises(BadShardError, match="within its 800 bytes, got 832"):
-        text_window(a_stretch(192, 208))
+    with pytest.raises(BadShardError, match="within its 928 bytes, got 960"):
+        text_window(a_stretch(224, 240))
