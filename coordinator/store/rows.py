@@ -76,6 +76,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     reason: str | None
     attempt: int
     num_leases: int
+    returned_round_id: int | None
     created_at: float
     lease_hash: str | None
     lease_claim_id: str | None

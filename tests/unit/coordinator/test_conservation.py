@@ -151,8 +151,8 @@ def tell(folder: Path, seed: int, quorum: float) -> Story:
         (1, 1.0),
         (2, 1.0),
         (3, 1.0),
-        (1, 0.3),
-        (3, 0.3),
+        (4, 0.3),
+        (8, 0.3),
     ],
 )
 def test_every_token_of_an_epoch_is_accounted_for_once(tmp_path: Path, seed, quorum):

@@ -58,12 +58,22 @@ def test_a_late_claim_gets_less_but_never_under_its_least_share(age_s, due):
 
 def test_the_first_task_is_the_measurement_and_later_ones_move_it():
     first = sizing.measured_speed(None, 1000, 10.0, round_s=10.0)
-    second = sizing.measured_speed(first, 2000, 10.0, round_s=10.0)
+    second = sizing.measured_speed(first, 1400, 10.0, round_s=10.0)
     slow = sizing.measured_speed(None, 1000, 1e6, round_s=10.0)
 
     assert first == 100.0
-    assert second == pytest.approx(130.0)
+    assert second == pytest.approx(112.0)
     assert slow == pytest.approx(1e-3)
+
+
+def test_who_was_far_too_fast_for_its_average_was_misjudged():
+    assert sizing.measured_speed(100.0, 1600, 10.0, round_s=10.0) == 160.0
+
+
+def test_a_short_task_moves_the_average_by_its_share_of_a_round():
+    found = sizing.measured_speed(100.0, 50, 1.0, round_s=10.0)
+
+    assert found == pytest.approx(100.0 - 0.03 * 50.0)
 
 
 @given(
@@ -72,27 +82,64 @@ def test_the_first_task_is_the_measurement_and_later_ones_move_it():
     seconds=st.floats(0.0, 1e5),
     round_s=st.floats(1.0, 600.0),
 )
-def test_a_task_is_at_most_four_times_the_last_accepted_one(
+def test_no_task_raises_the_size_of_the_next_beyond_the_limit_of_growth(
     before, tokens, seconds, round_s
 ):
-    speed = sizing.measured_speed(before, tokens, seconds, round_s=round_s)
+    size = round_s * sizing.measured_speed(before, tokens, seconds, round_s=round_s)
 
-    assert speed * round_s <= max((before or 0.0) * round_s, 4 * tokens) * (1 + 1e-9)
+    most = sizing.MAX_GROWTH * tokens
+    assert size <= max((before or 0.0) * round_s, most) * (1 + 1e-9)
 
 
-def test_a_crumb_that_takes_no_time_makes_nobody_slower():
+def test_a_crumb_that_takes_no_time_changes_nothing():
     assert sizing.measured_speed(100.0, 8, 0.01, round_s=60.0) == 100.0
 
 
-def test_a_fast_worker_gets_there_in_a_few_tasks():
-    tokens, speed, sizes_given = 4096, None, []
+@pytest.mark.parametrize(
+    ("speed", "overhead_s", "most_short"),
+    [(1000.0, 2.5, 2), (100.0, 2.5, 1), (1000.0, 60.0, 4), (10.0, 60.0, 1)],
+)
+def test_after_its_probe_a_worker_soon_fills_the_round(speed, overhead_s, most_short):
+    tokens, known, times = 4096, None, []
     for _ in range(6):
-        speed = sizing.measured_speed(speed, tokens, tokens / 10_000.0, round_s=60.0)
-        tokens = round(60.0 * speed)
-        sizes_given.append(tokens)
+        times.append(overhead_s + tokens / speed)
+        known = sizing.measured_speed(known, tokens, times[-1], round_s=600.0)
+        tokens = round(600.0 * known)
 
-    assert sizes_given[:2] == [4 * 4096, 16 * 4096]
-    assert sizes_given[-1] > 0.75 * 600_000
+    assert sum(seconds < 450.0 for seconds in times) <= most_short
+    assert max(times) <= 750.0
+
+
+def piece(num_tokens: int, num_rounds: int | None = 1) -> sizing.GivenBack:
+    return sizing.GivenBack(num_tokens=num_tokens, num_rounds=num_rounds)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "due"),
+    [
+        ([], None),
+        ([piece(100)], 0),
+        ([piece(79)], None),
+        ([piece(80)], 0),
+        ([piece(125)], 0),
+        # Neither its size nor worth dividing.
+        ([piece(126)], None),
+        ([piece(201)], 0),
+        # For whom it fits, the oldest that does.
+        ([piece(20), piece(110), piece(100)], 1),
+        # It has waited for long enough, whoever comes.
+        ([piece(20), piece(100, 1), piece(20, 3)], 1),
+        ([piece(20), piece(20, 3), piece(100)], 1),
+        ([piece(500, None)], 0),
+        ([piece(1, None)], 0),
+    ],
+)
+def test_work_that_came_back_goes_to_whom_it_fits_or_who_comes_later(waiting, due):
+    assert sizing.chosen(waiting, 100, quorum=1.0) == due
+
+
+def test_in_a_round_with_a_quorum_all_that_is_larger_fits_its_head():
+    assert sizing.chosen([piece(126)], 100, quorum=0.5) == 0
 
 
 @given(

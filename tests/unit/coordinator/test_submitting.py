@@ -224,7 +224,7 @@ def test_an_accepted_submission_is_durable_and_counted(running: World):
     worker = running.worker("w1")
     assert (worker.tasks_done, worker.tokens_accepted) == (1, 64)
     # 6.4 by the clock; a task of a round must not be more than 4 times this one.
-    assert worker.tokens_per_s == pytest.approx(4 * 64 / 60)
+    assert worker.tokens_per_s == pytest.approx(6.4)
     assert running.live_round().first_submission_at == running.clock.now()
 
 
