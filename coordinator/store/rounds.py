@@ -66,6 +66,21 @@ def end_claim(
     )
 
 
+def shorten_claim(
+    connection: Connection, *, round_id: int, task_id: str, num_tokens: int
+) -> None:
+    """Let the open claim of a task count for fewer tokens."""
+    connection.execute(
+        update(claims)
+        .where(
+            claims.c.round_id == round_id,
+            claims.c.task_id == task_id,
+            claims.c.ended_at.is_(None),
+        )
+        .values(num_tokens=num_tokens)
+    )
+
+
 def void_claims(connection: Connection, round_id: int) -> None:
     """Start a round over: its claims no longer keep anybody from claiming."""
     connection.execute(
