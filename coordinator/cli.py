@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from msgspec.structs import fields
+
 from bitnet_ext.exports.provenance import VARIANTS, Format, Variant
 from bitnet_ext.wire.log import configure_logging
 from bitnet_ext.wire.verdicts import RoundKind
@@ -24,8 +26,14 @@ from coordinator import verbs
 from coordinator.app import KEY_NAME, Listening, serve
 from coordinator.control import (
     AcknowledgeReset,
+    Command,
+    DrainWorker,
+    KickStuck,
+    MarkGone,
     ReadmitWorker,
+    RequeueFailed,
     ResetPassword,
+    ResumeWorker,
     Seed,
     TrainFor,
 )
@@ -47,6 +55,17 @@ _SETTINGS: Final = {
 }
 
 
+#: Commands that are passed on as they are; tag and docstring are name and help.
+_ORDERS: Final[tuple[type[Command], ...]] = (
+    AcknowledgeReset,
+    DrainWorker,
+    ResumeWorker,
+    MarkGone,
+    KickStuck,
+    RequeueFailed,
+    ReadmitWorker,
+    ResetPassword,
+)
 #: The option that chooses a variant, of a format that has several.
 _VARIANT_OPTIONS: Final = {"layout": Format.HF, "type": Format.GGUF}
 
@@ -94,15 +113,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     stop = add("train-for", _train_for, "stop giving out training after a while")
     stop.add_argument("seconds", help="seconds from now, or `ever`")
-    add("acknowledge-reset", _acknowledge, "take the banner of a hard reset down")
-    readmit = add("readmit-worker", _readmit, "give a quarantined worker work again")
-    readmit.add_argument("worker_id", help="as the page shows it")
-    add("reset-admin-password", _reset_password, "make a new admin password")
+    for order in _ORDERS:
+        about = (order.__doc__ or "").rstrip(".")
+        name = str(order.__struct_config__.tag)
+        _add_fields(add(name, _pass_on(order), about[0].lower() + about[1:]), order)
     add("worker-key", _worker_key, "print the key that workers need")
     _add_export(add("export", _export, "write a version for other software"))
     _add_eval(add("eval", _eval, "score a version or an exported folder"))
     _add_demo(verb.add_parser("demo", help="train on this machine for some minutes"))
     return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, order: type[Command]) -> None:
+    """Add an argument for each field; one with a default may be left out."""
+    for field in fields(order):
+        left_out = "" if field.required else "; without it, all"
+        parser.add_argument(
+            field.name,
+            nargs=None if field.required else "?",
+            help=f"as the page shows it{left_out}",
+        )
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -254,20 +284,15 @@ def _train_for(options: argparse.Namespace) -> int:
     return 0
 
 
-def _acknowledge(options: argparse.Namespace) -> int:
-    print(verbs.command(_settings(options), AcknowledgeReset()))
-    return 0
+def _pass_on(order: type[Command]) -> Callable[[argparse.Namespace], int]:
+    """Return what passes an order on whose fields are the arguments."""
 
+    def act(options: argparse.Namespace) -> int:
+        given = {field: getattr(options, field) for field in order.__struct_fields__}
+        print(verbs.command(_settings(options), order(**given)))
+        return 0
 
-def _readmit(options: argparse.Namespace) -> int:
-    wish = ReadmitWorker(worker_id=options.worker_id)
-    print(verbs.command(_settings(options), wish))
-    return 0
-
-
-def _reset_password(options: argparse.Namespace) -> int:
-    print(verbs.command(_settings(options), ResetPassword()))
-    return 0
+    return act
 
 
 def _worker_key(options: argparse.Namespace) -> int:

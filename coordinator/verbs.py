@@ -17,7 +17,16 @@ from bitnet_ext.exports.provenance import Format, Variant
 from bitnet_ext.scoring import TextScore, score_text
 from coordinator.app import DATABASE_NAME, open_fleet, run_settings
 from coordinator.app import worker_key as stored_key
-from coordinator.control import KEY_IS_SET, Command, KeyOrigin, Seed, ask, obey
+from coordinator.control import (
+    KEY_IS_SET,
+    Command,
+    KeyOrigin,
+    KickStuck,
+    MarkGone,
+    Seed,
+    ask,
+    obey,
+)
 from coordinator.domain.errors import StartError
 from coordinator.service.corpus import Recipe, Stage, prepare_corpus
 from coordinator.service.exporting import Chosen, Pick, choose, export_version
@@ -52,6 +61,11 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
         return said
     if not isinstance(wish, Seed):
         _check_fleet(settings)
+    if isinstance(wish, KickStuck | MarkGone):
+        raise StartError(
+            f"no coordinator runs on {settings.data}, so nobody can be heard: whether "
+            "a worker is stuck or lost shows only once one does"
+        )
     with open_fleet(settings, _tell_nobody) as fleet:
         reconcile(fleet)
         fleet.manifest = load_corpus(fleet.corpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version as package_version
 from typing import Final
 
@@ -9,10 +10,10 @@ import msgspec
 from sqlalchemy import Connection
 
 from bitnet_ext.layout import num_params, shape_from_json
-from bitnet_ext.wire.verdicts import TaskState
-from coordinator.domain import leases
+from bitnet_ext.wire.verdicts import TaskState, Verdict
 from coordinator.domain.eta import estimate
-from coordinator.domain.verdicts import WorkerFacts, verdict
+from coordinator.domain.verdicts import verdict
+from coordinator.service.assessing import facts_of
 from coordinator.service.closing import version_point
 from coordinator.service.evaluating import evaluation_point, loss_alarm
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
@@ -74,14 +75,15 @@ def look(
         )
     held = {task.lease_worker_id or "": task for task in tasks.all_leased(connection)}
     lanes = _claims(connection, run)
+    seen = _workers(connection, fleet, lanes, held, now)
     return FleetView(
         package_version=package_version("bitnet-fleet"),
         insecure_http=insecure_http,
         missing=_missing(connection, fleet, run),
         run=_run(connection, fleet, run, now),
         round=_round(connection, run, lanes, held),
-        tasks=_tasks(connection, run),
-        workers=_workers(connection, fleet, lanes, held, now),
+        tasks=_tasks(connection, run, seen),
+        workers=seen,
         server=server,
         versions=_versions(connection, run) if history else [],
         evaluations=_evaluations(connection, run) if history else [],
@@ -203,13 +205,18 @@ def _lane(claim: ClaimRow, task: TaskRow | None) -> LaneView:
     )
 
 
-def _tasks(connection: Connection, run: RunRow) -> TasksView:
+def _tasks(
+    connection: Connection, run: RunRow, seen: Sequence[WorkerView]
+) -> TasksView:
     counts = tasks.count_by_state(connection, run.run_id)
+    held = [row.verdict for row in seen if row.task_id is not None]
     return TasksView(
         pending=counts[TaskState.PENDING],
         leased=counts[TaskState.LEASED],
         done=counts[TaskState.DONE],
         failed=counts[TaskState.FAILED],
+        soft_expired=held.count(Verdict.SLOW),
+        stuck=held.count(Verdict.STUCK) + held.count(Verdict.LOST),
         range_tokens=runs.range_tokens(connection, run.run_id),
         latest_failed=[
             FailedTaskView(
@@ -251,30 +258,16 @@ def _worker(
     interval_s: float,
     now: float,
 ) -> WorkerView:
-    word, evidence = verdict(
-        WorkerFacts(
-            heartbeat_age_s=max(0.0, now - worker.heartbeat_at),
-            heartbeat_s=interval_s,
-            tokens_done=None if task is None else task.tokens_done,
-            num_tokens=None if task is None else task.num_tokens,
-            no_progress_s=0.0
-            if task is None
-            else leases.no_progress_s(
-                task.expires_at or now,
-                ttl_s=leases.ttl_s(interval_s),
-                heartbeat_at=worker.heartbeat_at,
-            ),
-            elapsed_s=0.0 if task is None else now - (task.claimed_at or now),
-            predicted_s=None if task is None else task.predicted_s,
-            back_in_round=back_in_round,
-            quarantine=worker.quarantine_reason,
-        )
+    facts = facts_of(
+        worker, task, back_in_round=back_in_round, interval_s=interval_s, now=now
     )
+    word, evidence = verdict(facts)
     return WorkerView(
         worker_id=worker.worker_id,
         name=worker.name,
         verdict=word,
         evidence=evidence,
+        facts=facts,
         phase=worker.phase,
         draining=worker.draining,
         cpu_model=worker.cpu_model,

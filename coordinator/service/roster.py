@@ -55,6 +55,14 @@ def known_worker(connection: Connection, worker_id: str) -> WorkerRow:
     return worker
 
 
+def come_back(connection: Connection, worker_id: str, now: float) -> None:
+    """Take a worker in again that an operator had put away."""
+    workers.change_worker(connection, worker_id, gone_at=None)
+    workers.add_event(
+        connection, at=now, kind="worker.returned", body={"worker_id": worker_id}
+    )
+
+
 def heartbeat_s(fleet: Fleet, worker: WorkerRow) -> float:
     """Return the heartbeat interval of a worker: its own wish, or ours."""
     return worker.own_heartbeat_s or fleet.heartbeat_s
@@ -153,8 +161,11 @@ def _keep(connection: Connection, request: RegisterRequest, now: float) -> None:
     }
     if request.calibrated_tokens_per_s is not None:
         said["calibrated_tokens_per_s"] = request.calibrated_tokens_per_s
-    if workers.find_worker(connection, request.worker_id) is not None:
+    known = workers.find_worker(connection, request.worker_id)
+    if known is not None:
         workers.change_worker(connection, request.worker_id, **said)
+        if known.gone_at is not None:
+            come_back(connection, request.worker_id, now)
         return
     if workers.count_workers(connection) >= MAX_WORKERS:
         _make_room(connection, now)

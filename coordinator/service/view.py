@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from coordinator.domain.verdicts import WorkerFacts
+
 
 class View(Struct, frozen=True, kw_only=True):
     """Base of every part."""
@@ -95,8 +97,10 @@ class WorkerView(View, frozen=True, kw_only=True):
     worker_id: str
     name: str
     verdict: str
-    #: One sentence with the number that decided.
+    #: A sentence or two with the number that decided.
     evidence: str
+    #: All that the verdict was drawn from.
+    facts: WorkerFacts
     phase: str
     draining: bool
     cpu_model: str
@@ -134,6 +138,11 @@ class TasksView(View, frozen=True, kw_only=True):
     leased: int
     done: int
     failed: int
+    #: Leased tasks, of either kind, past their prediction: alive, and their workers get
+    #: on (`slow`).
+    soft_expired: int
+    #: Leased tasks whose workers stand still, or are silent (`stuck`, `lost`).
+    stuck: int
     #: Tokens of this epoch that are not yet cut into tasks.
     range_tokens: int
     #: The latest of the failed ones, at most five.

@@ -92,6 +92,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     cpu_s: float
     step_s: float
     progress_at: float | None
+    progress_cpu_s: float | None
 
 
 class ClaimRow(Struct, frozen=True, kw_only=True):
@@ -210,3 +211,4 @@ class WorkerRow(Struct, frozen=True, kw_only=True):
     quarantined_at: float | None
     quarantine_reason: str | None
     judged_from: float
+    gone_at: float | None

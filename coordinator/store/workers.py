@@ -76,7 +76,9 @@ def count_failure(connection: Connection, worker_id: str) -> None:
 
 def fleet_speed(connection: Connection) -> float | None:
     """Return the mean measured tokens per second of a worker, None before any."""
-    mean = connection.execute(select(func.avg(workers.c.tokens_per_s))).scalar_one()
+    mean = connection.execute(
+        select(func.avg(workers.c.tokens_per_s)).where(workers.c.gone_at.is_(None))
+    ).scalar_one()
     return None if mean is None else float(mean)
 
 

@@ -79,6 +79,11 @@ def test_the_worker_key_is_made_once_and_for_its_owner_alone(capsys, tmp_path):
         ["train-for", "60"],
         ["acknowledge-reset"],
         ["readmit-worker", "w1"],
+        ["drain-worker", "w1"],
+        ["resume-worker", "w1"],
+        ["mark-gone", "w1"],
+        ["kick-stuck"],
+        ["requeue-failed"],
         ["reset-admin-password"],
     ],
 )
@@ -123,6 +128,29 @@ def test_only_a_quarantined_worker_is_readmitted(capsys, folders):
     said(capsys, "seed-real-tasks", *folders)
 
     assert "'w9'" in refused(capsys, "readmit-worker", *folders, "w9")
+
+
+@pytest.mark.parametrize("verb", ["drain-worker", "resume-worker", "readmit-worker"])
+def test_a_worker_that_nobody_knows_is_named(capsys, folders, verb):
+    said(capsys, "seed-real-tasks", *folders)
+
+    assert "worker_id must be" in refused(capsys, verb, *folders, "w9")
+
+
+def test_a_task_that_nobody_knows_is_named(capsys, folders):
+    said(capsys, "seed-real-tasks", *folders)
+
+    assert said(capsys, "requeue-failed", *folders).startswith("0 failed tasks")
+    assert "got 't-9', which is none" in refused(
+        capsys, "requeue-failed", *folders, "t-9"
+    )
+
+
+@pytest.mark.parametrize("order", [["kick-stuck"], ["mark-gone", "w1"]])
+def test_who_stands_still_is_not_known_without_a_coordinator(capsys, folders, order):
+    said(capsys, "seed-real-tasks", *folders)
+
+    assert "no coordinator runs" in refused(capsys, *order, *folders)
 
 
 def test_an_epoch_on_another_corpus_is_refused_and_the_run_stays(

@@ -17,8 +17,13 @@ from coordinator.control import (
     SOCKET_NAME,
     AcknowledgeReset,
     ControlServer,
+    DrainWorker,
+    KickStuck,
+    MarkGone,
     Outcome,
+    RequeueFailed,
     ResetPassword,
+    ResumeWorker,
     Seed,
     TrainFor,
     ask,
@@ -110,6 +115,49 @@ def test_every_command_reaches_the_fleet(running: World, tmp_path: Path):
     run = running.run_row()
     assert (run.epoch, run.stop_at, run.reset_acknowledged) == (3, START + 90.0, True)
     assert running.read(lambda c: runs.range_tokens(c, "r-1")) == 2 * 1504
+
+
+def test_what_is_done_to_workers_and_tasks_is_said(running: World, tmp_path: Path):
+    running.register("w2")
+    task = running.claimed()
+    for _ in range(5):
+        running.clock.advance(5.0)
+        running.heartbeat(task, cpu_s=1.0)
+
+    said = asked(
+        running,
+        tmp_path,
+        KickStuck(worker_id="w1"),
+        KickStuck(),
+        DrainWorker(worker_id="w1"),
+        ResumeWorker(worker_id="w1"),
+        DrainWorker(worker_id="w2"),
+        MarkGone(worker_id="w2"),
+        RequeueFailed(),
+    )
+
+    assert said == [
+        f"taken from workers that stand still: {task.task_id}",
+        "taken from workers that stand still: none",
+        "worker w1 gets no more tasks",
+        "worker w1 gets tasks again",
+        "worker w2 gets no more tasks",
+        "worker w2 is gone, until it comes back",
+        "0 failed tasks are pending again",
+    ]
+
+
+def test_what_a_worker_holds_is_said(running: World, tmp_path: Path):
+    task = running.claimed()
+
+    said = asked(
+        running, tmp_path, DrainWorker(worker_id="w1"), MarkGone(worker_id="w1")
+    )
+
+    assert said == [
+        f"worker w1 gets no more tasks and finishes {task.task_id}",
+        f"worker w1 is gone, until it comes back; {task.task_id} is taken from it",
+    ]
 
 
 def test_a_time_to_stop_can_be_taken_back(running: World, tmp_path: Path):
