@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from msgspec.structs import fields
 
 from bitnet_ext.exports.provenance import VARIANTS, Format, Variant
@@ -43,6 +44,7 @@ from coordinator.login.handlers import HOME_PATH
 from coordinator.service.corpus import Recipe
 from coordinator.service.exporting import Pick, parse_version
 from coordinator.settings import EVERY_ADDRESS, PREFIX, CoordinatorSettings
+from coordinator.terminal import moment, status_text
 
 #: Options that stand for a setting of the same name.
 _SETTINGS: Final = {
@@ -65,6 +67,12 @@ _ORDERS: Final[tuple[type[Command], ...]] = (
     RequeueFailed,
     ReadmitWorker,
     ResetPassword,
+)
+#: Exit status of `status` where nothing runs and the data folder was read.
+NOT_RUNNING: Final = 3
+_STATUS_ABOUT: Final = (
+    f"show run, round and workers; exit status {NOT_RUNNING} where no coordinator "
+    "runs: as it was when one last did"
 )
 #: The option that chooses a variant, of a format that has several.
 _VARIANT_OPTIONS: Final = {"layout": Format.HF, "type": Format.GGUF}
@@ -117,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         about = (order.__doc__ or "").rstrip(".")
         name = str(order.__struct_config__.tag)
         _add_fields(add(name, _pass_on(order), about[0].lower() + about[1:]), order)
+    add("status", _status, _STATUS_ABOUT)
+    add("dump-telemetry", _dump, "print all that an expert may need, as JSON")
     add("worker-key", _worker_key, "print the key that workers need")
     _add_export(add("export", _export, "write a version for other software"))
     _add_eval(add("eval", _eval, "score a version or an exported folder"))
@@ -293,6 +303,24 @@ def _pass_on(order: type[Command]) -> Callable[[argparse.Namespace], int]:
         return 0
 
     return act
+
+
+def _status(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    view, ran_until = verbs.status(settings)
+    if ran_until is not None:
+        when = moment(ran_until)
+        print(
+            f"No coordinator runs on {settings.data}. As of {when}, from its database:"
+        )
+    print(status_text(view))
+    return 0 if ran_until is None else NOT_RUNNING
+
+
+def _dump(options: argparse.Namespace) -> int:
+    found = msgspec.json.encode(verbs.telemetry(_settings(options)))
+    print(msgspec.json.format(found).decode())
+    return 0
 
 
 def _worker_key(options: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from coordinator.domain.errors import FleetError, StartError
 from coordinator.login.passwords import new_password, reset_admin_password
+from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet
 from coordinator.service.steering import acknowledge_reset, seed_epoch, train_until
 from coordinator.service.tending import (
@@ -142,8 +143,19 @@ KEY_IS_SET: Final = "set"
 _KEY_IN_FOLDER: Final = "in the folder"
 
 
+class Status(Struct, frozen=True, tag="status"):
+    """Say how the fleet is doing: a `FleetView` without history, as JSON."""
+
+
+class DumpTelemetry(Struct, frozen=True, tag="dump-telemetry"):
+    """Say all that an expert may need: a `Telemetry`, as JSON."""
+
+
+Question = KeyOrigin | Status | DumpTelemetry
+
+
 class Outcome(Struct, frozen=True, kw_only=True):
-    """What became of a command: a sentence, or an error."""
+    """What became of a command: a sentence, or an error. Of a question: its answer."""
 
     said: str = ""
     error: str | None = None
@@ -202,8 +214,11 @@ async def _tend(fleet: Fleet, command: Tending) -> str:
 class ControlServer:
     """Listens on `data/control.sock`; `key_is_set`: workers' key is of no file."""
 
-    def __init__(self, fleet: Fleet, folder: Path, *, key_is_set: bool) -> None:
+    def __init__(
+        self, fleet: Fleet, feed: Feed, folder: Path, *, key_is_set: bool
+    ) -> None:
         self._fleet = fleet
+        self._feed = feed
         self._key_is_set = key_is_set
         self._path = folder / SOCKET_NAME
         self._server: asyncio.Server | None = None
@@ -240,11 +255,11 @@ class ControlServer:
                 error=f"a command must be a line of at most {_MAX_LINE_BYTES} bytes"
             )
         try:
-            command: Command | KeyOrigin = msgspec.json.decode(
-                line, type=Command | KeyOrigin
+            command: Command | Question = msgspec.json.decode(
+                line, type=Command | Question
             )
-            if isinstance(command, KeyOrigin):
-                return Outcome(said=KEY_IS_SET if self._key_is_set else _KEY_IN_FOLDER)
+            if isinstance(command, Question):
+                return Outcome(said=await self._tell(command))
             return Outcome(said=await obey(self._fleet, command))
         except (FleetError, msgspec.DecodeError) as error:
             return Outcome(error=str(error))
@@ -252,8 +267,17 @@ class ControlServer:
             log.exception("a command failed", extra={"event": "command.failed"})
             return Outcome(error="internal error; the log has the story")
 
+    async def _tell(self, question: Question) -> str:
+        match question:
+            case KeyOrigin():
+                return KEY_IS_SET if self._key_is_set else _KEY_IN_FOLDER
+            case Status():
+                return msgspec.json.encode(await self._feed.glance()).decode()
+            case DumpTelemetry():
+                return msgspec.json.encode(await self._feed.telemetry()).decode()
 
-def ask(folder: Path, command: Command | KeyOrigin) -> str | None:
+
+def ask(folder: Path, command: Command | Question) -> str | None:
     """Send a command to the coordinator of a data folder; None when none runs.
 
     Raises StartError with the reason when it is refused, or when no answer comes.

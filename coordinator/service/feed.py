@@ -11,6 +11,7 @@ import msgspec
 from coordinator.service.fleet import Fleet
 from coordinator.service.lag import LoopLag
 from coordinator.service.looking import look
+from coordinator.service.telemetry import Telemetry, collect
 from coordinator.service.view import FleetUpdate, FleetView, WorkerView
 
 #: Least time between two updates.
@@ -34,6 +35,25 @@ class Feed:
         """Return everything, history included."""
         return await self._look(history=True)
 
+    async def glance(self) -> FleetView:
+        """Return everything but the history."""
+        return await self._look(history=False)
+
+    async def telemetry(self) -> Telemetry:
+        """Return all that an expert may want to see."""
+        now = self._fleet.clock.now()
+        lag_ms = 1000.0 * self._lag.worst_s()
+        return await self._fleet.store.read(
+            lambda connection: collect(
+                connection,
+                self._fleet,
+                now=now,
+                running=True,
+                loop_lag_ms=lag_ms,
+                insecure_http=self._insecure_http,
+            )
+        )
+
     async def run(self) -> None:
         """Publish what changes; never returns."""
         while True:
@@ -43,7 +63,7 @@ class Feed:
 
     async def update(self) -> None:
         """Publish what differs from the last look, if anything does."""
-        view = await self._look(history=False)
+        view = await self.glance()
         update = difference(self._last, view)
         self._last = view
         if update is not None:

@@ -16,7 +16,7 @@ from coordinator.domain.verdicts import verdict
 from coordinator.service.assessing import facts_of
 from coordinator.service.closing import version_point
 from coordinator.service.evaluating import evaluation_point, loss_alarm
-from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.fleet import FINISHED, RUNNING, Known
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
 from coordinator.service.view import (
@@ -50,7 +50,7 @@ _ALL_FAILED: Final = (
 
 def look(
     connection: Connection,
-    fleet: Fleet,
+    fleet: Known,
     *,
     now: float,
     loop_lag_ms: float,
@@ -60,7 +60,7 @@ def look(
     """Return the view at `now`; without `history` its points are left out."""
     run = runs.newest_run(connection)
     server = ServerView(loop_lag_ms=round(loop_lag_ms, 1))
-    if run is None or fleet.manifest is None:
+    if run is None:
         return FleetView(
             package_version=package_version("bitnet-fleet"),
             insecure_http=insecure_http,
@@ -90,14 +90,14 @@ def look(
     )
 
 
-def _no_run(fleet: Fleet) -> str:
+def _no_run(fleet: Known) -> str:
     """Return what keeps the first run from being made."""
     if fleet.corpus_fault is None:
         return _NO_CORPUS
     return f"The corpus can't be used, and is tried again: {fleet.corpus_fault}"
 
 
-def _missing(connection: Connection, fleet: Fleet, run: RunRow) -> str | None:
+def _missing(connection: Connection, fleet: Known, run: RunRow) -> str | None:
     """Return what an operator has to do before training can begin, or go on."""
     if fleet.file_faults:
         reasons = "; ".join(fault.reason for fault in fleet.file_faults.values())
@@ -109,8 +109,8 @@ def _missing(connection: Connection, fleet: Fleet, run: RunRow) -> str | None:
     return None
 
 
-def _run(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> RunView:
-    manifest = fleet.the_manifest()
+def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunView:
+    manifest = fleet.manifest
     newest = versions.newest_version(connection, run.run_id)
     recent = [
         point.tokens_per_s or 0.0
@@ -130,14 +130,16 @@ def _run(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> RunVi
         token_budget=run.token_budget,
         tokens_accepted=run.tokens_accepted,
         epoch=run.epoch,
-        epoch_tokens=sum(shard.num_tokens for shard in manifest.train_shards()),
+        epoch_tokens=None
+        if manifest is None
+        else sum(shard.num_tokens for shard in manifest.train_shards()),
         epoch_tokens_accepted=rounds.epoch_tokens_accepted(
             connection, run.run_id, run.epoch
         ),
         newest_version=newest.version,
         newest_version_at=newest.created_at,
         best_version=versions.best_version(connection, run.run_id),
-        gzip_bits_per_byte=manifest.gzip_bits_per_byte(),
+        gzip_bits_per_byte=None if manifest is None else manifest.gzip_bits_per_byte(),
         tokens_per_s=sum(moving[-5:]) / len(moving[-5:]) if moving else None,
         eta=_eta(run, moving, now),
         loss_alarm=loss_alarm(versions.evaluations_of(connection, run.run_id)),
@@ -232,7 +234,7 @@ def _tasks(
 
 def _workers(
     connection: Connection,
-    fleet: Fleet,
+    fleet: Known,
     claims: list[ClaimRow],
     held: dict[str, TaskRow],
     now: float,

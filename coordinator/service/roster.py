@@ -13,7 +13,7 @@ from bitnet_ext.wire.messages import LogsRequest, RegisterAnswer, RegisterReques
 from bitnet_ext.wire.verdicts import ErrorCode, WorkerPhase
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
-from coordinator.service.fleet import Fleet, no_run
+from coordinator.service.fleet import Fleet, Known, no_run
 from coordinator.store import runs, workers
 from coordinator.store.rows import RunRow, WorkerRow
 
@@ -63,7 +63,7 @@ def come_back(connection: Connection, worker_id: str, now: float) -> None:
     )
 
 
-def heartbeat_s(fleet: Fleet, worker: WorkerRow) -> float:
+def heartbeat_s(fleet: Known, worker: WorkerRow) -> float:
     """Return the heartbeat interval of a worker: its own wish, or ours."""
     return worker.own_heartbeat_s or fleet.heartbeat_s
 

@@ -41,15 +41,16 @@ class RunView(View, frozen=True, kw_only=True):
     stop_at: float | None
     token_budget: int | None
     tokens_accepted: int
-    #: One pass over the training shards; `epoch` counts from 1.
+    #: One pass over the training shards; `epoch` counts from 1. Its tokens are None
+    #: where the corpus is not at hand, which never happens while a coordinator runs.
     epoch: int
-    epoch_tokens: int
+    epoch_tokens: int | None
     epoch_tokens_accepted: int
     newest_version: int
     newest_version_at: float
     best_version: int | None
-    #: What `gzip -9` needs for the held-out text: the line to get under.
-    gzip_bits_per_byte: float
+    #: What `gzip -9` needs for the held-out text: the line to get under. None as above.
+    gzip_bits_per_byte: float | None
     #: Of the whole fleet, over the last closed rounds; None before the first.
     tokens_per_s: float | None
     eta: EtaView

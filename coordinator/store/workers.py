@@ -9,7 +9,7 @@ import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from bitnet_ext.wire.verdicts import TaskState
-from coordinator.store.rows import WorkerRow, typed
+from coordinator.store.rows import EventRow, WorkerRow, typed
 from coordinator.store.tables import (
     events,
     facts,
@@ -108,6 +108,14 @@ def add_event(
         connection.execute(
             delete(events).where(events.c.event_id <= newest - MAX_EVENTS)
         )
+
+
+def newest_events(connection: Connection, limit: int) -> list[EventRow]:
+    """Return what happened last, in order."""
+    rows = connection.execute(
+        select(events).order_by(events.c.event_id.desc()).limit(limit)
+    )
+    return [typed(EventRow, row) for row in reversed(rows.all())]
 
 
 def fact(connection: Connection, name: str) -> str | None:

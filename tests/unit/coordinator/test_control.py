@@ -18,6 +18,7 @@ from coordinator.control import (
     AcknowledgeReset,
     ControlServer,
     DrainWorker,
+    DumpTelemetry,
     KickStuck,
     MarkGone,
     Outcome,
@@ -25,11 +26,16 @@ from coordinator.control import (
     ResetPassword,
     ResumeWorker,
     Seed,
+    Status,
     TrainFor,
     ask,
 )
 from coordinator.domain.errors import StartError
 from coordinator.login.passwords import password_matches
+from coordinator.service.feed import Feed
+from coordinator.service.lag import LoopLag
+from coordinator.service.telemetry import Telemetry
+from coordinator.service.view import FleetView
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import runs
 from coordinator.store.sessions import find_password_hash
@@ -40,7 +46,8 @@ from tests.unit.coordinator.fleets import World
 
 @contextlib.asynccontextmanager
 async def serving(world: World, folder: Path, *, key_is_set: bool = False):
-    server = ControlServer(world.fleet, folder, key_is_set=key_is_set)
+    feed = Feed(world.fleet, LoopLag(world.clock), insecure_http=False)
+    server = ControlServer(world.fleet, feed, folder, key_is_set=key_is_set)
     await server.start()
     try:
         yield server
@@ -145,6 +152,21 @@ def test_what_is_done_to_workers_and_tasks_is_said(running: World, tmp_path: Pat
         "worker w2 is gone, until it comes back",
         "0 failed tasks are pending again",
     ]
+
+
+def test_a_running_coordinator_tells_how_it_is_doing(running: World, tmp_path: Path):
+    running.train_round(0.5)
+    task = running.claimed()
+
+    glance, dump = asked(running, tmp_path, Status(), DumpTelemetry())
+
+    view = msgspec.json.decode(glance, type=FleetView)
+    assert view.workers[0].task_id == task.task_id
+    assert view.versions == []
+    told = msgspec.json.decode(dump, type=Telemetry)
+    assert (told.running, told.at) == (True, running.clock.now())
+    assert [point.version for point in told.fleet.versions] == [1, 2]
+    assert told.leases[0].task_id == task.task_id
 
 
 def test_what_a_worker_holds_is_said(running: World, tmp_path: Path):

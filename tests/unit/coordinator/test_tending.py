@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,7 @@ from coordinator.service.tending import (
     resume_worker,
 )
 from coordinator.store import versions, workers
-from coordinator.store.tables import claims, events
+from coordinator.store.tables import claims, events, tasks
 from tests.unit.coordinator.fleets import World, open_world
 
 
@@ -123,6 +124,18 @@ def test_a_worker_that_is_resumed_gets_tasks_again(running: World):
     assert running.heartbeat().drain is False
     assert running.claim() is not None
     assert story(running)[-1] == ("worker.resumed", {"worker_id": "w1"})
+
+
+def test_who_waits_for_work_hears_of_it_at_once(running: World):
+    drain(running)
+
+    async def resume_while_one_waits():
+        waiting = asyncio.create_task(running.fleet.work.wait())
+        await asyncio.sleep(0)
+        await resume_worker(running.fleet, "w1")
+        await asyncio.wait_for(waiting, 10.0)
+
+    running.do(resume_while_one_waits())
 
 
 def test_what_is_done_twice_is_refused(running: World):
@@ -313,6 +326,10 @@ def test_a_failed_task_gets_five_new_attempts(running: World):
 
     row = running.task(task_id)
     assert (row.state, row.attempt, row.reason) == ("pending", 0, None)
+    raw = running.read(
+        lambda c: c.execute(select(tasks.c).where(tasks.c.task_id == task_id)).one()
+    )
+    assert (raw.done_at, raw.not_before_at) == (None, 0.0)
     assert failed(running) == task_id
     about = {"run_id": "r-1", "task_id": task_id, "tasks": 1}
     assert ("tasks.requeued", about) in story(running)
@@ -324,7 +341,9 @@ def test_all_failed_tasks_are_requeued_together(running: World):
     assert requeue(running) == 3
 
     assert {running.task(task_id).state for task_id in ids} == {"pending"}
+    before = running.everything()
     assert requeue(running) == 0
+    assert running.everything() == before
 
 
 def test_a_requeued_task_is_trained_and_counts(running: World):

@@ -106,6 +106,8 @@ def test_the_verdict_comes_with_its_evidence(given, word, evidence):
 
     assert found is word
     assert evidence in why
+    asked = given.draining and found not in (Verdict.DRAINING, Verdict.GONE)
+    assert why.endswith(" Drain asked.") == asked
 
 
 def test_silence_is_six_heartbeats_and_at_least_half_a_minute():
