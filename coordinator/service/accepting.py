@@ -15,10 +15,12 @@ from bitnet_ext.layout import shape_from_json
 from bitnet_ext.wire.messages import SubmissionAnswer, SubmissionMeta
 from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind
 from coordinator.domain import sizing
+from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
+from coordinator.service.bookkeeping import book_end
 from coordinator.service.fleet import no_run
 from coordinator.service.returning import held_task, lease_lost, settle_round
-from coordinator.service.roster import known_worker, plan_of
+from coordinator.service.roster import plan_of
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.blobs import Written
 from coordinator.store.rows import RunRow, TaskRow
@@ -33,6 +35,8 @@ class Arrived:
     kept: Written | None
     codec: Codec
     body_sha256: str
+    #: When its body began to arrive.
+    began_at: float
 
 
 def acceptable(
@@ -111,7 +115,7 @@ def accept(
         round_id=task.round_id,
     )
     _record(connection, arrived, arrived.kept, task, answer, now)
-    _count(connection, run, task, meta.worker_id, now)
+    _count(connection, run, task, meta, now)
     return answer, True
 
 
@@ -145,6 +149,7 @@ def _record(
         compute_s=meta.compute_s,
         download_s=meta.download_s,
         download_bytes=meta.download_bytes,
+        upload_s=max(0.0, now - arrived.began_at),
         cpu_s=meta.cpu_s,
         codec=arrived.codec,
         payload_file=kept.name,
@@ -155,31 +160,25 @@ def _record(
 
 
 def _count(
-    connection: Connection, run: RunRow, task: TaskRow, worker_id: str, now: float
+    connection: Connection, run: RunRow, task: TaskRow, meta: SubmissionMeta, now: float
 ) -> None:
     """Finish the task, and count it for run, worker and round."""
     round_id = task.round_id or 0
     tasks.finish_task(connection, task.task_id, now)
-    rounds.end_claim(
-        connection, round_id=round_id, task_id=task.task_id, outcome="back", now=now
-    )
-    runs.add_accepted_tokens(connection, run.run_id, task.num_tokens)
-    worker = known_worker(connection, worker_id)
+    runs.add_accepted_tokens(connection, run.run_id, meta.tokens)
+    workers.count_task(connection, meta.worker_id, tokens=meta.tokens)
     # From claim to acceptance, by our own clock: what a round really waits for.
-    speed = sizing.measured_speed(
-        worker.tokens_per_s,
-        task.num_tokens,
-        now - (task.claimed_at or now),
-        round_s=plan_of(run).round_s,
-    )
-    workers.count_task(
-        connection, worker_id, tokens=task.num_tokens, tokens_per_s=speed
-    )
+    done = msgspec.structs.replace(task, tokens_done=meta.tokens, progress_at=now)
+    book_end(connection, done, outcome="back", fate=Fate.ACCEPTED, now=now)
     rounds.note_first_submission(connection, round_id, now)
     workers.add_event(
         connection,
         at=now,
         kind="submission.accepted",
-        body={"task_id": task.task_id, "worker_id": worker_id, "round_id": round_id},
+        body={
+            "task_id": task.task_id,
+            "worker_id": meta.worker_id,
+            "round_id": round_id,
+        },
     )
     settle_round(connection, round_id)

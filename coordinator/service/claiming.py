@@ -21,6 +21,7 @@ from coordinator.domain import leases, sizing
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Shard
 from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.service.bookkeeping import recent_work
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
 from coordinator.service.returning import expire_overdue
@@ -169,11 +170,13 @@ class _Claim:
             if seconds < MIN_TASK_S:
                 return None
         seq_len = _seq_len(run)
+        recent = recent_work(self._connection, run.run_id, worker.worker_id)
         return sizing.task_tokens(
             worker.tokens_per_s,
             seconds=seconds,
             batch_tokens=plan.batch_size * seq_len,
             seq_len=seq_len,
+            largest=max((one.tokens for one in recent), default=None),
         )
 
     def _allowed(self, run: RunRow) -> int:

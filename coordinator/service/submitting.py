@@ -63,6 +63,7 @@ class Intake:
         #: None where the same submission is known already: then only its hash counts.
         self._spool: Spool | None = None
         self._kept: Written | None = None
+        self._began_at = fleet.clock.now()
         # A connection may break, and `close` be called, while a piece is written.
         self._busy = asyncio.Lock()
 
@@ -184,7 +185,11 @@ class Intake:
         kept, expected = self._kept, self._expected
         codec = Codec.FP32 if expected is None else expected.codec
         arrived = Arrived(
-            meta=meta, kept=kept, codec=codec, body_sha256=self._body_hash.hexdigest()
+            meta=meta,
+            kept=kept,
+            codec=codec,
+            body_sha256=self._body_hash.hexdigest(),
+            began_at=self._began_at,
         )
         return await self._fleet.store.write(
             lambda connection: accept(connection, arrived, now)

@@ -52,7 +52,7 @@ def add_claim(connection: Connection, **columns: Any) -> None:
 
 
 def end_claim(
-    connection: Connection, *, round_id: int, task_id: str, outcome: str, now: float
+    connection: Connection, *, round_id: int, task_id: str, now: float, **columns: Any
 ) -> None:
     """Record how the open claim of a task ended."""
     connection.execute(
@@ -62,7 +62,7 @@ def end_claim(
             claims.c.task_id == task_id,
             claims.c.ended_at.is_(None),
         )
-        .values(ended_at=now, outcome=outcome)
+        .values(ended_at=now, **columns)
     )
 
 
@@ -82,6 +82,28 @@ def claims_of(connection: Connection, round_id: int) -> list[ClaimRow]:
             claims.c.outcome.is_(None) | (claims.c.outcome != "void"),
         )
         .order_by(claims.c.claim_seq)
+    )
+    return [typed(ClaimRow, row) for row in rows]
+
+
+def recent_claims(
+    connection: Connection, run_id: str, worker_id: str, *, newest: int
+) -> list[ClaimRow]:
+    """Return the last claims in which a worker trained something, newest first.
+
+    Those that have ended, of one run.
+    """
+    rows = connection.execute(
+        select(claims)
+        .join(rounds, rounds.c.round_id == claims.c.round_id)
+        .where(
+            claims.c.worker_id == worker_id,
+            rounds.c.run_id == run_id,
+            claims.c.ended_at.is_not(None),
+            claims.c.tokens_done > 0,
+        )
+        .order_by(claims.c.claim_seq.desc())
+        .limit(newest)
     )
     return [typed(ClaimRow, row) for row in rows]
 

@@ -92,6 +92,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     cpu_s: float
     step_s: float
     progress_at: float | None
+    paused_s: float
 
 
 class ClaimRow(Struct, frozen=True, kw_only=True):
@@ -105,6 +106,8 @@ class ClaimRow(Struct, frozen=True, kw_only=True):
     predicted_s: float | None
     ended_at: float | None
     outcome: str | None
+    tokens_done: int
+    progress_at: float | None
 
 
 class SubmissionRow(Struct, frozen=True, kw_only=True):
@@ -132,6 +135,7 @@ class SubmissionRow(Struct, frozen=True, kw_only=True):
     compute_s: float
     download_s: float
     download_bytes: int
+    upload_s: float | None
     cpu_s: float
     codec: str
     payload_file: str | None
@@ -204,6 +208,8 @@ class WorkerRow(Struct, frozen=True, kw_only=True):
     phase: str
     draining: bool
     tokens_per_s: float | None
+    spread: float | None
+    duration_ratio: float | None
     tasks_done: int
     tasks_failed: int
     tokens_accepted: int

@@ -17,6 +17,7 @@ import numpy as np
 from bitnet_ext.wire.verdicts import Verdict
 from coordinator.domain import leases, sizing
 from coordinator.domain.leases import Lease, Reported
+from coordinator.domain.throughput import Trained
 from coordinator.domain.verdicts import WorkerFacts, verdict
 from coordinator.service.sweeping import CLOCK_S, SWEEP_S
 from coordinator.store.system import LeaseClock
@@ -119,6 +120,7 @@ class Fleet:
             seconds=sizing.seconds_left(ROUND_S, round_age_s=now - started),
             batch_tokens=STEP_TOKENS,
             seq_len=SEQ_LEN,
+            largest=max((one.tokens for one in box.recent), default=None),
         )
         num_tokens, attempt = self._take(size)
         self._first_claim_at = started
@@ -200,6 +202,7 @@ class Fleet:
     def _expire(self, held: Held) -> None:
         box = held.box
         self._count_lost(held)
+        self._learn(held, held.lease.reported.tokens_done, held.lease.progress_at)
         killed_at = held.fault_at if held.fault is Fault.KILL else None
         if killed_at is not None:
             after_s = self.t - killed_at
@@ -288,14 +291,20 @@ class Fleet:
         if box.num_done >= 3 and held.predicted_s:
             self.seen.ratios.append(actual_s / held.predicted_s)
         box.num_done += 1
-        box.tokens_per_s = sizing.measured_speed(
-            box.tokens_per_s,
-            lease.num_tokens,
-            now - lease.claimed_at,
-            round_s=ROUND_S,
-        )
+        self._learn(held, lease.num_tokens, now)
         self._closed_to_claims = True
         self._end(held)
+
+    @staticmethod
+    def _learn(held: Held, tokens: int, progress_at: float) -> None:
+        held.box.learn(
+            Trained(
+                tokens=tokens,
+                seconds=progress_at - held.lease.claimed_at,
+                num_tokens=held.lease.num_tokens,
+                predicted_s=held.predicted_s,
+            )
+        )
 
     def _busy(self, act: Callable[..., None], *arguments: Any) -> bool:
         """Put off what reaches a coordinator that stands still."""

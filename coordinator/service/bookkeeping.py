@@ -1,0 +1,103 @@
+"""What a lease that has ended tells: how fast its worker is, what became of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy import Connection
+
+from bitnet_ext.wire.verdicts import TaskKind
+from coordinator.domain import throughput
+from coordinator.domain.accounting import Fate
+from coordinator.domain.throughput import Trained
+from coordinator.store import rounds, tallies, tasks, workers
+from coordinator.store.rows import SubmissionRow, TaskRow
+
+
+def book_end(
+    connection: Connection, task: TaskRow, *, outcome: str, fate: Fate, now: float
+) -> None:
+    """End the claim of a training task, as leased: `tokens_done` by `progress_at`.
+
+    They count for their fate, and for the speed of the worker.
+    """
+    worker_id = task.lease_worker_id or ""
+    rounds.end_claim(
+        connection,
+        round_id=task.round_id or 0,
+        task_id=task.task_id,
+        now=now,
+        outcome=outcome,
+        tokens_done=task.tokens_done,
+        progress_at=task.progress_at,
+    )
+    tallies.add_tokens(
+        connection,
+        run_id=task.run_id,
+        worker_id=worker_id,
+        fate=fate,
+        tokens=task.tokens_done,
+    )
+    measure(connection, task.run_id, worker_id)
+
+
+def book_merge(
+    connection: Connection, rows: Iterable[SubmissionRow], fate: Fate
+) -> None:
+    """Count what accepted submissions came to once their round is closed."""
+    for row in rows:
+        for counted, tokens in ((Fate.ACCEPTED, -row.tokens), (fate, row.tokens)):
+            tallies.add_tokens(
+                connection,
+                run_id=row.run_id,
+                worker_id=row.worker_id,
+                fate=counted,
+                tokens=tokens,
+            )
+
+
+def book_reset(connection: Connection, run_id: str) -> None:
+    """Count all that is out or waits for its round, before a hard reset ends them."""
+    for task in tasks.all_leased(connection, run_id):
+        if task.kind == TaskKind.TRAIN:
+            tallies.add_tokens(
+                connection,
+                run_id=run_id,
+                worker_id=task.lease_worker_id or "",
+                fate=Fate.RESET,
+                tokens=task.tokens_done,
+            )
+    live = rounds.live_round(connection, run_id)
+    if live is not None:
+        waiting = rounds.accepted_in_round(connection, live.round_id)
+        book_merge(connection, waiting, Fate.FILTERED)
+
+
+def measure(connection: Connection, run_id: str, worker_id: str) -> None:
+    """Bring the measured speed of a worker up to date."""
+    recent = recent_work(connection, run_id, worker_id)
+    found = throughput.measured(recent)
+    if found is not None:
+        workers.change_worker(
+            connection,
+            worker_id,
+            tokens_per_s=found.tokens_per_s,
+            spread=found.spread,
+            duration_ratio=throughput.duration_ratio(recent),
+        )
+
+
+def recent_work(connection: Connection, run_id: str, worker_id: str) -> list[Trained]:
+    """Return what the last leases of a worker came to in a run, newest first."""
+    claims = rounds.recent_claims(
+        connection, run_id, worker_id, newest=throughput.NUM_RECENT
+    )
+    return [
+        Trained(
+            tokens=claim.tokens_done,
+            seconds=(claim.progress_at or claim.claimed_at) - claim.claimed_at,
+            num_tokens=claim.num_tokens,
+            predicted_s=claim.predicted_s,
+        )
+        for claim in claims
+    ]
