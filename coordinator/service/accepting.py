@@ -13,13 +13,14 @@ from sqlalchemy import Connection
 from bitnet_ext.codecs import Codec
 from bitnet_ext.layout import shape_from_json
 from bitnet_ext.wire.messages import SubmissionAnswer, SubmissionMeta
-from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind
+from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind, TaskState
 from coordinator.domain import sizing
 from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
 from coordinator.service.bookkeeping import book_end
 from coordinator.service.fleet import no_run
-from coordinator.service.returning import held_task, lease_lost, settle_round
+from coordinator.service.late import leased_task
+from coordinator.service.returning import is_held, lease_lost, settle_round
 from coordinator.service.roster import plan_of
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.blobs import Written
@@ -50,7 +51,7 @@ def acceptable(
     run = runs.newest_run(connection)
     if run is None:
         raise no_run()
-    task = held_task(connection, meta.task_id, meta.lease_id, now)
+    task = leased_task(connection, run, meta, now)
     if task.run_id != run.run_id or task.kind != TaskKind.TRAIN:
         raise lease_lost(meta.task_id)
     if task.lease_worker_id != meta.worker_id:
@@ -163,14 +164,17 @@ def _count(
     connection: Connection, run: RunRow, task: TaskRow, meta: SubmissionMeta, now: float
 ) -> None:
     """Finish the task, and count it for run, worker and round."""
-    round_id = task.round_id or 0
-    tasks.finish_task(connection, task.task_id, now)
+    live = rounds.find_round(connection, task.round_id or 0)
+    if task.state == TaskState.PENDING:
+        tasks.finish_late(connection, task.task_id, now)
+    else:
+        tasks.finish_task(connection, task.task_id, now)
     runs.add_accepted_tokens(connection, run.run_id, meta.tokens)
     workers.count_task(connection, meta.worker_id, tokens=meta.tokens)
     # From claim to acceptance, by our own clock: what a round really waits for.
     done = msgspec.structs.replace(task, tokens_done=meta.tokens, progress_at=now)
     book_end(connection, done, outcome="back", fate=Fate.ACCEPTED, now=now)
-    rounds.note_first_submission(connection, round_id, now)
+    staleness = live.base_version - meta.base_version
     workers.add_event(
         connection,
         at=now,
@@ -178,7 +182,13 @@ def _count(
         body={
             "task_id": task.task_id,
             "worker_id": meta.worker_id,
-            "round_id": round_id,
+            "round_id": live.round_id,
+            "late": not is_held(task, meta.lease_id, now),
+            "staleness": staleness,
         },
     )
-    settle_round(connection, round_id)
+    # What is stale only goes along: it neither ends the claims of a round nor closes
+    # it, or those that it is open for would find nothing to do.
+    if staleness == 0:
+        rounds.note_first_submission(connection, live.round_id, now)
+        settle_round(connection, live.round_id)

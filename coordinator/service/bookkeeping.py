@@ -19,26 +19,35 @@ def book_end(
 ) -> None:
     """End the claim of a training task, as leased: `tokens_done` by `progress_at`.
 
-    They count for their fate, and for the speed of the worker.
+    They count for their fate, and for the speed of the worker. What a claim that has
+    ended before came to is taken back: its result was late, and counts all the same.
     """
-    worker_id = task.lease_worker_id or ""
-    rounds.end_claim(
+    claim = rounds.claim_of_lease(connection, task.lease_hash or "")
+    if claim is None:
+        return
+    rounds.change_claim(
         connection,
-        round_id=task.round_id or 0,
-        task_id=task.task_id,
-        now=now,
+        claim.claim_seq,
+        ended_at=now,
         outcome=outcome,
+        fate=fate,
         tokens_done=task.tokens_done,
         progress_at=task.progress_at,
+        # Who gave a task back has no right to it any more.
+        lease_hash=None if fate in (Fate.RELEASED, Fate.FAILED) else task.lease_hash,
     )
+    if claim.fate is not None:
+        _add(connection, task.run_id, claim.worker_id, claim.fate, -claim.tokens_done)
+    _add(connection, task.run_id, claim.worker_id, fate, task.tokens_done)
+    measure(connection, task.run_id, claim.worker_id)
+
+
+def _add(
+    connection: Connection, run_id: str, worker_id: str, fate: str, tokens: int
+) -> None:
     tallies.add_tokens(
-        connection,
-        run_id=task.run_id,
-        worker_id=worker_id,
-        fate=fate,
-        tokens=task.tokens_done,
+        connection, run_id=run_id, worker_id=worker_id, fate=fate, tokens=tokens
     )
-    measure(connection, task.run_id, worker_id)
 
 
 def book_merge(
@@ -46,27 +55,16 @@ def book_merge(
 ) -> None:
     """Count what accepted submissions came to once their round is closed."""
     for row in rows:
-        for counted, tokens in ((Fate.ACCEPTED, -row.tokens), (fate, row.tokens)):
-            tallies.add_tokens(
-                connection,
-                run_id=row.run_id,
-                worker_id=row.worker_id,
-                fate=counted,
-                tokens=tokens,
-            )
+        _add(connection, row.run_id, row.worker_id, Fate.ACCEPTED, -row.tokens)
+        _add(connection, row.run_id, row.worker_id, fate, row.tokens)
 
 
 def book_reset(connection: Connection, run_id: str) -> None:
     """Count all that is out or waits for its round, before a hard reset ends them."""
     for task in tasks.all_leased(connection, run_id):
         if task.kind == TaskKind.TRAIN:
-            tallies.add_tokens(
-                connection,
-                run_id=run_id,
-                worker_id=task.lease_worker_id or "",
-                fate=Fate.RESET,
-                tokens=task.tokens_done,
-            )
+            worker_id = task.lease_worker_id or ""
+            _add(connection, run_id, worker_id, Fate.RESET, task.tokens_done)
     live = rounds.live_round(connection, run_id)
     if live is not None:
         waiting = rounds.accepted_in_round(connection, live.round_id)

@@ -260,7 +260,7 @@ class _Claim:
             predicted_s=predicted,
         )
         if live is not None:
-            self._join(live, worker, task, predicted)
+            self._join(live, worker, task, predicted, terms.lease_id)
         return terms
 
     def _join(
@@ -269,6 +269,7 @@ class _Claim:
         worker: WorkerRow,
         task: TaskRow,
         predicted_s: float | None,
+        lease_id: str,
     ) -> None:
         if live.first_claim_at is None:
             rounds.change_round(
@@ -282,6 +283,7 @@ class _Claim:
             num_tokens=task.num_tokens,
             claimed_at=self._now,
             predicted_s=predicted_s,
+            lease_hash=leases.lease_hash(lease_id),
         )
 
     def _predicted_s(self, worker: WorkerRow, task: TaskRow) -> float | None:

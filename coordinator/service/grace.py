@@ -79,6 +79,7 @@ def _give_grace(
             progress_at=lease.progress_at,
             expires_at=lease.expires_at,
             hard_at=lease.hard_at,
+            paused_s=lease.paused_s,
         )
     log.info(
         "%d leases get time to be renewed",
@@ -102,4 +103,5 @@ def lease_of(task: TaskRow, now: float) -> Lease:
             cpu_s=task.cpu_s,
             step_s=task.step_s,
         ),
+        paused_s=task.paused_s,
     )

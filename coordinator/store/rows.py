@@ -98,6 +98,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
 class ClaimRow(Struct, frozen=True, kw_only=True):
     """A row of `claims`."""
 
+    claim_seq: int
     round_id: int
     worker_id: str
     task_id: str
@@ -108,6 +109,7 @@ class ClaimRow(Struct, frozen=True, kw_only=True):
     outcome: str | None
     tokens_done: int
     progress_at: float | None
+    fate: str | None
 
 
 class SubmissionRow(Struct, frozen=True, kw_only=True):

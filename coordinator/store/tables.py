@@ -203,11 +203,14 @@ claims: Final = Table(
     # What was trained, as of the last progress or of the submission, and when.
     Column("tokens_done", BigInteger, nullable=False, server_default="0"),
     Column("progress_at", Float),
-    # Of the lease, for a result that comes late; none where the task was given back.
+    # What became of it (`coordinator.domain.accounting`).
+    Column("fate", String(16)),
+    # Of the lease; none where a result that comes late would be of no use.
     Column("lease_hash", String(64)),
 )
 Index("ix_claims_round", claims.c.round_id, claims.c.worker_id)
 Index("ix_claims_worker", claims.c.worker_id, claims.c.claim_seq)
+Index("ix_claims_task", claims.c.task_id, claims.c.claim_seq)
 Index("ix_claims_lease", claims.c.lease_hash)
 
 #: Tokens that a worker has trained in a run, by what became of them.

@@ -81,6 +81,7 @@ class Box:
     speed: float
     link: Link
     tokens_per_s: float | None = None
+    spread: float | None = None
     #: What its last leases came to, newest first.
     recent: deque[Trained] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     heartbeat_at: float = 0.0
@@ -98,7 +99,8 @@ class Box:
         if trained.tokens:
             self.recent.appendleft(trained)
             found = measured(self.recent)
-            self.tokens_per_s = found.tokens_per_s if found else None
+            if found is not None:
+                self.tokens_per_s, self.spread = found.tokens_per_s, found.spread
 
 
 @dataclass(frozen=True, slots=True)

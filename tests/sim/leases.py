@@ -17,7 +17,7 @@ import numpy as np
 from bitnet_ext.wire.verdicts import Verdict
 from coordinator.domain import leases, sizing
 from coordinator.domain.leases import Lease, Reported
-from coordinator.domain.throughput import Trained
+from coordinator.domain.throughput import Trained, head_room
 from coordinator.domain.verdicts import WorkerFacts, verdict
 from coordinator.service.sweeping import CLOCK_S, SWEEP_S
 from coordinator.store.system import LeaseClock
@@ -353,9 +353,11 @@ class Fleet:
 
     def _beat(self, box: Box, life: int, sent: float) -> None:
         held = box.held
-        if life != box.life or held is None or held.dropped:
+        # What was on its way when the process stopped arrives all the same.
+        on_its_way = box.fault in (Fault.NAP, Fault.STOP) and sent <= box.fault_at
+        if life != box.life and not on_its_way:
             return
-        if self._busy(self._beat, box, life, sent):
+        if held is None or held.dropped or self._busy(self._beat, box, life, sent):
             return
         self.seen.heartbeats += 1
         box.beats += 1
@@ -370,6 +372,7 @@ class Fleet:
             ttl_s=leases.ttl_s(HEARTBEAT_S),
             now=now,
             usual_step_s=sizing.step_s(box.tokens_per_s, batch_tokens=STEP_TOKENS),
+            head_room=head_room(box.spread),
         )
         if held.fault is None:
             word = self._verdict(box, held, gap_s)
@@ -377,7 +380,8 @@ class Fleet:
             self.seen.slow_called_stuck += word is Verdict.STUCK
             self.seen.alive_called_lost += word is Verdict.LOST
         held.own_end = max(held.own_end, sent + held.lease.expires_at - now)
-        self._beat_later(box, HEARTBEAT_S + self._delay(box))
+        if life == box.life:
+            self._beat_later(box, HEARTBEAT_S + self._delay(box))
 
     def _said(self, held: Held, at: float) -> Reported:
         box = held.box

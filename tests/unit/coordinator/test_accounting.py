@@ -87,6 +87,18 @@ def test_a_filtered_submission_counts_as_waste(running: World):
     assert tokens(running) == {"filtered": 64}
 
 
+def test_what_a_guard_leaves_out_is_filtered_and_the_rest_applied(world: World):
+    world.start_run()
+    for name in ("w1", "w2", "w3"):
+        world.register(name)
+        world.set_speed(name, 1.0)
+
+    world.train_round(0.5, 0.5, 50.0)
+
+    assert tokens(world, "w1") == tokens(world, "w2") == {"applied": 64}
+    assert tokens(world, "w3") == {"filtered": 64}
+
+
 def test_what_a_round_went_on_without_is_late(world: World):
     world.start_run(msgspec.structs.replace(PLAN, round_s=20.0, quorum=0.6))
     for name, speed in (("w1", 16.0), ("w2", 8.0)):

@@ -28,7 +28,9 @@ def upgrade() -> None:
     )
     op.add_column("claims", sa.Column("progress_at", sa.Float(), nullable=True))
     op.add_column("claims", sa.Column("lease_hash", sa.String(64), nullable=True))
+    op.add_column("claims", sa.Column("fate", sa.String(16), nullable=True))
     op.create_index("ix_claims_worker", "claims", ["worker_id", "claim_seq"])
+    op.create_index("ix_claims_task", "claims", ["task_id", "claim_seq"])
     op.create_index("ix_claims_lease", "claims", ["lease_hash"])
     op.add_column("submissions", sa.Column("upload_s", sa.Float(), nullable=True))
     op.add_column("workers", sa.Column("spread", sa.Float(), nullable=True))
@@ -45,4 +47,9 @@ def upgrade() -> None:
     op.execute(
         "UPDATE claims SET tokens_done = num_tokens, progress_at = ended_at "
         "WHERE outcome = 'back'"
+    )
+    op.execute(
+        "UPDATE claims SET lease_hash = (SELECT lease_hash FROM tasks "
+        "WHERE tasks.task_id = claims.task_id AND tasks.round_id = claims.round_id) "
+        "WHERE ended_at IS NULL"
     )
