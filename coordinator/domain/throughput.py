@@ -108,10 +108,13 @@ def durations(recent: Sequence[Trained]) -> list[tuple[float, float]]:
     return pairs[:NUM_COMPARED]
 
 
-def ratio_alarm(ratio: float | None, recent: Sequence[Trained]) -> str | None:
-    """Return what is wrong with the predictions for a worker; None: nothing."""
-    if ratio is None or LEAST_RATIO <= ratio <= MOST_RATIO:
-        return None
+def is_alarming(ratio: float | None) -> bool:
+    """Return whether predictions with this ratio of durations are wrong."""
+    return ratio is not None and not LEAST_RATIO <= ratio <= MOST_RATIO
+
+
+def ratio_alarm(ratio: float, recent: Sequence[Trained]) -> str:
+    """Return the sentence that says how wrong the predictions for a worker are."""
     pairs = "; ".join(
         f"{actual:.3g} s, predicted {predicted:.3g} s"
         for actual, predicted in durations(recent)

@@ -11,7 +11,7 @@ from coordinator.domain import throughput
 from coordinator.domain.accounting import Fate
 from coordinator.domain.throughput import Trained
 from coordinator.store import rounds, tallies, tasks, workers
-from coordinator.store.rows import SubmissionRow, TaskRow
+from coordinator.store.rows import SubmissionRow, TaskRow, WorkerRow
 
 
 def book_end(
@@ -99,3 +99,14 @@ def recent_work(connection: Connection, run_id: str, worker_id: str) -> list[Tra
         )
         for claim in claims
     ]
+
+
+def duration_alarm(
+    connection: Connection, run_id: str, worker: WorkerRow
+) -> str | None:
+    """Return what is wrong with the predictions for a worker; None: nothing."""
+    ratio = worker.duration_ratio
+    if ratio is None or not throughput.is_alarming(ratio):
+        return None
+    recent = recent_work(connection, run_id, worker.worker_id)
+    return throughput.ratio_alarm(ratio, recent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from coordinator.store.tables import tallies
 
@@ -43,3 +43,13 @@ def tokens_by_worker(connection: Connection, run_id: str) -> dict[str, dict[str,
     for worker_id, fate, tokens in rows:
         found[worker_id][fate] = int(tokens)
     return dict(found)
+
+
+def tokens_of_run(connection: Connection, run_id: str) -> dict[str, int]:
+    """Return the tokens of all workers of a run, by fate."""
+    rows = connection.execute(
+        select(tallies.c.fate, func.sum(tallies.c.tokens))
+        .where(tallies.c.run_id == run_id)
+        .group_by(tallies.c.fate)
+    )
+    return {fate: int(tokens) for fate, tokens in rows}

@@ -13,6 +13,7 @@ import pytest
 
 from coordinator.live.hub import BACKLOG_MESSAGES
 from coordinator.service.view import (
+    BooksView,
     EtaView,
     EvaluationPoint,
     FleetUpdate,
@@ -21,6 +22,7 @@ from coordinator.service.view import (
     RoundView,
     RunView,
     ServerView,
+    TallyView,
     TasksView,
     VersionPoint,
     WorkerView,
@@ -31,6 +33,7 @@ from tests.integration.page_server import PASSWORD, PageServer, page_server
 
 WEBUI = Path(__file__).parents[2] / "webui"
 NOW = time.time()
+TALLY = TallyView(trained=5000, accepted=500, applied=4000, wasted={"silent": 500})
 
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="chromium is not installed: the page is not tried out"
@@ -60,6 +63,9 @@ def worker(name: str, verdict: str) -> WorkerView:
         tokens_accepted=2000,
         tasks_done=2,
         tasks_failed=0,
+        books=BooksView(
+            spread=0.1, duration_ratio=1.0, duration_alarm=None, tally=TALLY
+        ),
     )
 
 
@@ -104,6 +110,7 @@ def fleet() -> FleetView:
             gzip_bits_per_byte=2.5,
             tokens_per_s=20.0,
             eta=eta,
+            tally=TALLY,
             loss_alarm=None,
             reset_from_version=None,
         ),
