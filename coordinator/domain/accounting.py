@@ -19,6 +19,7 @@ class Fate(StrEnum):
     OVERDUE = "overdue"  #: past the hard limit
     LATE = "late"  #: its round went on without it
     RELEASED = "released"  #: its worker gave the task back
+    KICKED = "kicked"  #: an operator took the task away, or put its worker away
     FAILED = "failed"  #: its worker reported that it can't do the task
     RESET = "reset"  #: it was out when a hard reset ended the run
 

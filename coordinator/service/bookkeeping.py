@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from sqlalchemy import Connection
 
@@ -12,6 +13,9 @@ from coordinator.domain.accounting import Fate
 from coordinator.domain.throughput import Trained
 from coordinator.store import rounds, tallies, tasks, workers
 from coordinator.store.rows import SubmissionRow, TaskRow, WorkerRow
+
+#: A lease that ended so is no right to the task any more.
+_RIGHT_ENDED: Final = (Fate.RELEASED, Fate.FAILED, Fate.KICKED)
 
 
 def book_end(
@@ -33,8 +37,8 @@ def book_end(
         fate=fate,
         tokens_done=task.tokens_done,
         progress_at=task.progress_at,
-        # Who gave a task back has no right to it any more.
-        lease_hash=None if fate in (Fate.RELEASED, Fate.FAILED) else task.lease_hash,
+        # Given back, or taken away: no late result of it counts.
+        lease_hash=None if fate in _RIGHT_ENDED else task.lease_hash,
     )
     if claim.fate is not None:
         _add(connection, task.run_id, claim.worker_id, claim.fate, -claim.tokens_done)

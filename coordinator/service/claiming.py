@@ -90,7 +90,7 @@ class _Claim:
         run = runs.newest_run(self._connection)
         if run is None or run.state != RUNNING or worker.draining:
             return None
-        if worker.quarantined_at is not None:
+        if worker.quarantined_at is not None or worker.gone_at is not None:
             return None
         # One lease a worker. Its old one may be of a process that died: it runs out.
         if tasks.leased_to(self._connection, worker.worker_id):

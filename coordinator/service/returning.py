@@ -1,4 +1,4 @@
-"""How a lease ends without a submission: released, failed, or run out.
+"""How a lease ends without a submission: released, failed, run out, or taken away.
 
 The task goes back to pending under the same id, or is given up after its last
 attempt. What became of its round is decided in the same transaction.
@@ -46,11 +46,11 @@ async def release(fleet: Fleet, task_id: str, request: ReleaseRequest) -> TaskAn
             not_before_at=now,
             round_id=task.round_id,
         )
-        _after(connection, fleet, task, "released", Fate.RELEASED, now)
+        _after(connection, fleet, task, "released", now)
         return TaskAnswer(task_id=task.task_id, state=TaskState.PENDING)
 
     answer = await fleet.store.write(give_back)
-    _ring(fleet)
+    ring(fleet)
     return answer
 
 
@@ -73,11 +73,11 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
         reason = f"{request.code}: {request.message}"
         rest_s = leases.backoff_s(task.attempt, fleet.rng.uniform(0.0, 1.0))
         state = _attempt_lost(connection, task, "failed", reason, now, rest_s)
-        _after(connection, fleet, task, "failed", Fate.FAILED, now)
+        _after(connection, fleet, task, "failed", now)
         return TaskAnswer(task_id=task.task_id, state=state)
 
     answer = await fleet.store.write(give_up)
-    _ring(fleet)
+    ring(fleet)
     return answer
 
 
@@ -108,7 +108,7 @@ async def sweep_leases(fleet: Fleet) -> int:
     count = await fleet.store.write(end)
     fleet.swept_at = fleet.clock.monotonic()
     if count:
-        _ring(fleet)
+        ring(fleet)
     return count
 
 
@@ -118,25 +118,21 @@ def expire_overdue(connection: Connection, fleet: Fleet, now: float) -> int:
     for task in late:
         silent = (task.expires_at or 0.0) <= now
         reason = "lease expired" if silent else "took longer than its limit"
-        _attempt_lost(connection, task, "expired", reason, now, 0.0)
-        _after(
-            connection, fleet, task, "expired", _fate(connection, fleet, task, now), now
-        )
+        end_lease(connection, fleet, task, "expired", reason, now)
     return len(late)
 
 
-def _fate(connection: Connection, fleet: Fleet, task: TaskRow, now: float) -> Fate:
-    """Return what became of the tokens of a lease that has run out."""
-    worker = workers.find_worker(connection, task.lease_worker_id or "")
-    if worker is None:
-        return Fate.SILENT
-    return fate_of_expired(
-        expires_at=task.expires_at or 0.0,
-        hard_at=task.hard_at,
-        heartbeat_at=worker.heartbeat_at,
-        ttl_s=leases.ttl_s(heartbeat_s(fleet, worker)),
-        now=now,
-    )
+def end_lease(
+    connection: Connection,
+    fleet: Fleet,
+    task: TaskRow,
+    outcome: str,
+    reason: str,
+    now: float,
+) -> None:
+    """End the lease of a worker that has no say in it; its attempt is lost."""
+    _attempt_lost(connection, task, outcome, reason, now, 0.0)
+    _after(connection, fleet, task, outcome, now)
 
 
 def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
@@ -167,7 +163,7 @@ def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
             not_before_at=now,
             round_id=task.round_id,
         )
-        _after(connection, fleet, task, "late", Fate.LATE, now)
+        _after(connection, fleet, task, "late", now)
     return len(out)
 
 
@@ -277,15 +273,29 @@ def _attempt_lost(
     return TaskState.PENDING
 
 
+def _fate(
+    connection: Connection, fleet: Fleet, task: TaskRow, outcome: str, now: float
+) -> Fate:
+    """Return what became of the tokens of a lease that ended without a submission."""
+    if outcome != "expired":
+        return Fate(outcome)
+    worker = workers.find_worker(connection, task.lease_worker_id or "")
+    if worker is None:
+        return Fate.SILENT
+    return fate_of_expired(
+        expires_at=task.expires_at or 0.0,
+        hard_at=task.hard_at,
+        heartbeat_at=worker.heartbeat_at,
+        ttl_s=leases.ttl_s(heartbeat_s(fleet, worker)),
+        now=now,
+    )
+
+
 def _after(
-    connection: Connection,
-    fleet: Fleet,
-    task: TaskRow,
-    outcome: str,
-    fate: Fate,
-    now: float,
+    connection: Connection, fleet: Fleet, task: TaskRow, outcome: str, now: float
 ) -> None:
     """Tell the books, the round, the epoch and the story that a lease has ended."""
+    fate = _fate(connection, fleet, task, outcome, now)
     workers.add_event(
         connection,
         at=now,
@@ -306,7 +316,8 @@ def _after(
         add_epoch_if_done(connection, run, fleet.the_manifest(), now)
 
 
-def _ring(fleet: Fleet) -> None:
+def ring(fleet: Fleet) -> None:
+    """Wake whoever waits for what the end of a lease may have changed."""
     fleet.round_ready.ring()
     fleet.work.ring()
     fleet.changed.ring()

@@ -9,6 +9,7 @@ const CAUSES = {
   stuck: "worker without progress",
   overdue: "over the time limit",
   late: "round went on without it",
+  kicked: "taken away by an operator",
   released: "given back",
   failed: "reported as failed",
   reset: "out at a hard reset",
