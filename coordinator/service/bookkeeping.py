@@ -23,15 +23,19 @@ def book_end(
 ) -> None:
     """End the claim of a training task, as leased: `tokens_done` by `progress_at`.
 
-    They count for their fate, and for the speed of the worker. What a claim that has
-    ended before came to is taken back: its result was late, and counts all the same.
+    Where only a part was handed in, the task is that part by now. Tokens count for
+    their fate, and for the speed of the worker. What a claim that has ended before
+    came to is taken back: its result was late, and counts all the same.
     """
     claim = rounds.claim_of_lease(connection, task.lease_hash or "")
     if claim is None:
         return
+    share = task.num_tokens / claim.num_tokens
     rounds.change_claim(
         connection,
         claim.claim_seq,
+        num_tokens=task.num_tokens,
+        predicted_s=None if claim.predicted_s is None else share * claim.predicted_s,
         ended_at=now,
         outcome=outcome,
         fate=fate,

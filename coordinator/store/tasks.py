@@ -92,7 +92,7 @@ def lease_task(connection: Connection, task_id: str, **lease: Any) -> None:
 
 
 def shorten_task(connection: Connection, task_id: str, num_tokens: int) -> None:
-    """Keep only the head of a pending task."""
+    """Keep only the head of a task."""
     connection.execute(
         update(tasks).where(tasks.c.task_id == task_id).values(num_tokens=num_tokens)
     )

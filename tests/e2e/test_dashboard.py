@@ -29,7 +29,7 @@ from coordinator.service.view import (
     WorkerView,
 )
 from coordinator.store.tables import sessions
-from tests.e2e.chromium import BROWSER, Page, chromium_page
+from tests.e2e.chromium import BROWSER, Page, chromium_page, log_in
 from tests.integration.page_server import PASSWORD, PageServer, page_server
 
 WEBUI = Path(__file__).parents[2] / "webui"
@@ -191,16 +191,6 @@ def publish(server: PageServer, kind: str, body: object, count: int = 1) -> None
     server.call(act)
 
 
-async def log_in(page: Page, server: PageServer) -> None:
-    await page.open(f"http://127.0.0.1:{server.port}/admin/dashboard")
-    await page.until("document.querySelector('#password')")
-    await page.run(
-        f"document.querySelector('#password').value = '{PASSWORD}';"
-        "document.querySelector('form').submit()"
-    )
-    await page.until("document.querySelector('.workers tbody tr')")
-
-
 def text(selector: str) -> str:
     return f"(document.querySelector('{selector}')?.textContent ?? '')"
 
@@ -208,7 +198,7 @@ def text(selector: str) -> str:
 def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path):
     async def watch() -> None:
         async with chromium_page(tmp_path / "profile") as page:
-            await log_in(page, server)
+            await log_in(page, server.port, PASSWORD)
             assert await page.run("document.title") == "tiny"
             await page.until(f"{text('.answer')}.includes('5.000 bits per byte')")
             await page.until(f"{text('.live')}.includes('Live')")
@@ -261,7 +251,7 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
 def test_no_width_scrolls_sideways_and_log_out_is_in_reach(server, tmp_path):
     async def look() -> None:
         async with chromium_page(tmp_path / "profile") as page:
-            await log_in(page, server)
+            await log_in(page, server.port, PASSWORD)
             await page.until("document.querySelector('.chart canvas')")
             for width in (390, 720, 1100, 1280, 1440):
                 await page.call(

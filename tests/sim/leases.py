@@ -18,7 +18,7 @@ from bitnet_ext.wire.verdicts import Verdict
 from coordinator.domain import leases, sizing
 from coordinator.domain.leases import Lease, Reported
 from coordinator.domain.throughput import Trained, head_room
-from coordinator.domain.verdicts import WorkerFacts, verdict
+from coordinator.domain.verdicts import WorkerFacts, heard_at, verdict
 from coordinator.service.sweeping import CLOCK_S, SWEEP_S
 from coordinator.store.system import LeaseClock
 from tests.sim.boxes import (
@@ -339,6 +339,8 @@ class Fleet:
             )
             held.graced = held.fault is not None
             self._watch(held)
+        for box in self._boxes:
+            box.heartbeat_at = heard_at(box.heartbeat_at, now=now, away_s=away_s)
 
     # The workers
 
