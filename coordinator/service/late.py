@@ -17,6 +17,7 @@ from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import AcceptLate
 from coordinator.domain.staleness import MAX_STALENESS
 from coordinator.service.bookkeeping import measure
+from coordinator.service.fleet import RUNNING
 from coordinator.service.returning import held_task
 from coordinator.service.roster import plan_of
 from coordinator.service.seeding import budget_left
@@ -50,6 +51,8 @@ def _late_task(
     task = tasks.find_task(connection, meta.task_id)
     live = rounds.live_round(connection, run.run_id)
     if claim is None or task is None or live is None or live.state != "open":
+        return None
+    if run.state != RUNNING:
         return None
     if not _is_untouched(connection, task, claim, lease_hash):
         return None

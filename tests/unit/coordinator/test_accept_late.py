@@ -12,7 +12,7 @@ from coordinator.domain.plan import AcceptLate
 from coordinator.domain.staleness import MAX_STALENESS, staleness_weight
 from coordinator.service.sweeping import _end_run
 from coordinator.store import tallies
-from coordinator.store.tables import claims, events, submissions
+from coordinator.store.tables import claims, events, submissions, tasks
 from tests.fakes import START
 from tests.unit.coordinator.fleets import PLAN, World, body, frame
 
@@ -175,7 +175,14 @@ def test_a_task_that_somebody_has_claimed_since_is_his(world: World):
     assert again.task_id == late.task_id
 
     refused(world, late)
-    world.release(again, "w2")
+
+
+def test_nor_does_it_come_back_when_that_one_gives_it_back(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    world.release(world.claimed("w2"), "w2")
+    assert world.task(late.task_id).state == "pending"
+
     refused(world, late)
 
 
@@ -204,6 +211,18 @@ def test_a_stale_result_goes_along_with_less_weight(world: World):
     assert tokens(world) == {"applied": 64}
 
 
+def test_a_part_may_be_late_too(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+
+    world.submit(late, "w1", num_steps=1)
+
+    assert tokens(world) == {"accepted": 16}
+    assert world.task(late.task_id).num_tokens == 16
+    again = world.claimed("w2")
+    assert again.byte_offset != late.byte_offset
+
+
 def test_beyond_two_rounds_it_is_refused(world: World):
     late, other = out_of_touch(world, STALE)
     next_round(world, other)
@@ -216,8 +235,6 @@ def test_beyond_two_rounds_it_is_refused(world: World):
 
 
 def rest(world: World, task_id: str) -> None:
-    from coordinator.store.tables import tasks
-
     world.write(
         lambda c: c.execute(
             tasks.update()
@@ -230,6 +247,13 @@ def rest(world: World, task_id: str) -> None:
 def test_what_no_budget_is_left_for_is_refused(world: World):
     late, _other = out_of_touch(world, token_budget=128)
     world.change_run(token_budget=127)
+
+    refused(world, late)
+
+
+def test_a_run_that_has_ended_takes_nothing(world: World):
+    late, _other = out_of_touch(world)
+    world.change_run(state="finished")
 
     refused(world, late)
 

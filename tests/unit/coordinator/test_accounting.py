@@ -8,7 +8,7 @@ import pytest
 from bitnet_ext.wire.verdicts import FailCode
 from coordinator.domain.accounting import Fate, fate_of_expired, tally
 from coordinator.service.starting import _end_run
-from coordinator.store import tallies
+from coordinator.store import rounds, tallies
 from tests.unit.coordinator.fleets import PLAN, World
 
 
@@ -68,6 +68,20 @@ def test_past_the_hard_limit_it_is_overdue(running: World):
     running.sweep()
 
     assert tokens(running) == {"overdue": 13}
+
+
+def test_a_part_counts_as_far_as_it_was_trained_and_predicted(running: World):
+    running.set_speed("w1", 1.0)
+    task = running.claimed()  # 56 tokens, 60 s in whole sequences
+    running.clock.advance(16.0)
+
+    running.submit(task, num_steps=1)
+
+    assert tokens(running) == {"accepted": 16}
+    (claim,) = running.read(lambda c: rounds.claims_of(c, 1))
+    assert (claim.num_tokens, claim.tokens_done) == (16, 16)
+    assert claim.predicted_s == pytest.approx(16.0)
+    assert running.worker("w1").tokens_per_s == pytest.approx(1.0)
 
 
 def test_what_is_given_back_or_failed_is_told_apart(running: World):

@@ -257,7 +257,7 @@ def test_a_pause_of_the_coordinator_makes_nobody_hopeless():
     def after(own_s, tokens=90):
         return beaten(tokens=tokens, now=3600.0 + own_s, paused_s=3600.0).hard_at
 
-    assert after(100.0) == 3960.0
+    assert after(100.0, tokens=20) == 3960.0
     assert after(220.0, tokens=400) == 3960.0
     assert after(220.0) == 3820.0
 
