@@ -5,9 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Sums have so many lanes, and so the same bits, on every machine. */
 enum { LANES = 16 };
-typedef float v16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
 /* Adding 1.5 * 2^23 leaves the nearest integer in the low bits. */
 #define ROUNDER 12582912.0f
 /* Numbers by which long walks ask memory for what they will need. */

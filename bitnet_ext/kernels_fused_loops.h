@@ -1,73 +1,85 @@
 /* The rows of `kernels_fused.h`, compiled once for each vector level.
 
-   Included by `kernels_fused.c` with TARGET (an attribute) and LEVEL (a suffix).
-   Vectors of 16 floats are the compiler's own: wider than some machines have, so that
-   sums have the same lanes and the same bits on all of them. */
+   Included by `kernels_fused.c` with TARGET (an attribute), LEVEL (a suffix) and WIDTH
+   (floats in a register). A row is walked LANES numbers at a time, in PARTS registers
+   with a sum each, so that sums have the same lanes and the same bits everywhere. */
 
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define NAME(name) PASTE(name, LEVEL)
 #define INLINE TARGET static inline __attribute__((always_inline))
+#define VEC NAME(floats)
+#define IVEC NAME(ints)
+#define PARTS (LANES / WIDTH)
+#define EACH_PART for (int part = 0; part < PARTS; part++)
 
-INLINE v16 NAME(pick)(i16 mask, v16 yes, v16 no)
+typedef float VEC __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t IVEC __attribute__((vector_size(4 * WIDTH)));
+
+INLINE VEC NAME(pick)(IVEC mask, VEC yes, VEC no)
 {
-    return (v16)((mask & (i16)yes) | (~mask & (i16)no));
+    return (VEC)((mask & (IVEC)yes) | (~mask & (IVEC)no));
 }
 
 /* The first `left` numbers, then zeros. */
-INLINE v16 NAME(load)(const float *x, ptrdiff_t left)
+INLINE VEC NAME(load)(const float *x, ptrdiff_t left)
 {
-    v16 value = {0};
-    if (left >= LANES)
+    VEC value = {0};
+    if (left >= WIDTH)
         memcpy(&value, x, sizeof value);
-    else
+    else if (left > 0)
         memcpy(&value, x, (size_t)left * sizeof *x);
     return value;
 }
 
-INLINE void NAME(store)(float *x, ptrdiff_t left, v16 value)
+INLINE void NAME(store)(float *x, ptrdiff_t left, VEC value)
 {
-    if (left >= LANES)
+    if (left >= WIDTH)
         memcpy(x, &value, sizeof value);
-    else
+    else if (left > 0)
         memcpy(x, &value, (size_t)left * sizeof *x);
 }
 
 /* Lanes 8 apart first, then 4, 2, 1. */
-INLINE float NAME(total)(v16 lanes)
+INLINE float NAME(total)(VEC *sums)
 {
-    const i16 order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int step = LANES / 2; step > 0; step /= 2)
-        lanes += __builtin_shuffle(lanes, order ^ step);
-    return lanes[0];
+    IVEC order;
+    for (int i = 0; i < WIDTH; i++)
+        order[i] = i;
+    for (int parts = PARTS / 2; parts > 0; parts /= 2)
+        for (int part = 0; part < parts; part++)
+            sums[part] += sums[part + parts];
+    for (int step = WIDTH / 2; step > 0; step /= 2)
+        sums[0] += __builtin_shuffle(sums[0], order ^ step);
+    return sums[0][0];
 }
 
 /* e^x to 2 ulp for x from -87 to 88; outside, and for NaN, the value at an end. */
-INLINE v16 NAME(exponential)(v16 x)
+INLINE VEC NAME(exponential)(VEC x)
 {
-    x = NAME(pick)(x > -87.0f, x, (v16){0} - 87.0f);
-    x = NAME(pick)(x < 88.0f, x, (v16){0} + 88.0f);
-    v16 shifted = x * 1.44269504f + ROUNDER, n = shifted - ROUNDER;
+    x = NAME(pick)(x > -87.0f, x, (VEC){0} - 87.0f);
+    x = NAME(pick)(x < 88.0f, x, (VEC){0} + 88.0f);
+    VEC shifted = x * 1.44269504f + ROUNDER, n = shifted - ROUNDER;
     x = x - n * 0.693359375f + n * 2.12194440e-4f;
-    v16 y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+    VEC y = x * 1.9875691500e-4f + 1.3981999507e-3f;
     y = y * x + 8.3334519073e-3f;
     y = y * x + 4.1665795894e-2f;
     y = y * x + 1.6666665459e-1f;
     y = y * x + 5.0000001201e-1f;
     y = y * x * x + x + 1.0f;
-    return (v16)((i16)y + ((i16)shifted << 23));
+    return (VEC)((IVEC)y + ((IVEC)shifted << 23));
 }
 
 /* What the norm reads at column k of a row. */
-INLINE v16 NAME(input)(const float *x, const float *up, int gate, ptrdiff_t left)
+INLINE VEC NAME(input)(const float *x, const float *up, int gate, ptrdiff_t left)
 {
-    v16 value = NAME(load)(x, left);
+    VEC value = NAME(load)(x, left);
     if (gate == NO_GATE)
         return value;
     if (gate == SILU)
         value = value / (NAME(exponential)(-value) + 1.0f);
     else
-        value = NAME(pick)(value < 0.0f, (v16){0}, value * value);
+        value = NAME(pick)(value < 0.0f, (VEC){0}, value * value);
     return value * NAME(load)(up, left);
 }
 
@@ -75,17 +87,20 @@ INLINE void NAME(norm_row)(const struct norm *n, const float *x, const float *up
                            float *y, float *inverse, int gate)
 {
     ptrdiff_t num_k = n->num_k;
-    v16 sums = {0};
-    for (ptrdiff_t k = 0; k < num_k; k += LANES) {
+    VEC sums[PARTS] = {{0}};
+    for (ptrdiff_t k = 0; k < num_k;) {
         __builtin_prefetch(x + num_k + k); /* the next row */
         __builtin_prefetch(up + num_k + k);
-        v16 value = NAME(input)(x + k, up + k, gate, num_k - k);
-        sums += value * value;
-        NAME(store)(y + k, num_k - k, value);
+        EACH_PART {
+            VEC value = NAME(input)(x + k, up + k, gate, num_k - k);
+            sums[part] += value * value;
+            NAME(store)(y + k, num_k - k, value);
+            k += WIDTH;
+        }
     }
     *inverse = 1.0f / sqrtf(NAME(total)(sums) / (float)num_k + n->eps);
-    for (ptrdiff_t k = 0; k < num_k; k += LANES) {
-        v16 value = NAME(load)(y + k, num_k - k) * *inverse;
+    for (ptrdiff_t k = 0; k < num_k; k += WIDTH) {
+        VEC value = NAME(load)(y + k, num_k - k) * *inverse;
         NAME(store)(y + k, num_k - k, value * NAME(load)(n->gain + k, num_k - k));
     }
 }
@@ -106,18 +121,29 @@ TARGET static void NAME(norm_rows)(const struct norm *n, ptrdiff_t m, ptrdiff_t 
     }
 }
 
-INLINE v16 NAME(sigmoid)(v16 x) { return 1.0f / (NAME(exponential)(-x) + 1.0f); }
+INLINE VEC NAME(sigmoid)(VEC x) { return 1.0f / (NAME(exponential)(-x) + 1.0f); }
+
+/* The input of the norm; with a SILU, its sigmoid is kept. */
+INLINE VEC NAME(unit)(const float *x, const float *up, int gate, ptrdiff_t left,
+                      VEC *sigmoid)
+{
+    if (gate != SILU)
+        return NAME(input)(x, up, gate, left);
+    VEC a = NAME(load)(x, left);
+    *sigmoid = NAME(sigmoid)(a);
+    return a * *sigmoid * NAME(load)(up, left);
+}
 
 /* From the gradient of act(x) * up to those of x and up. */
-INLINE void NAME(gate_backward)(const float *x, const float *up, int gate, v16 sigmoid,
-                                v16 d, float *dx, float *dup, ptrdiff_t left)
+INLINE void NAME(gate_backward)(const float *x, const float *up, int gate, VEC sigmoid,
+                                VEC d, float *dx, float *dup, ptrdiff_t left)
 {
-    v16 a = NAME(load)(x, left), b = NAME(load)(up, left), act, slope;
+    VEC a = NAME(load)(x, left), b = NAME(load)(up, left), act, slope;
     if (gate == SILU) {
         act = a * sigmoid;
         slope = sigmoid + act * (1.0f - sigmoid);
     } else {
-        v16 kept = NAME(pick)(a < 0.0f, (v16){0}, a);
+        VEC kept = NAME(pick)(a < 0.0f, (VEC){0}, a);
         act = kept * kept;
         slope = kept + kept;
     }
@@ -134,29 +160,28 @@ INLINE void NAME(row_backward)(const struct norm *n, ptrdiff_t m, const float *d
     ptrdiff_t num_k = n->num_k;
     const float *x = n->x + m * num_k, *up = gate ? n->up + m * num_k : x;
     float inverse = n->inverse[m], *sigmoids = scratch + num_k;
-    v16 sums = {0};
-    for (ptrdiff_t k = 0; k < num_k; k += LANES) {
-        ptrdiff_t left = num_k - k;
-        v16 unit;
+    VEC sums[PARTS] = {{0}};
+    for (ptrdiff_t k = 0; k < num_k;) {
         __builtin_prefetch(x + num_k + k); /* the next row */
         __builtin_prefetch(up + num_k + k);
         __builtin_prefetch(dy + num_k + k);
-        if (gate == SILU) {
-            v16 a = NAME(load)(x + k, left), sigmoid = NAME(sigmoid)(a);
-            NAME(store)(sigmoids + k, left, sigmoid);
-            unit = a * sigmoid * NAME(load)(up + k, left) * inverse;
-        } else {
-            unit = NAME(input)(x + k, up + k, gate, left) * inverse;
+        EACH_PART {
+            ptrdiff_t left = num_k - k;
+            VEC sigmoid = {0}, unit = NAME(unit)(x + k, up + k, gate, left, &sigmoid);
+            unit *= inverse;
+            VEC pull = NAME(load)(dy + k, left) * unit;
+            sums[part] += pull * NAME(load)(n->gain + k, left);
+            NAME(store)(dgain + k, left, NAME(load)(dgain + k, left) + pull);
+            NAME(store)(scratch + k, left, unit);
+            if (gate == SILU)
+                NAME(store)(sigmoids + k, left, sigmoid);
+            k += WIDTH;
         }
-        v16 part = NAME(load)(dy + k, left) * unit;
-        sums += part * NAME(load)(n->gain + k, left);
-        NAME(store)(dgain + k, left, NAME(load)(dgain + k, left) + part);
-        NAME(store)(scratch + k, left, unit);
     }
     float mean = NAME(total)(sums) / (float)num_k;
-    for (ptrdiff_t k = 0; k < num_k; k += LANES) {
+    for (ptrdiff_t k = 0; k < num_k; k += WIDTH) {
         ptrdiff_t left = num_k - k;
-        v16 d = NAME(load)(dy + k, left) * NAME(load)(n->gain + k, left);
+        VEC d = NAME(load)(dy + k, left) * NAME(load)(n->gain + k, left);
         d = (d - NAME(load)(scratch + k, left) * mean) * inverse;
         if (gate)
             NAME(gate_backward)(x + k, up + k, gate,
@@ -179,33 +204,42 @@ TARGET static void NAME(norm_row_backward)(const struct norm *n, ptrdiff_t m,
         NAME(row_backward)(n, m, dy, dx, dup, add, scratch, dgain, SQUARED_RELU);
 }
 
+INLINE float NAME(largest)(const float *x, ptrdiff_t count)
+{
+    VEC lanes = (VEC){0} - INFINITY;
+    ptrdiff_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) {
+        VEC value = NAME(load)(x + i, WIDTH);
+        lanes = NAME(pick)(value > lanes, value, lanes);
+    }
+    float largest = lanes[0];
+    for (int lane = 1; lane < WIDTH; lane++)
+        largest = lanes[lane] > largest ? lanes[lane] : largest;
+    for (; i < count; i++)
+        largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
 TARGET static float NAME(softmax)(float *logits, ptrdiff_t count, ptrdiff_t target,
                                   float scale)
 {
-    v16 lanes = (v16){0} - INFINITY, sums = {0}, wrong = {0};
-    ptrdiff_t whole = count - count % LANES;
-    for (ptrdiff_t i = 0; i < whole; i += LANES) {
-        v16 x = NAME(load)(logits + i, LANES);
-        lanes = NAME(pick)(x > lanes, x, lanes);
-    }
-    float largest = lanes[0];
-    for (int lane = 1; lane < LANES; lane++)
-        largest = lanes[lane] > largest ? lanes[lane] : largest;
-    for (ptrdiff_t i = whole; i < count; i++)
-        largest = logits[i] > largest ? logits[i] : largest;
-    float known = logits[target];
-    for (ptrdiff_t i = 0; i < count; i += LANES) {
-        ptrdiff_t left = count - i;
-        v16 x = NAME(load)(logits + i, left) - largest, e = NAME(exponential)(x);
-        wrong += x - x; /* zero, unless something is not finite */
-        NAME(store)(logits + i, left, e);
-        /* Past the end stands what no sum may hold. */
-        sums += left >= LANES ? e : NAME(load)(logits + i, left);
+    VEC sums[PARTS] = {{0}}, wrong[PARTS] = {{0}};
+    float largest = NAME(largest)(logits, count), known = logits[target];
+    for (ptrdiff_t i = 0; i < count;) {
+        EACH_PART {
+            ptrdiff_t left = count - i;
+            VEC x = NAME(load)(logits + i, left) - largest, e = NAME(exponential)(x);
+            wrong[part] += x - x; /* zero, unless something is not finite */
+            NAME(store)(logits + i, left, e);
+            /* Past the end stands what no sum may hold. */
+            sums[part] += left >= WIDTH ? e : NAME(load)(logits + i, left);
+            i += WIDTH;
+        }
     }
     float sum = NAME(total)(sums), bad = NAME(total)(wrong);
     float factor = scale / sum + bad;
-    for (ptrdiff_t i = 0; i < count; i += LANES) {
-        v16 e = NAME(load)(logits + i, count - i);
+    for (ptrdiff_t i = 0; i < count; i += WIDTH) {
+        VEC e = NAME(load)(logits + i, count - i);
         NAME(store)(logits + i, count - i, e * factor);
     }
     logits[target] -= scale;
@@ -254,3 +288,7 @@ const struct fused_loops NAME(fused) = {
 #undef PASTE
 #undef NAME
 #undef INLINE
+#undef VEC
+#undef IVEC
+#undef PARTS
+#undef EACH_PART

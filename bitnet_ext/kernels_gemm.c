@@ -264,13 +264,16 @@ PANELS(avx512vnni, {12, tile_512_12}, {8, tile_512_8}, {4, tile_512_4}, {2, tile
         ROWS_##rows(STEP)                                                              \
     }
 
-/* AVX2: sums of pairs stay within int16 for 32 steps: 32 * 2 * 2 * 128 = 16384. */
+/* One line of assembly, else compilers copy the sums around, and spill them. */
+#define ADD_IN_PLACE(name, sum, part) __asm__(name " %1, %0, %0" : "+x"(sum) : "x"(part))
+
+/* AVX2: sums of pairs stay within int16 for 64 steps: 64 * 2 * 2 * -128 = -32768. */
 #define START_SHORT(i) __m256i c##i = _mm256_setzero_si256(), d##i = c##i;
 #define STEP_SHORT(i)                                                                  \
     {                                                                                  \
         __m256i four = _mm256_set1_epi32(load_int(Q_##i));                             \
-        c##i = _mm256_add_epi16(c##i, _mm256_maddubs_epi16(w0, four));                 \
-        d##i = _mm256_add_epi16(d##i, _mm256_maddubs_epi16(w1, four));                 \
+        ADD_IN_PLACE("vpaddw", c##i, _mm256_maddubs_epi16(w0, four));                  \
+        ADD_IN_PLACE("vpaddw", d##i, _mm256_maddubs_epi16(w1, four));                  \
     }
 #define WIDEN_SHORT(i)                                                                 \
     a##i = _mm256_add_epi32(a##i, _mm256_madd_epi16(c##i, ones));                      \
@@ -278,15 +281,16 @@ PANELS(avx512vnni, {12, tile_512_12}, {8, tile_512_8}, {4, tile_512_4}, {2, tile
 #define SUM_AVX2(rows)                                                                 \
     const __m256i ones = _mm256_set1_epi16(1);                                         \
     while (w < w_end) {                                                                \
-        const uint8_t *stop = w_end - w > 32 * TILE_BYTES ? w + 32 * TILE_BYTES : w_end; \
+        const uint8_t *stop = w_end - w > 64 * TILE_BYTES ? w + 64 * TILE_BYTES : w_end; \
         ROWS_##rows(START_SHORT)                                                       \
         WALK(rows, stop, STEP_SHORT)                                                   \
         ROWS_##rows(WIDEN_SHORT)                                                       \
     }
+TILE_256(avx2, TARGET_256, 6, SUM_AVX2)
 TILE_256(avx2, TARGET_256, 4, SUM_AVX2)
 TILE_256(avx2, TARGET_256, 2, SUM_AVX2)
 TILE_256(avx2, TARGET_256, 1, SUM_AVX2)
-PANELS(avx2, {4, tile_avx2_4}, {2, tile_avx2_2}, {1, tile_avx2_1})
+PANELS(avx2, {6, tile_avx2_6}, {4, tile_avx2_4}, {2, tile_avx2_2}, {1, tile_avx2_1})
 
 /* AVX2 and any byte: as signed values, size times sign keeps pairs within int16:
    2 * 128 * 127 = 32512, because no left operand holds -128 here. */
@@ -294,9 +298,9 @@ PANELS(avx2, {4, tile_avx2_4}, {2, tile_avx2_2}, {1, tile_avx2_1})
     {                                                                                  \
         __m256i four = _mm256_set1_epi32(load_int(Q_##i));                             \
         __m256i pair = _mm256_maddubs_epi16(size0, _mm256_sign_epi8(four, s0));        \
-        a##i = _mm256_add_epi32(a##i, _mm256_madd_epi16(pair, ones));                  \
+        ADD_IN_PLACE("vpaddd", a##i, _mm256_madd_epi16(pair, ones));                   \
         pair = _mm256_maddubs_epi16(size1, _mm256_sign_epi8(four, s1));                \
-        b##i = _mm256_add_epi32(b##i, _mm256_madd_epi16(pair, ones));                  \
+        ADD_IN_PLACE("vpaddd", b##i, _mm256_madd_epi16(pair, ones));                   \
     }
 #define ZERO_SUM(i) a##i = b##i = _mm256_setzero_si256();
 #define SUM_AVX2_ANY(rows)                                                             \
@@ -313,6 +317,30 @@ TILE_256(avx2_any, TARGET_256, 2, SUM_AVX2_ANY)
 TILE_256(avx2_any, TARGET_256, 1, SUM_AVX2_ANY)
 TILE_256(avx2_any, TARGET_256, 4, SUM_AVX2_ANY)
 PANELS(avx2_any, {4, tile_avx2_any_4}, {2, tile_avx2_any_2}, {1, tile_avx2_any_1})
+
+/* Where no left operand is below zero, it may be the unsigned one, and needs no sign. */
+#define STEP_POSITIVE(i)                                                               \
+    {                                                                                  \
+        __m256i four = _mm256_set1_epi32(load_int(Q_##i));                             \
+        __m256i pair = _mm256_maddubs_epi16(four, s0);                                 \
+        ADD_IN_PLACE("vpaddd", a##i, _mm256_madd_epi16(pair, ones));                   \
+        pair = _mm256_maddubs_epi16(four, s1);                                         \
+        ADD_IN_PLACE("vpaddd", b##i, _mm256_madd_epi16(pair, ones));                   \
+    }
+#define SUM_AVX2_POSITIVE(rows)                                                        \
+    const __m256i ones = _mm256_set1_epi16(1), top = _mm256_set1_epi8(-128);           \
+    ROWS_##rows(ZERO_SUM)                                                              \
+    for (; w < w_end; w += TILE_BYTES, q0 += next, q4 += next, q8 += next) {           \
+        __m256i s0 = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)w), top);    \
+        __m256i s1 = _mm256_loadu_si256((const __m256i *)(w + 32));                    \
+        s1 = _mm256_xor_si256(s1, top);                                                \
+        ROWS_##rows(STEP_POSITIVE)                                                     \
+    }
+TILE_256(avx2_positive, TARGET_256, 4, SUM_AVX2_POSITIVE)
+TILE_256(avx2_positive, TARGET_256, 2, SUM_AVX2_POSITIVE)
+TILE_256(avx2_positive, TARGET_256, 1, SUM_AVX2_POSITIVE)
+PANELS(avx2_positive, {4, tile_avx2_positive_4}, {2, tile_avx2_positive_2},
+       {1, tile_avx2_positive_1})
 
 #define STEP_VNNI(i)                                                                   \
     {                                                                                  \

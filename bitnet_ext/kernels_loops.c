@@ -9,11 +9,7 @@
 #include <string.h>
 
 /* Columns of dy that one pass quantises: TOKENS of them stay in L1. */
-enum { STRIP = 4 * LEFT_ROWS, STRIP_VECTORS = STRIP / 16 };
-/* Vectors of 16 numbers, as the compiler splits them for each machine. */
-typedef float v16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
+enum { STRIP = 4 * LEFT_ROWS };
 #define ROUNDER_BITS 0x4b400000u
 
 /* Sums of int8: compilers widen each number to int32 first. */

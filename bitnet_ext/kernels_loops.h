@@ -1,12 +1,21 @@
 /* Elementwise loops and reductions, compiled once for each vector level.
 
-   Included by `kernels_loops.c` with TARGET (an attribute) and LEVEL (a suffix).
+   Included by `kernels_loops.c` with TARGET (an attribute), LEVEL (a suffix) and WIDTH
+   (floats in a register).
    Written so that a compiler vectorises them without changing one bit: maxima are
    taken on bit patterns, sums have a fixed order of lanes, and nothing is fused. */
 
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define NAME(name) PASTE(name, LEVEL)
+#define VEC NAME(floats)
+#define IVEC NAME(ints)
+#define UVEC NAME(words)
+#define STRIP_VECTORS (STRIP / WIDTH)
+
+typedef float VEC __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t IVEC __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t UVEC __attribute__((vector_size(4 * WIDTH)));
 
 /* Bits of the largest |x|; at least INFINITE where any is not finite. */
 TARGET static inline int32_t NAME(largest)(const float *x, ptrdiff_t count)
@@ -62,16 +71,16 @@ TARGET static inline __attribute__((always_inline)) void
 NAME(scale_tokens)(const float *dy, ptrdiff_t num_n, const float *token_scale,
                    ptrdiff_t num_tokens, float values[][STRIP], int32_t *largest)
 {
-    i16 most[STRIP_VECTORS] = {{0}};
+    IVEC most[STRIP_VECTORS] = {{0}};
     for (ptrdiff_t m = 0; m < num_tokens; m++, dy += num_n)
         for (int i = 0; i < STRIP_VECTORS; i++) {
-            v16 value;
-            memcpy(&value, dy + 16 * i, sizeof value);
+            VEC value;
+            memcpy(&value, dy + WIDTH * i, sizeof value);
             value *= token_scale[m];
-            i16 bits = (i16)value & SIZE_MASK;
-            i16 above = bits > most[i];
+            IVEC bits = (IVEC)value & SIZE_MASK;
+            IVEC above = bits > most[i];
             most[i] = (above & bits) | (~above & most[i]);
-            memcpy(values[m] + 16 * i, &value, sizeof value);
+            memcpy(values[m] + WIDTH * i, &value, sizeof value);
         }
     memcpy(largest, most, sizeof most);
 }
@@ -115,23 +124,23 @@ TARGET static inline __attribute__((always_inline)) void
 NAME(round_fours)(float values[][STRIP], ptrdiff_t num_tokens, const float *inverses,
                   int8_t *blocks, ptrdiff_t size, ptrdiff_t block_step, int32_t *sums)
 {
-    v16 inverse[STRIP_VECTORS];
-    u16 sum[STRIP_VECTORS] = {{0}};
+    VEC inverse[STRIP_VECTORS];
+    UVEC sum[STRIP_VECTORS] = {{0}};
     uint32_t words[STRIP];
     memcpy(inverse, inverses, sizeof inverse);
     for (ptrdiff_t m = 0; m < num_tokens; m += 4, blocks += LEFT_BYTES) {
         for (int i = 0; i < STRIP_VECTORS; i++) {
-            v16 four[4];
-            u16 a, b, c, d;
+            VEC four[4];
+            UVEC a, b, c, d;
             for (int row = 0; row < 4; row++)
-                memcpy(&four[row], values[m + row] + 16 * i, sizeof *four);
-            a = (u16)(four[0] * inverse[i] + ROUNDER);
-            b = (u16)(four[1] * inverse[i] + ROUNDER);
-            c = (u16)(four[2] * inverse[i] + ROUNDER);
-            d = (u16)(four[3] * inverse[i] + ROUNDER);
+                memcpy(&four[row], values[m + row] + WIDTH * i, sizeof *four);
+            a = (UVEC)(four[0] * inverse[i] + ROUNDER);
+            b = (UVEC)(four[1] * inverse[i] + ROUNDER);
+            c = (UVEC)(four[2] * inverse[i] + ROUNDER);
+            d = (UVEC)(four[3] * inverse[i] + ROUNDER);
             sum[i] += (a + b) + (c + d) - 4 * ROUNDER_BITS;
             a = (a & 255) | ((b & 255) << 8) | ((c & 255) << 16) | (d << 24);
-            memcpy(words + 16 * i, &a, sizeof a);
+            memcpy(words + WIDTH * i, &a, sizeof a);
         }
         for (ptrdiff_t n = 0; n < size; n += LEFT_ROWS)
             memcpy(blocks + n / LEFT_ROWS * block_step, words + n, LEFT_BYTES);
@@ -208,3 +217,7 @@ const struct loops NAME(loops) = {
 #undef PASTE_
 #undef PASTE
 #undef NAME
+#undef VEC
+#undef IVEC
+#undef UVEC
+#undef STRIP_VECTORS

@@ -15,6 +15,13 @@ EWMA_WEIGHT: Final = 0.3
 #: A task holds at most so many times the tokens of the last accepted one. A probe is
 #: too short to trust its speed, and a clock or a worker may be wrong.
 MAX_GROWTH: Final = 4
+#: Sequences in a block of a shard, within which their order is shuffled. A worker
+#: fetches whole blocks: half a megabyte, of 128 tokens a sequence.
+BLOCK_SIZE: Final = 1024
+#: A task is handed in as far as it is after so many times what it should take ...
+STOP_FACTOR: Final = 1.25
+#: ... and in good time before its lease ends for good.
+STOP_SHARE: Final = 0.7
 #: Given-back work that exceeds the claimer's size by this factor is divided.
 DIVIDE_FACTOR: Final = 2
 
@@ -83,12 +90,34 @@ def divided(num_tokens: int, size: int, *, quorum: float = 1.0) -> int:
     return size if num_tokens > factor * size else num_tokens
 
 
+def stop_after_s(
+    *, meant_s: float, predicted_s: float | None, limit_s: float, fixed_size: bool
+) -> float:
+    """Return after how long a worker should hand in what it has trained so far.
+
+    `meant_s` is how long a task cut now may take, `predicted_s` how long this one
+    should by measured speed, and `limit_s` what is left of its lease at most. What an
+    operator gave a fixed size is not cut short by the round, only by the limit.
+    """
+    most = STOP_SHARE * limit_s
+    if fixed_size:
+        return most
+    return min(STOP_FACTOR * max(meant_s, predicted_s or 0.0), most)
+
+
+def is_part(tokens: int, num_tokens: int, *, batch_tokens: int) -> bool:
+    """Return whether so many tokens of a task may be handed in: all, or whole steps."""
+    return tokens == num_tokens or (
+        0 < tokens < num_tokens and tokens % batch_tokens == 0
+    )
+
+
 def num_steps(num_tokens: int, *, seq_len: int, batch_size: int) -> int:
     """Return the local steps of a task: batches of whole sequences, rounded up."""
     return math.ceil(math.ceil(num_tokens / seq_len) / batch_size)
 
 
-def task_seed(run_seed: int, *, epoch: int, shard_id: str, start_token: int) -> int:
-    """Return the seed of a stretch: a function of run, epoch and place alone."""
-    text = f"{run_seed}\n{epoch}\n{shard_id}\n{start_token}".encode()
+def order_seed(run_seed: int, *, epoch: int, shard_id: str) -> int:
+    """Return the seed of the order in which an epoch trains a shard."""
+    text = f"{run_seed}\n{epoch}\n{shard_id}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")

@@ -1,6 +1,7 @@
 """Accepting a submission: one transaction that checks, records and counts it.
 
-At most one submission of a task is ever accepted. The answer is stored with it.
+At most one submission of a task is ever accepted. The answer is stored with it. Where
+only a part of the task was trained, the task becomes that part, and the rest a range.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ import msgspec
 from sqlalchemy import Connection
 
 from bitnet_ext.codecs import Codec
-from bitnet_ext.layout import shape_from_json
 from bitnet_ext.wire.messages import SubmissionAnswer, SubmissionMeta
 from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind
 from coordinator.domain import sizing
 from coordinator.domain.errors import RefusedError
 from coordinator.service.fleet import no_run
 from coordinator.service.returning import held_task, lease_lost, settle_round
-from coordinator.service.roster import known_worker, plan_of
+from coordinator.service.roster import known_worker, plan_of, seq_len_of
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.blobs import Written
 from coordinator.store.rows import RunRow, TaskRow
@@ -63,22 +63,21 @@ def acceptable(
             f"got {meta.base_version}",
             field="base_version",
         )
-    if task.num_tokens != meta.tokens:
-        raise RefusedError(
-            ErrorCode.WRONG_LENGTH,
-            f"tokens must be {task.num_tokens}, the stretch of the task, "
-            f"got {meta.tokens}",
-            field="tokens",
-        )
-    _check_steps(run, meta)
+    _check_trained(run, task, meta)
     return run, task
 
 
-def _check_steps(run: RunRow, meta: SubmissionMeta) -> None:
-    shape = shape_from_json(msgspec.json.decode(run.model_json))
-    due = sizing.num_steps(
-        meta.tokens, seq_len=shape.seq_len, batch_size=plan_of(run).batch_size
-    )
+def _check_trained(run: RunRow, task: TaskRow, meta: SubmissionMeta) -> None:
+    seq_len, batch_size = seq_len_of(run), plan_of(run).batch_size
+    batch_tokens = batch_size * seq_len
+    if not sizing.is_part(meta.tokens, task.num_tokens, batch_tokens=batch_tokens):
+        raise RefusedError(
+            ErrorCode.WRONG_LENGTH,
+            f"tokens must be {task.num_tokens}, the stretch of the task, or fewer in "
+            f"whole steps of {batch_tokens}, got {meta.tokens}",
+            field="tokens",
+        )
+    due = sizing.num_steps(meta.tokens, seq_len=seq_len, batch_size=batch_size)
     if meta.num_steps != due:
         raise RefusedError(
             ErrorCode.BAD_REQUEST,
@@ -111,8 +110,30 @@ def accept(
         round_id=task.round_id,
     )
     _record(connection, arrived, arrived.kept, task, answer, now)
-    _count(connection, run, task, meta.worker_id, now)
+    trained = _shortened(connection, task, answer.round_id, meta.tokens)
+    _count(connection, run, trained, meta.worker_id, now)
     return answer, True
+
+
+def _shortened(
+    connection: Connection, task: TaskRow, round_id: int, tokens: int
+) -> TaskRow:
+    """Return the task as far as it was trained; the rest becomes a range."""
+    if tokens == task.num_tokens:
+        return task
+    tasks.shorten_task(connection, task.task_id, tokens)
+    rounds.shorten_claim(
+        connection, round_id=round_id, task_id=task.task_id, num_tokens=tokens
+    )
+    runs.add_range(
+        connection,
+        run_id=task.run_id,
+        epoch=task.epoch,
+        shard_id=task.shard_id,
+        start_token=task.start_token + tokens,
+        num_tokens=task.num_tokens - tokens,
+    )
+    return msgspec.structs.replace(task, num_tokens=tokens)
 
 
 def _record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version as package_version
 from typing import Final
 
@@ -9,13 +10,13 @@ import msgspec
 from sqlalchemy import Connection
 
 from bitnet_ext.layout import num_params, shape_from_json
-from bitnet_ext.wire.verdicts import TaskState
-from coordinator.domain import leases
+from bitnet_ext.wire.verdicts import TaskState, Verdict
 from coordinator.domain.eta import estimate
-from coordinator.domain.verdicts import WorkerFacts, verdict
+from coordinator.domain.verdicts import verdict
+from coordinator.service.assessing import facts_of
 from coordinator.service.closing import version_point
 from coordinator.service.evaluating import evaluation_point, loss_alarm
-from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.fleet import FINISHED, RUNNING, Known
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
 from coordinator.service.view import (
@@ -49,7 +50,7 @@ _ALL_FAILED: Final = (
 
 def look(
     connection: Connection,
-    fleet: Fleet,
+    fleet: Known,
     *,
     now: float,
     loop_lag_ms: float,
@@ -59,7 +60,7 @@ def look(
     """Return the view at `now`; without `history` its points are left out."""
     run = runs.newest_run(connection)
     server = ServerView(loop_lag_ms=round(loop_lag_ms, 1))
-    if run is None or fleet.manifest is None:
+    if run is None:
         return FleetView(
             package_version=package_version("bitnet-fleet"),
             insecure_http=insecure_http,
@@ -74,28 +75,29 @@ def look(
         )
     held = {task.lease_worker_id or "": task for task in tasks.all_leased(connection)}
     lanes = _claims(connection, run)
+    seen = _workers(connection, fleet, lanes, held, now)
     return FleetView(
         package_version=package_version("bitnet-fleet"),
         insecure_http=insecure_http,
         missing=_missing(connection, fleet, run),
         run=_run(connection, fleet, run, now),
         round=_round(connection, run, lanes, held),
-        tasks=_tasks(connection, run),
-        workers=_workers(connection, fleet, lanes, held, now),
+        tasks=_tasks(connection, run, seen),
+        workers=seen,
         server=server,
         versions=_versions(connection, run) if history else [],
         evaluations=_evaluations(connection, run) if history else [],
     )
 
 
-def _no_run(fleet: Fleet) -> str:
+def _no_run(fleet: Known) -> str:
     """Return what keeps the first run from being made."""
     if fleet.corpus_fault is None:
         return _NO_CORPUS
     return f"The corpus can't be used, and is tried again: {fleet.corpus_fault}"
 
 
-def _missing(connection: Connection, fleet: Fleet, run: RunRow) -> str | None:
+def _missing(connection: Connection, fleet: Known, run: RunRow) -> str | None:
     """Return what an operator has to do before training can begin, or go on."""
     if fleet.file_faults:
         reasons = "; ".join(fault.reason for fault in fleet.file_faults.values())
@@ -107,8 +109,8 @@ def _missing(connection: Connection, fleet: Fleet, run: RunRow) -> str | None:
     return None
 
 
-def _run(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> RunView:
-    manifest = fleet.the_manifest()
+def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunView:
+    manifest = fleet.manifest
     newest = versions.newest_version(connection, run.run_id)
     recent = [
         point.tokens_per_s or 0.0
@@ -128,14 +130,16 @@ def _run(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> RunVi
         token_budget=run.token_budget,
         tokens_accepted=run.tokens_accepted,
         epoch=run.epoch,
-        epoch_tokens=sum(shard.num_tokens for shard in manifest.train_shards()),
+        epoch_tokens=None
+        if manifest is None
+        else sum(shard.num_tokens for shard in manifest.train_shards()),
         epoch_tokens_accepted=rounds.epoch_tokens_accepted(
             connection, run.run_id, run.epoch
         ),
         newest_version=newest.version,
         newest_version_at=newest.created_at,
         best_version=versions.best_version(connection, run.run_id),
-        gzip_bits_per_byte=manifest.gzip_bits_per_byte(),
+        gzip_bits_per_byte=None if manifest is None else manifest.gzip_bits_per_byte(),
         tokens_per_s=sum(moving[-5:]) / len(moving[-5:]) if moving else None,
         eta=_eta(run, moving, now),
         loss_alarm=loss_alarm(versions.evaluations_of(connection, run.run_id)),
@@ -203,13 +207,18 @@ def _lane(claim: ClaimRow, task: TaskRow | None) -> LaneView:
     )
 
 
-def _tasks(connection: Connection, run: RunRow) -> TasksView:
+def _tasks(
+    connection: Connection, run: RunRow, seen: Sequence[WorkerView]
+) -> TasksView:
     counts = tasks.count_by_state(connection, run.run_id)
+    held = [row.verdict for row in seen if row.task_id is not None]
     return TasksView(
         pending=counts[TaskState.PENDING],
         leased=counts[TaskState.LEASED],
         done=counts[TaskState.DONE],
         failed=counts[TaskState.FAILED],
+        soft_expired=held.count(Verdict.SLOW),
+        stuck=held.count(Verdict.STUCK) + held.count(Verdict.LOST),
         range_tokens=runs.range_tokens(connection, run.run_id),
         latest_failed=[
             FailedTaskView(
@@ -225,7 +234,7 @@ def _tasks(connection: Connection, run: RunRow) -> TasksView:
 
 def _workers(
     connection: Connection,
-    fleet: Fleet,
+    fleet: Known,
     claims: list[ClaimRow],
     held: dict[str, TaskRow],
     now: float,
@@ -251,30 +260,16 @@ def _worker(
     interval_s: float,
     now: float,
 ) -> WorkerView:
-    word, evidence = verdict(
-        WorkerFacts(
-            heartbeat_age_s=max(0.0, now - worker.heartbeat_at),
-            heartbeat_s=interval_s,
-            tokens_done=None if task is None else task.tokens_done,
-            num_tokens=None if task is None else task.num_tokens,
-            no_progress_s=0.0
-            if task is None
-            else leases.no_progress_s(
-                task.expires_at or now,
-                ttl_s=leases.ttl_s(interval_s),
-                heartbeat_at=worker.heartbeat_at,
-            ),
-            elapsed_s=0.0 if task is None else now - (task.claimed_at or now),
-            predicted_s=None if task is None else task.predicted_s,
-            back_in_round=back_in_round,
-            quarantine=worker.quarantine_reason,
-        )
+    facts = facts_of(
+        worker, task, back_in_round=back_in_round, interval_s=interval_s, now=now
     )
+    word, evidence = verdict(facts)
     return WorkerView(
         worker_id=worker.worker_id,
         name=worker.name,
         verdict=word,
         evidence=evidence,
+        facts=facts,
         phase=worker.phase,
         draining=worker.draining,
         cpu_model=worker.cpu_model,

@@ -1,4 +1,4 @@
-"""How a lease ends without a submission: released, failed, or run out.
+"""How a lease ends without a submission: released, failed, run out, or taken away.
 
 The task goes back to pending under the same id, or is given up after its last
 attempt. What became of its round is decided in the same transaction.
@@ -49,7 +49,7 @@ async def release(fleet: Fleet, task_id: str, request: ReleaseRequest) -> TaskAn
         return TaskAnswer(task_id=task.task_id, state=TaskState.PENDING)
 
     answer = await fleet.store.write(give_back)
-    _ring(fleet)
+    ring(fleet)
     return answer
 
 
@@ -76,7 +76,7 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
         return TaskAnswer(task_id=task.task_id, state=state)
 
     answer = await fleet.store.write(give_up)
-    _ring(fleet)
+    ring(fleet)
     return answer
 
 
@@ -107,7 +107,7 @@ async def sweep_leases(fleet: Fleet) -> int:
     count = await fleet.store.write(end)
     fleet.swept_at = fleet.clock.monotonic()
     if count:
-        _ring(fleet)
+        ring(fleet)
     return count
 
 
@@ -117,9 +117,21 @@ def expire_overdue(connection: Connection, fleet: Fleet, now: float) -> int:
     for task in late:
         silent = (task.expires_at or 0.0) <= now
         reason = "lease expired" if silent else "took longer than its limit"
-        _attempt_lost(connection, task, "expired", reason, now, 0.0)
-        _after(connection, fleet, task, "expired", now)
+        end_lease(connection, fleet, task, "expired", reason, now)
     return len(late)
+
+
+def end_lease(
+    connection: Connection,
+    fleet: Fleet,
+    task: TaskRow,
+    outcome: str,
+    reason: str,
+    now: float,
+) -> None:
+    """End the lease of a worker that has no say in it; its attempt is lost."""
+    _attempt_lost(connection, task, outcome, reason, now, 0.0)
+    _after(connection, fleet, task, outcome, now)
 
 
 def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
@@ -303,7 +315,8 @@ def _after(
         add_epoch_if_done(connection, run, fleet.the_manifest(), now)
 
 
-def _ring(fleet: Fleet) -> None:
+def ring(fleet: Fleet) -> None:
+    """Wake whoever waits for what the end of a lease may have changed."""
     fleet.round_ready.ring()
     fleet.work.ring()
     fleet.changed.ring()

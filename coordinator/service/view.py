@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from coordinator.domain.verdicts import WorkerFacts
+
 
 class View(Struct, frozen=True, kw_only=True):
     """Base of every part."""
@@ -39,15 +41,16 @@ class RunView(View, frozen=True, kw_only=True):
     stop_at: float | None
     token_budget: int | None
     tokens_accepted: int
-    #: One pass over the training shards; `epoch` counts from 1.
+    #: One pass over the training shards; `epoch` counts from 1. Its tokens are None
+    #: where the corpus is not at hand, which never happens while a coordinator runs.
     epoch: int
-    epoch_tokens: int
+    epoch_tokens: int | None
     epoch_tokens_accepted: int
     newest_version: int
     newest_version_at: float
     best_version: int | None
-    #: What `gzip -9` needs for the held-out text: the line to get under.
-    gzip_bits_per_byte: float
+    #: What `gzip -9` needs for the held-out text: the line to get under. None as above.
+    gzip_bits_per_byte: float | None
     #: Of the whole fleet, over the last closed rounds; None before the first.
     tokens_per_s: float | None
     eta: EtaView
@@ -95,8 +98,10 @@ class WorkerView(View, frozen=True, kw_only=True):
     worker_id: str
     name: str
     verdict: str
-    #: One sentence with the number that decided.
+    #: A sentence or two with the number that decided.
     evidence: str
+    #: All that the verdict was drawn from.
+    facts: WorkerFacts
     phase: str
     draining: bool
     cpu_model: str
@@ -134,6 +139,11 @@ class TasksView(View, frozen=True, kw_only=True):
     leased: int
     done: int
     failed: int
+    #: Leased tasks, of either kind, past their prediction: alive, and their workers get
+    #: on (`slow`).
+    soft_expired: int
+    #: Leased tasks whose workers stand still, or are silent (`stuck`, `lost`).
+    stuck: int
     #: Tokens of this epoch that are not yet cut into tasks.
     range_tokens: int
     #: The latest of the failed ones, at most five.

@@ -66,6 +66,21 @@ def end_claim(
     )
 
 
+def shorten_claim(
+    connection: Connection, *, round_id: int, task_id: str, num_tokens: int
+) -> None:
+    """Let the open claim of a task count for fewer tokens."""
+    connection.execute(
+        update(claims)
+        .where(
+            claims.c.round_id == round_id,
+            claims.c.task_id == task_id,
+            claims.c.ended_at.is_(None),
+        )
+        .values(num_tokens=num_tokens)
+    )
+
+
 def void_claims(connection: Connection, round_id: int) -> None:
     """Start a round over: its claims no longer keep anybody from claiming."""
     connection.execute(
@@ -84,6 +99,40 @@ def claims_of(connection: Connection, round_id: int) -> list[ClaimRow]:
         .order_by(claims.c.claim_seq)
     )
     return [typed(ClaimRow, row) for row in rows]
+
+
+def newest_rounds(connection: Connection, run_id: str, limit: int) -> list[RoundRow]:
+    """Return the last rounds of a run, oldest first."""
+    rows = connection.execute(
+        select(rounds)
+        .where(rounds.c.run_id == run_id)
+        .order_by(rounds.c.round_id.desc())
+        .limit(limit)
+    )
+    return [typed(RoundRow, row) for row in reversed(rows.all())]
+
+
+def claims_since(connection: Connection, run_id: str, round_id: int) -> list[ClaimRow]:
+    """Return all claims of a run from a round on, void ones too, in order."""
+    rows = connection.execute(
+        select(claims)
+        .join(rounds, rounds.c.round_id == claims.c.round_id)
+        .where(rounds.c.run_id == run_id, claims.c.round_id >= round_id)
+        .order_by(claims.c.claim_seq)
+    )
+    return [typed(ClaimRow, row) for row in rows]
+
+
+def submissions_since(
+    connection: Connection, run_id: str, round_id: int
+) -> list[SubmissionRow]:
+    """Return all submissions to a run from a round on, in order of arrival."""
+    rows = connection.execute(
+        select(submissions)
+        .where(submissions.c.run_id == run_id, submissions.c.round_id >= round_id)
+        .order_by(submissions.c.accepted_at, submissions.c.submission_id)
+    )
+    return [typed(SubmissionRow, row) for row in rows]
 
 
 def add_submission(connection: Connection, **columns: Any) -> None:

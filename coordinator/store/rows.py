@@ -58,6 +58,8 @@ class RoundRow(Struct, frozen=True, kw_only=True):
     opened_at: float
     first_claim_at: float | None
     first_submission_at: float | None
+    closed_at: float | None
+    version: int | None
 
 
 class TaskRow(Struct, frozen=True, kw_only=True):
@@ -77,6 +79,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     attempt: int
     num_leases: int
     created_at: float
+    done_at: float | None
     lease_hash: str | None
     lease_claim_id: str | None
     lease_worker_id: str | None
@@ -92,6 +95,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     cpu_s: float
     step_s: float
     progress_at: float | None
+    progress_cpu_s: float | None
 
 
 class ClaimRow(Struct, frozen=True, kw_only=True):
@@ -138,6 +142,10 @@ class SubmissionRow(Struct, frozen=True, kw_only=True):
     payload_bytes: int
     body_sha256: str
     answer_json: str
+    norm: float | None
+    size: float | None
+    factor: float | None
+    cosine: float | None
 
 
 class VersionRow(Struct, frozen=True, kw_only=True):
@@ -210,3 +218,13 @@ class WorkerRow(Struct, frozen=True, kw_only=True):
     quarantined_at: float | None
     quarantine_reason: str | None
     judged_from: float
+    gone_at: float | None
+
+
+class EventRow(Struct, frozen=True, kw_only=True):
+    """A row of `events`."""
+
+    event_id: int
+    at: float
+    kind: str
+    body_json: str

@@ -155,6 +155,8 @@ tasks: Final = Table(
     Column("cpu_s", Float, nullable=False, server_default="0"),
     Column("step_s", Float, nullable=False, server_default="0"),
     Column("progress_at", Float),
+    # CPU seconds that had been reported when tokens or bytes rose last.
+    Column("progress_cpu_s", Float),
     CheckConstraint("state IN ('pending','leased','done','failed')", name="task_state"),
     CheckConstraint("(state = 'leased') = (lease_hash IS NOT NULL)", name="task_lease"),
     CheckConstraint("kind IN ('train','evaluate')", name="task_kind"),
@@ -318,6 +320,8 @@ workers: Final = Table(
     Column("quarantine_reason", Text),
     # What it handed in before is not held against it any more.
     Column("judged_from", Float, nullable=False, server_default="0"),
+    # When an operator put it away; empty again once it has come back.
+    Column("gone_at", Float),
 )
 
 #: What happened, in order: the story behind every number on the page.

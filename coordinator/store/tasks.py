@@ -8,7 +8,7 @@ from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
 from bitnet_ext.wire.verdicts import TaskKind, TaskState
 from coordinator.store.rows import TaskRow, typed
-from coordinator.store.tables import tasks
+from coordinator.store.tables import tasks, versions
 
 #: The columns of a lease, all empty again once it has ended.
 _NO_LEASE: Final[dict[str, Any]] = {
@@ -23,6 +23,7 @@ _NO_LEASE: Final[dict[str, Any]] = {
     "hard_at": None,
     "predicted_s": None,
     "progress_at": None,
+    "progress_cpu_s": None,
 }
 
 
@@ -90,7 +91,7 @@ def lease_task(connection: Connection, task_id: str, **lease: Any) -> None:
 
 
 def shorten_task(connection: Connection, task_id: str, num_tokens: int) -> None:
-    """Keep only the head of a pending task."""
+    """Keep only the head of a task."""
     connection.execute(
         update(tasks).where(tasks.c.task_id == task_id).values(num_tokens=num_tokens)
     )
@@ -268,6 +269,32 @@ def latest_failed(connection: Connection, run_id: str, limit: int) -> list[TaskR
         .limit(limit)
     )
     return [typed(TaskRow, row) for row in rows]
+
+
+def requeue_failed(connection: Connection, run_id: str, task_id: str | None) -> int:
+    """Make failed tasks pending, as if never tried; return how many.
+
+    `task_id` None: all of a run. Versions without blobs can't be scored any more.
+    """
+    pruned = select(versions.c.version).where(versions.c.pruned)
+    query = update(tasks).where(
+        tasks.c.run_id == run_id,
+        tasks.c.state == TaskState.FAILED,
+        or_(tasks.c.version.is_(None), tasks.c.version.not_in(pruned)),
+    )
+    if task_id is not None:
+        query = query.where(tasks.c.task_id == task_id)
+    done = connection.execute(
+        query.values(
+            state=TaskState.PENDING,
+            attempt=0,
+            reason=None,
+            done_at=None,
+            not_before_at=0.0,
+            returned_round_id=None,
+        )
+    )
+    return done.rowcount
 
 
 def evaluation_of(connection: Connection, run_id: str, version: int) -> TaskRow | None:

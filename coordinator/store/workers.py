@@ -9,7 +9,7 @@ import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from bitnet_ext.wire.verdicts import TaskState
-from coordinator.store.rows import WorkerRow, typed
+from coordinator.store.rows import EventRow, WorkerRow, typed
 from coordinator.store.tables import (
     events,
     facts,
@@ -76,7 +76,9 @@ def count_failure(connection: Connection, worker_id: str) -> None:
 
 def fleet_speed(connection: Connection) -> float | None:
     """Return the mean measured tokens per second of a worker, None before any."""
-    mean = connection.execute(select(func.avg(workers.c.tokens_per_s))).scalar_one()
+    mean = connection.execute(
+        select(func.avg(workers.c.tokens_per_s)).where(workers.c.gone_at.is_(None))
+    ).scalar_one()
     return None if mean is None else float(mean)
 
 
@@ -106,6 +108,14 @@ def add_event(
         connection.execute(
             delete(events).where(events.c.event_id <= newest - MAX_EVENTS)
         )
+
+
+def newest_events(connection: Connection, limit: int) -> list[EventRow]:
+    """Return what happened last, in order."""
+    rows = connection.execute(
+        select(events).order_by(events.c.event_id.desc()).limit(limit)
+    )
+    return [typed(EventRow, row) for row in reversed(rows.all())]
 
 
 def fact(connection: Connection, name: str) -> str | None:

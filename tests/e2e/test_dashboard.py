@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coordinator.domain.verdicts import WorkerFacts
 from coordinator.live.hub import BACKLOG_MESSAGES
 from coordinator.service.view import (
     EtaView,
@@ -43,6 +44,21 @@ def worker(name: str, verdict: str) -> WorkerView:
         name=name,
         verdict=verdict,
         evidence="<b>not markup</b>",
+        facts=WorkerFacts(
+            heartbeat_age_s=0.0,
+            heartbeat_s=5.0,
+            tokens_done=500,
+            num_tokens=1000,
+            no_progress_s=0.0,
+            elapsed_s=50.0,
+            predicted_s=100.0,
+            progress_age_s=1.0,
+            cpu_s_since_progress=0.5,
+            back_in_round=False,
+            quarantine=None,
+            draining=False,
+            is_gone=verdict == "gone",
+        ),
         phase="train",
         draining=False,
         cpu_model="A CPU",
@@ -134,6 +150,8 @@ def fleet() -> FleetView:
             leased=2,
             done=4,
             failed=0,
+            soft_expired=0,
+            stuck=0,
             range_tokens=5000,
             latest_failed=[],
         ),

@@ -552,20 +552,12 @@ class Fleet:
         )
 
     def _windows(self, stretch: Stretch) -> Windows:
-        """Return the windows of a task in its own order."""
+        """Return the windows of a task, in the order of the epoch."""
         if stretch.epoch != self._epoch:
             order = self._text.order(self._seed, stretch.epoch)
         else:
             order = self._order
-        seed = sizing.task_seed(
-            self._seed,
-            epoch=stretch.epoch,
-            shard_id="text",
-            start_token=stretch.start * SEQ_LEN,
-        )
-        places = order[stretch.start : stretch.start + stretch.num]
-        shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(places)
-        return self._text.train[shuffled]
+        return self._text.train[order[stretch.start : stretch.start + stretch.num]]
 
     def _payload(self, claim: Claim, gradient: Vector) -> bytes:
         worker = claim.worker

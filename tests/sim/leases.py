@@ -390,8 +390,12 @@ class Fleet:
                 heartbeat_s=HEARTBEAT_S,
                 tokens_done=None if held.over else lease.reported.tokens_done,
                 num_tokens=None if held.over else lease.num_tokens,
+                progress_age_s=now - lease.progress_at,
+                cpu_s_since_progress=None,
                 back_in_round=False,
                 quarantine=None,
+                draining=False,
+                is_gone=False,
                 no_progress_s=leases.no_progress_s(
                     lease.expires_at,
                     ttl_s=leases.ttl_s(HEARTBEAT_S),

@@ -29,12 +29,32 @@ export function run(given = {}) {
   };
 }
 
+export function facts(given = {}) {
+  return {
+    heartbeat_age_s: 2,
+    heartbeat_s: 5,
+    tokens_done: null,
+    num_tokens: null,
+    no_progress_s: 0,
+    elapsed_s: 0,
+    predicted_s: null,
+    progress_age_s: null,
+    cpu_s_since_progress: null,
+    back_in_round: false,
+    quarantine: null,
+    draining: false,
+    is_gone: false,
+    ...given,
+  };
+}
+
 export function worker(name, given = {}) {
   return {
     worker_id: `w-${name}`,
     name,
     verdict: "idle",
     evidence: "Holds no task.",
+    facts: facts(),
     phase: "idle",
     draining: false,
     cpu_model: "A CPU",
@@ -104,6 +124,8 @@ export function tasks(given = {}) {
     leased: 1,
     done: 20,
     failed: 0,
+    soft_expired: 0,
+    stuck: 0,
     range_tokens: 5000,
     latest_failed: [],
     ...given,

@@ -193,10 +193,72 @@ def test_a_finished_run_has_an_end_and_no_eta(running: World):
     assert (eta.at, eta.reason) == (None, "The run is finished.")
 
 
+def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()
+    running.clock.advance(10.0)
+    running.heartbeat(task, tokens_done=120, cpu_s=3.0)
+    running.clock.advance(5.0)
+    running.heartbeat(task, tokens_done=120, cpu_s=7.5)
+    running.clock.advance(2.0)
+
+    facts = worker(looked(running), "w1").facts
+
+    assert (facts.heartbeat_age_s, facts.heartbeat_s) == (2.0, 5.0)
+    assert (facts.elapsed_s, facts.predicted_s) == (17.0, 60.0)
+    assert (facts.tokens_done, facts.num_tokens) == (120, 480)
+    assert (facts.progress_age_s, facts.cpu_s_since_progress) == (7.0, 4.5)
+    assert facts.no_progress_s == 5.0
+    running.submit(task)
+    facts = worker(looked(running), "w1").facts
+    assert (facts.tokens_done, facts.progress_age_s, facts.back_in_round) == (
+        None,
+        None,
+        True,
+    )
+
+
+def test_late_tasks_and_those_that_stand_still_are_counted_apart(running: World):
+    for name in ("w2", "w3", "w4"):
+        running.register(name)
+    for name in ("w1", "w2", "w3", "w4"):
+        running.set_speed(name, 1.0)
+    slow, stuck, good = (running.claimed(name) for name in ("w1", "w2", "w3"))
+    running.claimed("w4")  # and is never heard again
+    for done in range(1, 15):
+        running.clock.advance(5.0)
+        running.heartbeat(slow, "w1", tokens_done=done)
+        running.heartbeat(good, "w3", tokens_done=done)
+        running.heartbeat(stuck, "w2", tokens_done=1)
+        if done == 12:
+            counts = looked(running).tasks
+            assert (counts.soft_expired, counts.stuck) == (0, 2)
+            running.submit(good, "w3")
+
+    view = looked(running)
+
+    words = {row.worker_id: row.verdict for row in view.workers}
+    assert words == {"w1": "slow", "w2": "stuck", "w3": "waiting", "w4": "lost"}
+    assert (view.tasks.soft_expired, view.tasks.stuck) == (1, 2)
+
+
+def test_a_worker_that_is_gone_says_so_and_its_task_does_not_count(running: World):
+    running.claimed()
+    running.write(
+        lambda c: workers.change_worker(c, "w1", draining=True, gone_at=START)
+    )
+
+    view = looked(running)
+
+    assert worker(view, "w1").verdict == "gone"
+    assert (view.tasks.soft_expired, view.tasks.stuck) == (0, 0)
+
+
 def test_a_draining_worker_shows_it(running: World):
     running.write(lambda c: workers.change_worker(c, "w1", draining=True))
 
-    assert worker(looked(running), "w1").draining is True
+    row = worker(looked(running), "w1")
+    assert (row.verdict, row.draining) == ("draining", True)
 
 
 def test_nothing_that_opens_a_door_is_ever_in_the_view(running: World):

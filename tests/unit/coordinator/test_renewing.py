@@ -362,3 +362,24 @@ def test_an_unknown_worker_is_refused(running: World):
         running.heartbeat(worker_id="w9")
 
     assert caught.value.code is ErrorCode.UNKNOWN_WORKER
+
+
+def test_cpu_time_is_counted_from_the_last_token_or_byte(running: World):
+    task = running.claimed()
+    seen = []
+    for said in (
+        {"cpu_s": 5000.0},  # an old process: what it used before is not of this task
+        {"cpu_s": 5004.0},
+        {"cpu_s": 5010.0, "tokens_done": 8},
+        {"cpu_s": 5013.0, "tokens_done": 8},
+        {"cpu_s": 5014.0, "tokens_done": 8, "bytes_done": 1},
+        {"cpu_s": 5016.5, "tokens_done": 8, "bytes_done": 1},
+    ):
+        running.clock.advance(5.0)
+        running.heartbeat(task, **said)
+        row = running.task(task.task_id)
+        seen.append(row.cpu_s - row.progress_cpu_s)
+
+    assert seen == [0.0, 4.0, 0.0, 3.0, 0.0, 2.5]
+    running.release(task)
+    assert running.task(task.task_id).progress_cpu_s is None

@@ -109,18 +109,44 @@ def test_steps_are_batches_of_whole_sequences(num_tokens, seq_len, batch_size):
     assert due == len(batches)
 
 
-def test_a_seed_is_a_function_of_run_epoch_and_place():
-    def seed(run_seed=1, epoch=1, shard_id="train-00000", start_token=0):
-        return sizing.task_seed(
-            run_seed, epoch=epoch, shard_id=shard_id, start_token=start_token
-        )
+def test_a_seed_is_a_function_of_run_epoch_and_shard():
+    def seed(run_seed=1, epoch=1, shard_id="train-00000"):
+        return sizing.order_seed(run_seed, epoch=epoch, shard_id=shard_id)
 
-    others = [
-        seed(run_seed=2),
-        seed(epoch=2),
-        seed(shard_id="train-00001"),
-        seed(start_token=8),
-    ]
+    others = [seed(run_seed=2), seed(epoch=2), seed(shard_id="train-00001")]
     assert seed() == seed()
-    assert len({seed(), *others}) == 5
+    assert len({seed(), *others}) == 4
     assert all(0 <= number < 2**56 for number in others)
+
+
+@pytest.mark.parametrize(
+    ("meant_s", "predicted_s", "limit_s", "fixed_size", "due"),
+    [
+        (600.0, None, 7200.0, False, 750.0),
+        (600.0, 590.0, 1830.0, False, 750.0),
+        # A remnant that went along was meant to.
+        (600.0, 880.0, 2700.0, False, 1100.0),
+        # A short piece of given-back work: its lease would end before.
+        (600.0, 100.0, 360.0, False, 252.0),
+        (180.0, 180.0, 600.0, False, 225.0),
+        (600.0, 3000.0, 7260.0, True, 5082.0),
+    ],
+)
+def test_a_task_is_handed_in_somewhat_after_its_time_and_well_before_its_limit(
+    meant_s, predicted_s, limit_s, fixed_size, due
+):
+    found = sizing.stop_after_s(
+        meant_s=meant_s, predicted_s=predicted_s, limit_s=limit_s, fixed_size=fixed_size
+    )
+
+    assert found == pytest.approx(due)
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 48, 60])
+def test_whole_steps_of_a_task_or_all_of_it_may_be_handed_in(tokens):
+    assert sizing.is_part(tokens, 60, batch_tokens=16)
+
+
+@pytest.mark.parametrize("tokens", [-16, 0, 8, 17, 59, 61, 64])
+def test_nothing_else_may(tokens):
+    assert not sizing.is_part(tokens, 60, batch_tokens=16)

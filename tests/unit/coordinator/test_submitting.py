@@ -90,8 +90,9 @@ REFUSED: dict[str, tuple[Callable[[Task, SubmissionMeta], bytes], str, str]] = {
         "stale_base",
         "base_version",
     ),
-    "too few tokens": (with_meta(tokens=63), "wrong_length", "tokens"),
-    "too many tokens": (with_meta(tokens=65), "wrong_length", "tokens"),
+    "half a step": (with_meta(tokens=56, num_steps=4), "wrong_length", "tokens"),
+    "too many tokens": (with_meta(tokens=80, num_steps=5), "wrong_length", "tokens"),
+    "steps of other tokens": (with_meta(tokens=48), "bad_request", "num_steps"),
     "wrong steps": (with_meta(num_steps=5), "bad_request", "num_steps"),
     "loss below zero": (with_meta(loss_mean=-1.0), "bad_request", "loss_mean"),
     "frame of another base": (
