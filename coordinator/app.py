@@ -231,7 +231,7 @@ async def _listen(
     application = _application(settings, fleet, feed, lag, door, live)
     server = Server(application, limit=allow_connections())
     control = ControlServer(
-        fleet, settings.data, key_is_set=settings.worker_api_key is not None
+        fleet, feed, settings.data, key_is_set=settings.worker_api_key is not None
     )
     await control.start()
     # Last of all: it is shown once, so nothing may fail between here and there.

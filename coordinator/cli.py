@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+from msgspec.structs import fields
+
 from bitnet_ext.exports.provenance import VARIANTS, Format, Variant
 from bitnet_ext.wire.log import configure_logging
 from bitnet_ext.wire.verdicts import RoundKind
@@ -24,8 +27,14 @@ from coordinator import verbs
 from coordinator.app import KEY_NAME, Listening, serve
 from coordinator.control import (
     AcknowledgeReset,
+    Command,
+    DrainWorker,
+    KickStuck,
+    MarkGone,
     ReadmitWorker,
+    RequeueFailed,
     ResetPassword,
+    ResumeWorker,
     Seed,
     TrainFor,
 )
@@ -35,6 +44,7 @@ from coordinator.login.handlers import HOME_PATH
 from coordinator.service.corpus import Recipe
 from coordinator.service.exporting import Pick, parse_version
 from coordinator.settings import EVERY_ADDRESS, PREFIX, CoordinatorSettings
+from coordinator.terminal import moment, status_text
 
 #: Options that stand for a setting of the same name.
 _SETTINGS: Final = {
@@ -47,6 +57,23 @@ _SETTINGS: Final = {
 }
 
 
+#: Commands that are passed on as they are; tag and docstring are name and help.
+_ORDERS: Final[tuple[type[Command], ...]] = (
+    AcknowledgeReset,
+    DrainWorker,
+    ResumeWorker,
+    MarkGone,
+    KickStuck,
+    RequeueFailed,
+    ReadmitWorker,
+    ResetPassword,
+)
+#: Exit status of `status` where nothing runs and the data folder was read.
+NOT_RUNNING: Final = 3
+_STATUS_ABOUT: Final = (
+    f"show run, round and workers; exit status {NOT_RUNNING} where no coordinator "
+    "runs: as it was when one last did"
+)
 #: The option that chooses a variant, of a format that has several.
 _VARIANT_OPTIONS: Final = {"layout": Format.HF, "type": Format.GGUF}
 
@@ -94,15 +121,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     stop = add("train-for", _train_for, "stop giving out training after a while")
     stop.add_argument("seconds", help="seconds from now, or `ever`")
-    add("acknowledge-reset", _acknowledge, "take the banner of a hard reset down")
-    readmit = add("readmit-worker", _readmit, "give a quarantined worker work again")
-    readmit.add_argument("worker_id", help="as the page shows it")
-    add("reset-admin-password", _reset_password, "make a new admin password")
+    for order in _ORDERS:
+        about = (order.__doc__ or "").rstrip(".")
+        name = str(order.__struct_config__.tag)
+        _add_fields(add(name, _pass_on(order), about[0].lower() + about[1:]), order)
+    add("status", _status, _STATUS_ABOUT)
+    add("dump-telemetry", _dump, "print all that an expert may need, as JSON")
     add("worker-key", _worker_key, "print the key that workers need")
     _add_export(add("export", _export, "write a version for other software"))
     _add_eval(add("eval", _eval, "score a version or an exported folder"))
     _add_demo(verb.add_parser("demo", help="train on this machine for some minutes"))
     return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, order: type[Command]) -> None:
+    """Add an argument for each field; one with a default may be left out."""
+    for field in fields(order):
+        left_out = "" if field.required else "; without it, all"
+        parser.add_argument(
+            field.name,
+            nargs=None if field.required else "?",
+            help=f"as the page shows it{left_out}",
+        )
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -254,19 +294,32 @@ def _train_for(options: argparse.Namespace) -> int:
     return 0
 
 
-def _acknowledge(options: argparse.Namespace) -> int:
-    print(verbs.command(_settings(options), AcknowledgeReset()))
-    return 0
+def _pass_on(order: type[Command]) -> Callable[[argparse.Namespace], int]:
+    """Return what passes an order on whose fields are the arguments."""
+
+    def act(options: argparse.Namespace) -> int:
+        given = {field: getattr(options, field) for field in order.__struct_fields__}
+        print(verbs.command(_settings(options), order(**given)))
+        return 0
+
+    return act
 
 
-def _readmit(options: argparse.Namespace) -> int:
-    wish = ReadmitWorker(worker_id=options.worker_id)
-    print(verbs.command(_settings(options), wish))
-    return 0
+def _status(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    view, ran_until = verbs.status(settings)
+    if ran_until is not None:
+        when = moment(ran_until)
+        print(
+            f"No coordinator runs on {settings.data}. As of {when}, from its database:"
+        )
+    print(status_text(view))
+    return 0 if ran_until is None else NOT_RUNNING
 
 
-def _reset_password(options: argparse.Namespace) -> int:
-    print(verbs.command(_settings(options), ResetPassword()))
+def _dump(options: argparse.Namespace) -> int:
+    found = msgspec.json.encode(verbs.telemetry(_settings(options)))
+    print(msgspec.json.format(found).decode())
     return 0
 
 

@@ -20,12 +20,16 @@ from msgspec import Struct
 
 from coordinator.domain.errors import FleetError, StartError
 from coordinator.login.passwords import new_password, reset_admin_password
+from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet
-from coordinator.service.steering import (
-    acknowledge_reset,
+from coordinator.service.steering import acknowledge_reset, seed_epoch, train_until
+from coordinator.service.tending import (
+    drain_worker,
+    kick_stuck,
+    put_away,
     readmit_worker,
-    seed_epoch,
-    train_until,
+    requeue_failed,
+    resume_worker,
 )
 
 log = logging.getLogger(__name__)
@@ -87,11 +91,47 @@ class ReadmitWorker(Struct, frozen=True, kw_only=True, tag="readmit-worker"):
     worker_id: str
 
 
+class DrainWorker(Struct, frozen=True, kw_only=True, tag="drain-worker"):
+    """Give a worker no more tasks."""
+
+    worker_id: str
+
+
+class ResumeWorker(Struct, frozen=True, kw_only=True, tag="resume-worker"):
+    """Give a worker that drains tasks again."""
+
+    worker_id: str
+
+
+class MarkGone(Struct, frozen=True, kw_only=True, tag="mark-gone"):
+    """Put a worker away that drains or is lost."""
+
+    worker_id: str
+
+
+class KickStuck(Struct, frozen=True, kw_only=True, tag="kick-stuck"):
+    """End the lease of a worker that is stuck or lost."""
+
+    #: None: of every one.
+    worker_id: str | None = None
+
+
+class RequeueFailed(Struct, frozen=True, kw_only=True, tag="requeue-failed"):
+    """Make a failed task pending again, its attempts anew."""
+
+    #: None: every one of the run.
+    task_id: str | None = None
+
+
 class ResetPassword(Struct, frozen=True, tag="reset-admin-password"):
     """Make a new admin password and end every session."""
 
 
-Command = Seed | TrainFor | AcknowledgeReset | ReadmitWorker | ResetPassword
+#: What is done to one worker, or to tasks.
+Tending = (
+    ReadmitWorker | DrainWorker | ResumeWorker | MarkGone | KickStuck | RequeueFailed
+)
+Command = Seed | TrainFor | AcknowledgeReset | ResetPassword | Tending
 
 
 class KeyOrigin(Struct, frozen=True, tag="key-origin"):
@@ -103,8 +143,19 @@ KEY_IS_SET: Final = "set"
 _KEY_IN_FOLDER: Final = "in the folder"
 
 
+class Status(Struct, frozen=True, tag="status"):
+    """Say how the fleet is doing: a `FleetView` without history, as JSON."""
+
+
+class DumpTelemetry(Struct, frozen=True, tag="dump-telemetry"):
+    """Say all that an expert may need: a `Telemetry`, as JSON."""
+
+
+Question = KeyOrigin | Status | DumpTelemetry
+
+
 class Outcome(Struct, frozen=True, kw_only=True):
-    """What became of a command: a sentence, or an error."""
+    """What became of a command: a sentence, or an error. Of a question: its answer."""
 
     said: str = ""
     error: str | None = None
@@ -126,22 +177,48 @@ async def obey(fleet: Fleet, command: Command) -> str:
         case AcknowledgeReset():
             await acknowledge_reset(fleet)
             return "reset acknowledged"
-        case ReadmitWorker(worker_id=worker_id):
-            await readmit_worker(fleet, worker_id)
-            return f"worker {worker_id} gets work again"
         case ResetPassword():
             password = new_password(fleet.rng)
             await fleet.store.write(
                 lambda connection: reset_admin_password(connection, password)
             )
             return f"new admin password: {password}"
+        case _:
+            return await _tend(fleet, command)
+
+
+async def _tend(fleet: Fleet, command: Tending) -> str:
+    match command:
+        case ReadmitWorker(worker_id=worker_id):
+            await readmit_worker(fleet, worker_id)
+            return f"worker {worker_id} gets work again"
+        case DrainWorker(worker_id=worker_id):
+            held = await drain_worker(fleet, worker_id)
+            rest = f" and finishes {', '.join(held)}" if held else ""
+            return f"worker {worker_id} gets no more tasks{rest}"
+        case ResumeWorker(worker_id=worker_id):
+            await resume_worker(fleet, worker_id)
+            return f"worker {worker_id} gets tasks again"
+        case MarkGone(worker_id=worker_id):
+            taken = await put_away(fleet, worker_id)
+            rest = f"; {', '.join(taken)} is taken from it" if taken else ""
+            return f"worker {worker_id} is gone, until it comes back{rest}"
+        case KickStuck():
+            kicked = await kick_stuck(fleet, command.worker_id)
+            return f"taken from workers that stand still: {', '.join(kicked) or 'none'}"
+        case RequeueFailed():
+            count = await requeue_failed(fleet, command.task_id)
+            return f"{count} failed tasks are pending again"
 
 
 class ControlServer:
     """Listens on `data/control.sock`; `key_is_set`: workers' key is of no file."""
 
-    def __init__(self, fleet: Fleet, folder: Path, *, key_is_set: bool) -> None:
+    def __init__(
+        self, fleet: Fleet, feed: Feed, folder: Path, *, key_is_set: bool
+    ) -> None:
         self._fleet = fleet
+        self._feed = feed
         self._key_is_set = key_is_set
         self._path = folder / SOCKET_NAME
         self._server: asyncio.Server | None = None
@@ -178,11 +255,11 @@ class ControlServer:
                 error=f"a command must be a line of at most {_MAX_LINE_BYTES} bytes"
             )
         try:
-            command: Command | KeyOrigin = msgspec.json.decode(
-                line, type=Command | KeyOrigin
+            command: Command | Question = msgspec.json.decode(
+                line, type=Command | Question
             )
-            if isinstance(command, KeyOrigin):
-                return Outcome(said=KEY_IS_SET if self._key_is_set else _KEY_IN_FOLDER)
+            if isinstance(command, Question):
+                return Outcome(said=await self._tell(command))
             return Outcome(said=await obey(self._fleet, command))
         except (FleetError, msgspec.DecodeError) as error:
             return Outcome(error=str(error))
@@ -190,8 +267,17 @@ class ControlServer:
             log.exception("a command failed", extra={"event": "command.failed"})
             return Outcome(error="internal error; the log has the story")
 
+    async def _tell(self, question: Question) -> str:
+        match question:
+            case KeyOrigin():
+                return KEY_IS_SET if self._key_is_set else _KEY_IN_FOLDER
+            case Status():
+                return msgspec.json.encode(await self._feed.glance()).decode()
+            case DumpTelemetry():
+                return msgspec.json.encode(await self._feed.telemetry()).decode()
 
-def ask(folder: Path, command: Command | KeyOrigin) -> str | None:
+
+def ask(folder: Path, command: Command | Question) -> str | None:
     """Send a command to the coordinator of a data folder; None when none runs.
 
     Raises StartError with the reason when it is refused, or when no answer comes.

@@ -9,19 +9,37 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+import msgspec
 from sqlalchemy import Connection
 
 from bitnet_ext.exports.provenance import Format, Variant
 from bitnet_ext.scoring import TextScore, score_text
 from coordinator.app import DATABASE_NAME, open_fleet, run_settings
 from coordinator.app import worker_key as stored_key
-from coordinator.control import KEY_IS_SET, Command, KeyOrigin, Seed, ask, obey
-from coordinator.domain.errors import StartError
+from coordinator.control import (
+    KEY_IS_SET,
+    Command,
+    DumpTelemetry,
+    KeyOrigin,
+    KickStuck,
+    MarkGone,
+    Seed,
+    Status,
+    ask,
+    obey,
+)
+from coordinator.domain.errors import FleetError, StartError
+from coordinator.domain.manifest import Manifest
 from coordinator.service.corpus import Recipe, Stage, prepare_corpus
 from coordinator.service.exporting import Chosen, Pick, choose, export_version
-from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.fleet import RUNNING, FileFault, Fleet, Known, Served
+from coordinator.service.grace import CLOCK_FACT
+from coordinator.service.looking import look
 from coordinator.service.scoring import (
     export_to_score,
     file_text,
@@ -35,11 +53,15 @@ from coordinator.service.starting import (
     reconcile,
 )
 from coordinator.service.steering import check_task_size
+from coordinator.service.telemetry import Telemetry, collect
+from coordinator.service.view import FleetView
 from coordinator.settings import PREFIX, CoordinatorSettings
-from coordinator.store import runs
+from coordinator.store import runs, workers
 from coordinator.store.engine import read_once
 from coordinator.store.rows import RunRow
-from coordinator.store.schema import has_tables
+from coordinator.store.schema import check_newest, has_tables
+
+T = TypeVar("T")
 
 
 def command(settings: CoordinatorSettings, wish: Command) -> str:
@@ -52,6 +74,11 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
         return said
     if not isinstance(wish, Seed):
         _check_fleet(settings)
+    if isinstance(wish, KickStuck | MarkGone):
+        raise StartError(
+            f"no coordinator runs on {settings.data}, so nobody can be heard: whether "
+            "a worker is stuck or lost shows only once one does"
+        )
     with open_fleet(settings, _tell_nobody) as fleet:
         reconcile(fleet)
         fleet.manifest = load_corpus(fleet.corpus)
@@ -61,6 +88,80 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
         made = run is None and ensure_run(fleet, fleet.manifest, run_settings(settings))
         said = asyncio.run(obey(fleet, wish))
         return f"new run in {settings.data}; {said}" if made else said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AtRest:
+    """What is known of a fleet that no coordinator runs (`service.fleet.Known`)."""
+
+    manifest: Manifest | None
+    heartbeat_s: float
+    corpus_fault: str | None = None
+    file_faults: Mapping[Served, FileFault] = field(default_factory=dict)
+
+
+def telemetry(settings: CoordinatorSettings) -> Telemetry:
+    """Return all that an expert may need, whether a coordinator runs or not.
+
+    Raises StartError for a folder without a fleet, or of another schema.
+    """
+    said = ask(settings.data, DumpTelemetry())
+    if said is not None:
+        return msgspec.json.decode(said, type=Telemetry)
+    return _at_rest(
+        settings, lambda c, known, now: collect(c, known, now=now, running=False)
+    )
+
+
+def status(settings: CoordinatorSettings) -> tuple[FleetView, float | None]:
+    """Return how the fleet is doing, without history.
+
+    Where no coordinator runs: how it was when one last did, and that moment (Unix
+    seconds). Raises StartError as `telemetry`.
+    """
+    said = ask(settings.data, Status())
+    if said is not None:
+        return msgspec.json.decode(said, type=FleetView), None
+
+    def see(
+        connection: Connection, known: Known, now: float
+    ) -> tuple[FleetView, float]:
+        view = look(
+            connection,
+            known,
+            now=now,
+            loop_lag_ms=0.0,
+            insecure_http=False,
+            history=False,
+        )
+        return view, now
+
+    return _at_rest(settings, see)
+
+
+def _at_rest(
+    settings: CoordinatorSettings, act: Callable[[Connection, Known, float], T]
+) -> T:
+    """Run `act` on the database as it is, at the moment up to which it tells."""
+    _check_fleet(settings)
+    known = _AtRest(
+        manifest=_manifest_if_any(settings), heartbeat_s=settings.heartbeat_s
+    )
+
+    def read(connection: Connection) -> T:
+        check_newest(connection)
+        ran_until = workers.fact(connection, CLOCK_FACT)
+        return act(connection, known, float(ran_until or time.time()))
+
+    return read_once(settings.data / DATABASE_NAME, read)
+
+
+def _manifest_if_any(settings: CoordinatorSettings) -> Manifest | None:
+    """Return the manifest; what is wrong with the corpus must not hide the fleet."""
+    try:
+        return load_corpus(settings.corpus)
+    except FleetError:
+        return None
 
 
 def worker_key(settings: CoordinatorSettings) -> str:

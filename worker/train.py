@@ -27,6 +27,7 @@ from bitnet_ext.wire.messages import HyperParameters, Task
 from bitnet_ext.wire.verdicts import FailCode
 from worker.errors import TaskError
 from worker.model import plain
+from worker.model.head import torch_threads
 from worker.model.transformer import NO_TARGET, BitNetModel
 from worker.order import TOKEN_BYTES, sequence_starts, text_window
 
@@ -212,9 +213,9 @@ class Backward:
 
     def add(self, batch: Batch, num_targets: int) -> float:
         """Add what a batch has in the mean loss of so many targets, and return it."""
-        return sum(
-            self._backward(*part) for part in self._parts(batch, max(1, num_targets))
-        )
+        parts = self._parts(batch, max(1, num_targets))
+        with torch_threads(self._model.torch_threads):
+            return sum(self._backward(*part) for part in parts)
 
     def _parts(
         self, batch: Batch, num_targets: int

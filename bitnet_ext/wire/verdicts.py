@@ -47,10 +47,12 @@ class Verdict(StrEnum):
     COMPUTING = "computing"  #: holds a task and its heartbeats arrive
     SLOW = "slow"  #: advances, past its prediction
     STUCK = "stuck"  #: its heartbeats arrive, but show no progress
+    DRAINING = "draining"  #: gets no more tasks, as an operator asked
     WAITING = "waiting"  #: its work of this round is back, the round is open
     IDLE = "idle"  #: nothing to claim
     LOST = "lost"  #: no heartbeat within the limit
     QUARANTINED = "quarantined"  #: gets no work: its submissions were left out
+    GONE = "gone"  #: put away by an operator, and not counted
 
 
 class LeaseState(StrEnum):

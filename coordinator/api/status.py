@@ -7,7 +7,7 @@ from typing import Any
 from tornado.web import RequestHandler
 
 from coordinator.api.base import Api, ApiHandler, StatusHandler
-from coordinator.service.view import FleetView
+from coordinator.api.metrics import metrics_text
 
 
 class HealthHandler(ApiHandler):
@@ -49,33 +49,6 @@ class MetricsHandler(StatusHandler):
         view = await self.api.feed.snapshot()
         self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.finish(metrics_text(view, worst_lag_s=self.api.lag.worst_ever_s))
-
-
-def metrics_text(view: FleetView, *, worst_lag_s: float) -> str:
-    """Return the figures in the Prometheus text format."""
-    figures: list[tuple[str, str, float]] = [
-        ("fleet_loop_lag_seconds", "gauge", view.server.loop_lag_ms / 1000.0),
-        ("fleet_loop_lag_worst_seconds", "gauge", worst_lag_s),
-        ("fleet_workers_registered", "gauge", len(view.workers)),
-    ]
-    if view.run is not None:
-        figures += [
-            ("fleet_tokens_accepted_total", "counter", view.run.tokens_accepted),
-            ("fleet_version_newest", "gauge", view.run.newest_version),
-            ("fleet_tokens_per_second", "gauge", view.run.tokens_per_s or 0.0),
-        ]
-    if view.tasks is not None:
-        figures += [
-            (f"fleet_tasks_{state}", "gauge", getattr(view.tasks, state))
-            for state in ("pending", "leased", "done", "failed")
-        ]
-    if view.evaluations:
-        newest = view.evaluations[-1]
-        figures.append(("fleet_heldout_loss_nats", "gauge", newest.loss))
-        figures.append(("fleet_heldout_bits_per_byte", "gauge", newest.bits_per_byte))
-    return "".join(
-        f"# TYPE {name} {kind}\n{name} {value}\n" for name, kind, value in figures
-    )
 
 
 def status_routes(api: Api) -> list[tuple[str, type[RequestHandler], dict[str, Any]]]:

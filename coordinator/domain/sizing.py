@@ -12,14 +12,9 @@ from typing import Final
 PROBE_STEPS: Final = 4
 #: A task claimed late in a round still gets this share of the round time.
 MIN_ROUND_SHARE: Final = 0.3
-#: Weight of the newest task in a worker's moving average of tokens per second, where
-#: it lasted a round.
-EWMA_WEIGHT: Final = 0.3
-#: So many times as fast as the average means that the average was wrong: transfers made
-#: most of a short task, or a neighbour of the box has left.
-MISJUDGED: Final = 1.5
-#: A task holds at most so many times the tokens of the last accepted one: a clock or a
-#: worker may be wrong. One that was too large is handed in as far as it came.
+#: A task holds at most so many times the tokens of the largest one that its worker
+#: trained lately: a clock or a worker may be wrong. One that was too large after all is
+#: handed in as far as it came.
 MAX_GROWTH: Final = 100
 #: Sequences in a block of a shard, within which their order is shuffled. A worker
 #: fetches whole blocks: half a megabyte, of 128 tokens a sequence.
@@ -37,36 +32,25 @@ MAX_WAIT_ROUNDS: Final = 3
 DIVIDE_FACTOR: Final = 2
 
 
-def measured_speed(
-    before: float | None, tokens: int, seconds: float, *, round_s: float
-) -> float:
-    """Return the moving average of tokens per second after one accepted task.
-
-    It never rises above what makes a task of a whole round `MAX_GROWTH` times as
-    large as this one.
-    """
-    latest = tokens / max(seconds, 1e-3)
-    most = MAX_GROWTH * tokens / round_s
-    if before is None:
-        return min(latest, most)
-    # Of a crumb transfers are most: it says little, and takes nothing back.
-    weight = EWMA_WEIGHT * min(1.0, seconds / round_s)
-    if latest > MISJUDGED * before:
-        weight = 1.0
-    average = before + weight * (latest - before)
-    return min(average, max(before, most))
-
-
 def task_tokens(
-    tokens_per_s: float | None, *, seconds: float, batch_tokens: int, seq_len: int
+    tokens_per_s: float | None,
+    *,
+    seconds: float,
+    batch_tokens: int,
+    seq_len: int,
+    largest: int | None = None,
 ) -> int:
     """Return the size of a task that should take `seconds` on this worker.
 
     A multiple of `seq_len`, at least one sequence. Without a measurement: a probe.
+    `largest` is what the worker trained at most in one of its recent tasks.
     """
     if tokens_per_s is None:
         return PROBE_STEPS * batch_tokens
-    return max(1, round(tokens_per_s * seconds / seq_len)) * seq_len
+    num_sequences = round(tokens_per_s * seconds / seq_len)
+    if largest is not None:
+        num_sequences = min(num_sequences, MAX_GROWTH * largest // seq_len)
+    return max(1, num_sequences) * seq_len
 
 
 def predicted_s(

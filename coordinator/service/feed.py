@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Final
 
 import msgspec
 
 from coordinator.service.fleet import Fleet
+from coordinator.service.grace import awake
 from coordinator.service.lag import LoopLag
 from coordinator.service.looking import look
-from coordinator.service.view import FleetUpdate, FleetView
+from coordinator.service.telemetry import Telemetry, collect
+from coordinator.service.view import FleetUpdate, FleetView, WorkerView
 
 #: Least time between two updates.
 MIN_GAP_S: Final = 0.5
@@ -33,6 +36,25 @@ class Feed:
         """Return everything, history included."""
         return await self._look(history=True)
 
+    async def glance(self) -> FleetView:
+        """Return everything but the history."""
+        return await self._look(history=False)
+
+    async def telemetry(self) -> Telemetry:
+        """Return all that an expert may want to see."""
+        now = self._fleet.clock.now()
+        lag_ms = 1000.0 * self._lag.worst_s()
+        return await self._fleet.store.read(
+            lambda connection: collect(
+                connection,
+                self._fleet,
+                now=now,
+                running=True,
+                loop_lag_ms=lag_ms,
+                insecure_http=self._insecure_http,
+            )
+        )
+
     async def run(self) -> None:
         """Publish what changes; never returns."""
         while True:
@@ -42,14 +64,14 @@ class Feed:
 
     async def update(self) -> None:
         """Publish what differs from the last look, if anything does."""
-        view = await self._look(history=False)
+        view = await self.glance()
         update = difference(self._last, view)
         self._last = view
         if update is not None:
             self._fleet.publish("fleet.updated", update)
 
     async def _look(self, *, history: bool) -> FleetView:
-        now = self._fleet.clock.now()
+        now = await awake(self._fleet)
         lag_ms = 1000.0 * self._lag.worst_s()
         return await self._fleet.store.read(
             lambda connection: look(
@@ -63,6 +85,21 @@ class Feed:
         )
 
 
+def _is_news(before: WorkerView | None, after: WorkerView) -> bool:
+    """Return whether more has changed about a worker than the age of what is known.
+
+    The page has the moments, and counts by itself.
+    """
+    return before is None or _timeless(before) != _timeless(after)
+
+
+def _timeless(row: WorkerView) -> WorkerView:
+    still = dataclasses.replace(
+        row.facts, heartbeat_age_s=0.0, elapsed_s=0.0, progress_age_s=None
+    )
+    return msgspec.structs.replace(row, facts=still)
+
+
 def difference(before: FleetView | None, after: FleetView) -> FleetUpdate | None:
     """Return what an update must say; None when nothing but the lag has changed."""
     rows = {} if before is None else {row.worker_id: row for row in before.workers}
@@ -72,7 +109,9 @@ def difference(before: FleetView | None, after: FleetView) -> FleetUpdate | None
             for name in _PARTS
             if before is None or getattr(after, name) != getattr(before, name)
         },
-        workers=[row for row in after.workers if row != rows.get(row.worker_id)],
+        workers=[
+            row for row in after.workers if _is_news(rows.get(row.worker_id), row)
+        ],
     )
     if update == FleetUpdate():
         return None

@@ -6,12 +6,12 @@ One object for one coordinator process; the composition root makes it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
@@ -63,6 +63,26 @@ class FileFault:
     #: When it is looked at again, by the lease clock; and how often it was.
     look_at: float
     num_looks: int = 1
+
+
+class Known(Protocol):
+    """What is known of a fleet beside its database, by whoever only looks."""
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The prepared corpus; None until there is one."""
+
+    @property
+    def corpus_fault(self) -> str | None:
+        """Why the corpus that is there cannot be used."""
+
+    @property
+    def file_faults(self) -> Mapping[Served, FileFault]:
+        """Files that tasks need and can't get."""
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Heartbeat interval of workers that set none, in seconds."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version as package_version
 from typing import Final
 
@@ -9,16 +10,19 @@ import msgspec
 from sqlalchemy import Connection
 
 from bitnet_ext.layout import num_params, shape_from_json
-from bitnet_ext.wire.verdicts import TaskState
-from coordinator.domain import leases
-from coordinator.domain.eta import estimate
-from coordinator.domain.verdicts import WorkerFacts, verdict
+from bitnet_ext.wire.verdicts import TaskState, Verdict
+from coordinator.domain.accounting import tally
+from coordinator.domain.eta import NUM_ROUNDS, Closed, estimate
+from coordinator.domain.verdicts import verdict
+from coordinator.service.assessing import facts_of
+from coordinator.service.bookkeeping import duration_alarm
 from coordinator.service.closing import version_point
 from coordinator.service.evaluating import evaluation_point, loss_alarm
-from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.fleet import FINISHED, RUNNING, Known
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
 from coordinator.service.view import (
+    BooksView,
     EtaView,
     EvaluationPoint,
     FailedTaskView,
@@ -27,15 +31,16 @@ from coordinator.service.view import (
     RoundView,
     RunView,
     ServerView,
+    TallyView,
     TasksView,
     VersionPoint,
     WorkerView,
 )
-from coordinator.store import rounds, runs, tasks, versions, workers
+from coordinator.store import rounds, runs, tallies, tasks, versions, workers
 from coordinator.store.rows import ClaimRow, RunRow, TaskRow, WorkerRow
 
-#: Closed rounds that the speed of the fleet and the ETA are drawn from.
-RECENT_ROUNDS: Final = 20
+#: Closed rounds that the speed of the fleet is the mean of.
+SPEED_ROUNDS: Final = 5
 #: Failed tasks that are named.
 NUM_FAILED: Final = 5
 
@@ -49,7 +54,7 @@ _ALL_FAILED: Final = (
 
 def look(
     connection: Connection,
-    fleet: Fleet,
+    fleet: Known,
     *,
     now: float,
     loop_lag_ms: float,
@@ -59,7 +64,7 @@ def look(
     """Return the view at `now`; without `history` its points are left out."""
     run = runs.newest_run(connection)
     server = ServerView(loop_lag_ms=round(loop_lag_ms, 1))
-    if run is None or fleet.manifest is None:
+    if run is None:
         return FleetView(
             package_version=package_version("bitnet-fleet"),
             insecure_http=insecure_http,
@@ -74,28 +79,29 @@ def look(
         )
     held = {task.lease_worker_id or "": task for task in tasks.all_leased(connection)}
     lanes = _claims(connection, run)
+    seen = _workers(connection, fleet, run, lanes, held, now)
     return FleetView(
         package_version=package_version("bitnet-fleet"),
         insecure_http=insecure_http,
         missing=_missing(connection, fleet, run),
         run=_run(connection, fleet, run, now),
         round=_round(connection, run, lanes, held),
-        tasks=_tasks(connection, run),
-        workers=_workers(connection, fleet, lanes, held, now),
+        tasks=_tasks(connection, run, seen),
+        workers=seen,
         server=server,
         versions=_versions(connection, run) if history else [],
         evaluations=_evaluations(connection, run) if history else [],
     )
 
 
-def _no_run(fleet: Fleet) -> str:
+def _no_run(fleet: Known) -> str:
     """Return what keeps the first run from being made."""
     if fleet.corpus_fault is None:
         return _NO_CORPUS
     return f"The corpus can't be used, and is tried again: {fleet.corpus_fault}"
 
 
-def _missing(connection: Connection, fleet: Fleet, run: RunRow) -> str | None:
+def _missing(connection: Connection, fleet: Known, run: RunRow) -> str | None:
     """Return what an operator has to do before training can begin, or go on."""
     if fleet.file_faults:
         reasons = "; ".join(fault.reason for fault in fleet.file_faults.values())
@@ -107,17 +113,11 @@ def _missing(connection: Connection, fleet: Fleet, run: RunRow) -> str | None:
     return None
 
 
-def _run(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> RunView:
-    manifest = fleet.the_manifest()
+def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunView:
+    manifest = fleet.manifest
     newest = versions.newest_version(connection, run.run_id)
-    recent = [
-        point.tokens_per_s or 0.0
-        for point in map(
-            version_point,
-            versions.points_of(connection, run.run_id, newest=RECENT_ROUNDS),
-        )
-    ]
-    moving = [rate for rate in recent if rate > 0.0]
+    closed = _closed(connection, run)
+    moving = [one.rate for one in closed[-SPEED_ROUNDS:]]
     return RunView(
         run_id=run.run_id,
         state=run.state,
@@ -128,34 +128,60 @@ def _run(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> RunVi
         token_budget=run.token_budget,
         tokens_accepted=run.tokens_accepted,
         epoch=run.epoch,
-        epoch_tokens=sum(shard.num_tokens for shard in manifest.train_shards()),
+        epoch_tokens=None
+        if manifest is None
+        else sum(shard.num_tokens for shard in manifest.train_shards()),
         epoch_tokens_accepted=rounds.epoch_tokens_accepted(
             connection, run.run_id, run.epoch
         ),
         newest_version=newest.version,
         newest_version_at=newest.created_at,
         best_version=versions.best_version(connection, run.run_id),
-        gzip_bits_per_byte=manifest.gzip_bits_per_byte(),
-        tokens_per_s=sum(moving[-5:]) / len(moving[-5:]) if moving else None,
-        eta=_eta(run, moving, now),
+        gzip_bits_per_byte=None if manifest is None else manifest.gzip_bits_per_byte(),
+        tokens_per_s=sum(moving) / len(moving) if moving else None,
+        eta=_eta(run, closed, now),
+        tally=_tally(tallies.tokens_of_run(connection, run.run_id)),
         loss_alarm=loss_alarm(versions.evaluations_of(connection, run.run_id)),
         reset_from_version=None if run.reset_acknowledged else run.reset_from_version,
     )
 
 
-def _eta(run: RunRow, rates: list[float], now: float) -> EtaView:
+def _closed(connection: Connection, run: RunRow) -> list[Closed]:
+    """Return the last rounds that became versions, oldest first."""
+    return [
+        Closed(
+            at=point.created_at,
+            tokens=point.tokens_total - point.tokens_before,
+            seconds=point.created_at - point.first_claim_at,
+        )
+        for point in versions.points_of(connection, run.run_id, newest=NUM_ROUNDS)
+        if point.tokens_before is not None and point.first_claim_at is not None
+    ]
+
+
+def _eta(run: RunRow, closed: list[Closed], now: float) -> EtaView:
     if run.state == FINISHED:
         return EtaView(
             at=None, earliest_at=None, latest_at=None, reason="The run is finished."
         )
     eta = estimate(
-        now=now, tokens_left=budget_left(run), stop_at=run.stop_at, rates=rates
+        now=now, tokens_left=budget_left(run), stop_at=run.stop_at, rounds=closed
     )
     return EtaView(
         at=eta.at,
         earliest_at=eta.earliest_at,
         latest_at=eta.latest_at,
         reason=eta.reason,
+    )
+
+
+def _tally(tokens: Mapping[str, int]) -> TallyView:
+    found = tally(tokens)
+    return TallyView(
+        trained=found.trained,
+        accepted=found.accepted,
+        applied=found.applied,
+        wasted=dict(found.wasted),
     )
 
 
@@ -203,13 +229,18 @@ def _lane(claim: ClaimRow, task: TaskRow | None) -> LaneView:
     )
 
 
-def _tasks(connection: Connection, run: RunRow) -> TasksView:
+def _tasks(
+    connection: Connection, run: RunRow, seen: Sequence[WorkerView]
+) -> TasksView:
     counts = tasks.count_by_state(connection, run.run_id)
+    held = [row.verdict for row in seen if row.task_id is not None]
     return TasksView(
         pending=counts[TaskState.PENDING],
         leased=counts[TaskState.LEASED],
         done=counts[TaskState.DONE],
         failed=counts[TaskState.FAILED],
+        soft_expired=held.count(Verdict.SLOW),
+        stuck=held.count(Verdict.STUCK) + held.count(Verdict.LOST),
         range_tokens=runs.range_tokens(connection, run.run_id),
         latest_failed=[
             FailedTaskView(
@@ -225,11 +256,13 @@ def _tasks(connection: Connection, run: RunRow) -> TasksView:
 
 def _workers(
     connection: Connection,
-    fleet: Fleet,
+    fleet: Known,
+    run: RunRow,
     claims: list[ClaimRow],
     held: dict[str, TaskRow],
     now: float,
 ) -> list[WorkerView]:
+    tallied = tallies.tokens_by_worker(connection, run.run_id)
     back = {claim.worker_id for claim in claims if claim.ended_at is not None}
     return [
         _worker(
@@ -237,6 +270,12 @@ def _workers(
             held.get(worker.worker_id),
             back_in_round=worker.worker_id in back,
             interval_s=heartbeat_s(fleet, worker),
+            books=BooksView(
+                spread=worker.spread,
+                duration_ratio=worker.duration_ratio,
+                duration_alarm=duration_alarm(connection, run.run_id, worker),
+                tally=_tally(tallied.get(worker.worker_id, {})),
+            ),
             now=now,
         )
         for worker in workers.all_workers(connection)
@@ -249,32 +288,19 @@ def _worker(
     *,
     back_in_round: bool,
     interval_s: float,
+    books: BooksView,
     now: float,
 ) -> WorkerView:
-    word, evidence = verdict(
-        WorkerFacts(
-            heartbeat_age_s=max(0.0, now - worker.heartbeat_at),
-            heartbeat_s=interval_s,
-            tokens_done=None if task is None else task.tokens_done,
-            num_tokens=None if task is None else task.num_tokens,
-            no_progress_s=0.0
-            if task is None
-            else leases.no_progress_s(
-                task.expires_at or now,
-                ttl_s=leases.ttl_s(interval_s),
-                heartbeat_at=worker.heartbeat_at,
-            ),
-            elapsed_s=0.0 if task is None else now - (task.claimed_at or now),
-            predicted_s=None if task is None else task.predicted_s,
-            back_in_round=back_in_round,
-            quarantine=worker.quarantine_reason,
-        )
+    facts = facts_of(
+        worker, task, back_in_round=back_in_round, interval_s=interval_s, now=now
     )
+    word, evidence = verdict(facts)
     return WorkerView(
         worker_id=worker.worker_id,
         name=worker.name,
         verdict=word,
         evidence=evidence,
+        facts=facts,
         phase=worker.phase,
         draining=worker.draining,
         cpu_model=worker.cpu_model,
@@ -292,6 +318,7 @@ def _worker(
         tokens_accepted=worker.tokens_accepted,
         tasks_done=worker.tasks_done,
         tasks_failed=worker.tasks_failed,
+        books=books,
     )
 
 

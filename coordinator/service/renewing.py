@@ -7,12 +7,12 @@ from sqlalchemy import Connection
 
 from bitnet_ext.wire.messages import HeartbeatAnswer, HeartbeatRequest, Task
 from bitnet_ext.wire.verdicts import LeaseState
-from coordinator.domain import leases, sizing
-from coordinator.domain.leases import Reported
+from coordinator.domain import leases, sizing, throughput
+from coordinator.domain.leases import Lease, Reported
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake, lease_of
 from coordinator.service.returning import is_held
-from coordinator.service.roster import heartbeat_s, known_worker
+from coordinator.service.roster import come_back, heartbeat_s, known_worker
 from coordinator.store import tasks, workers
 from coordinator.store.rows import TaskRow, WorkerRow
 
@@ -37,6 +37,9 @@ def _heartbeat(
     workers.change_worker(
         connection, worker.worker_id, heartbeat_at=now, phase=request.phase
     )
+    if worker.gone_at is not None and not worker.draining:
+        # It was only out of reach. Its process never stopped, so it won't register.
+        come_back(connection, worker.worker_id, now)
     interval_s = heartbeat_s(fleet, worker)
     state, lease_s = LeaseState.NONE, 0.0
     if request.task_id is not None:
@@ -74,6 +77,7 @@ def _renew(
         ttl_s=ttl_s,
         now=now,
         usual_step_s=_usual_step_s(task, worker),
+        head_room=throughput.head_room(worker.spread),
     )
     tasks.renew_lease(
         connection,
@@ -83,10 +87,21 @@ def _renew(
         cpu_s=lease.reported.cpu_s,
         step_s=lease.reported.step_s,
         progress_at=lease.progress_at,
+        progress_cpu_s=_progress_cpu_s(task, lease),
         expires_at=lease.expires_at,
         hard_at=lease.hard_at,
     )
     return lease.expires_at
+
+
+def _progress_cpu_s(task: TaskRow, lease: Lease) -> float:
+    """Return the CPU seconds that were reported when tokens or bytes rose last.
+
+    The first heartbeat of a task counts as such a moment: its process may be old.
+    """
+    if task.progress_cpu_s is None or lease.progress_at != task.progress_at:
+        return lease.reported.cpu_s
+    return task.progress_cpu_s
 
 
 def _usual_step_s(task: TaskRow, worker: WorkerRow) -> float | None:

@@ -13,7 +13,7 @@ from bitnet_ext.wire.messages import LogsRequest, RegisterAnswer, RegisterReques
 from bitnet_ext.wire.verdicts import ErrorCode, WorkerPhase
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
-from coordinator.service.fleet import Fleet, no_run
+from coordinator.service.fleet import Fleet, Known, no_run
 from coordinator.store import runs, workers
 from coordinator.store.rows import RunRow, WorkerRow
 
@@ -60,7 +60,15 @@ def known_worker(connection: Connection, worker_id: str) -> WorkerRow:
     return worker
 
 
-def heartbeat_s(fleet: Fleet, worker: WorkerRow) -> float:
+def come_back(connection: Connection, worker_id: str, now: float) -> None:
+    """Take a worker in again that an operator had put away."""
+    workers.change_worker(connection, worker_id, gone_at=None)
+    workers.add_event(
+        connection, at=now, kind="worker.returned", body={"worker_id": worker_id}
+    )
+
+
+def heartbeat_s(fleet: Known, worker: WorkerRow) -> float:
     """Return the heartbeat interval of a worker: its own wish, or ours."""
     return worker.own_heartbeat_s or fleet.heartbeat_s
 
@@ -158,8 +166,11 @@ def _keep(connection: Connection, request: RegisterRequest, now: float) -> None:
     }
     if request.calibrated_tokens_per_s is not None:
         said["calibrated_tokens_per_s"] = request.calibrated_tokens_per_s
-    if workers.find_worker(connection, request.worker_id) is not None:
+    known = workers.find_worker(connection, request.worker_id)
+    if known is not None:
         workers.change_worker(connection, request.worker_id, **said)
+        if known.gone_at is not None:
+            come_back(connection, request.worker_id, now)
         return
     if workers.count_workers(connection) >= MAX_WORKERS:
         _make_room(connection, now)

@@ -11,7 +11,6 @@ from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Manifest
 from coordinator.service.fleet import RUNNING, Fleet, no_run
-from coordinator.service.roster import known_worker
 from coordinator.service.seeding import add_epoch, add_fixed_tasks, budget_left
 from coordinator.store import runs, workers
 from coordinator.store.rows import RunRow
@@ -39,8 +38,8 @@ async def seed_epoch(fleet: Fleet, tokens: int | None) -> Seeded:
     check_task_size(manifest, tokens)
 
     def add(connection: Connection) -> Seeded:
-        run = _the_run(connection)
-        _check_running(run)
+        run = the_run(connection)
+        check_running(run)
         num_tasks = 0
         if tokens is None:
             add_epoch(connection, run, manifest)
@@ -66,7 +65,7 @@ async def train_until(fleet: Fleet, stop_at: float | None) -> None:
     """
 
     def change(connection: Connection) -> None:
-        run = _the_run(connection)
+        run = the_run(connection)
         if budget_left(run) == 0:
             raise RefusedError(
                 ErrorCode.BAD_REQUEST,
@@ -84,41 +83,10 @@ async def acknowledge_reset(fleet: Fleet) -> None:
     """Take the banner of a hard reset down. Raises RefusedError no_run."""
 
     def change(connection: Connection) -> None:
-        run = _the_run(connection)
+        run = the_run(connection)
         runs.change_run(connection, run.run_id, reset_acknowledged=True)
 
     await fleet.store.write(change)
-    fleet.changed.ring()
-
-
-async def readmit_worker(fleet: Fleet, worker_id: str) -> None:
-    """End the quarantine of a worker; what was left out before counts no more.
-
-    Raises RefusedError: unknown_worker, bad_request where it is in none.
-    """
-    now = fleet.clock.now()
-
-    def change(connection: Connection) -> None:
-        worker = known_worker(connection, worker_id)
-        if worker.quarantined_at is None:
-            raise RefusedError(
-                ErrorCode.BAD_REQUEST,
-                f"worker_id must be of a worker in quarantine, got {worker_id!r}",
-                field="worker_id",
-            )
-        workers.change_worker(
-            connection,
-            worker_id,
-            quarantined_at=None,
-            quarantine_reason=None,
-            judged_from=now,
-        )
-        workers.add_event(
-            connection, at=now, kind="worker.readmitted", body={"worker_id": worker_id}
-        )
-
-    await fleet.store.write(change)
-    fleet.work.ring()
     fleet.changed.ring()
 
 
@@ -137,7 +105,8 @@ def check_task_size(manifest: Manifest, tokens: int | None) -> None:
         )
 
 
-def _check_running(run: RunRow) -> None:
+def check_running(run: RunRow) -> None:
+    """Raise RefusedError `bad_request` for a run that is finished."""
     if run.state != RUNNING:
         raise RefusedError(
             ErrorCode.BAD_REQUEST,
@@ -147,7 +116,8 @@ def _check_running(run: RunRow) -> None:
         )
 
 
-def _the_run(connection: Connection) -> RunRow:
+def the_run(connection: Connection) -> RunRow:
+    """Return the newest run. Raises RefusedError `no_run`."""
     run = runs.newest_run(connection)
     if run is None:
         raise no_run()

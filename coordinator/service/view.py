@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from coordinator.domain.verdicts import WorkerFacts
+
 
 class View(Struct, frozen=True, kw_only=True):
     """Base of every part."""
@@ -28,6 +30,18 @@ class EtaView(View, frozen=True, kw_only=True):
     reason: str
 
 
+class TallyView(View, frozen=True, kw_only=True):
+    """Tokens trained, by what became of them (`coordinator.domain.accounting`)."""
+
+    trained: int
+    #: Handed in; their round is not closed yet.
+    accepted: int
+    #: Part of a version.
+    applied: int
+    #: For nothing, by cause; without those that are zero.
+    wasted: dict[str, int]
+
+
 class RunView(View, frozen=True, kw_only=True):
     """The run, and how far it is."""
 
@@ -39,18 +53,21 @@ class RunView(View, frozen=True, kw_only=True):
     stop_at: float | None
     token_budget: int | None
     tokens_accepted: int
-    #: One pass over the training shards; `epoch` counts from 1.
+    #: One pass over the training shards; `epoch` counts from 1. Its tokens are None
+    #: where the corpus is not at hand, which never happens while a coordinator runs.
     epoch: int
-    epoch_tokens: int
+    epoch_tokens: int | None
     epoch_tokens_accepted: int
     newest_version: int
     newest_version_at: float
     best_version: int | None
-    #: What `gzip -9` needs for the held-out text: the line to get under.
-    gzip_bits_per_byte: float
+    #: What `gzip -9` needs for the held-out text: the line to get under. None as above.
+    gzip_bits_per_byte: float | None
     #: Of the whole fleet, over the last closed rounds; None before the first.
     tokens_per_s: float | None
     eta: EtaView
+    #: Of all workers.
+    tally: TallyView
     #: Why held-out loss needs a look; None while it falls, or rises little.
     loss_alarm: str | None
     #: Not null after a hard reset that no operator has acknowledged.
@@ -89,14 +106,28 @@ class RoundView(View, frozen=True, kw_only=True):
     lanes: list[LaneView]
 
 
+class BooksView(View, frozen=True, kw_only=True):
+    """How a worker has done in this run."""
+
+    #: Mean deviation of its recent tasks from `tokens_per_s`, as a share.
+    spread: float | None
+    #: Actual over predicted time of its last tasks; None before three.
+    duration_ratio: float | None
+    #: What is wrong with that, in a sentence; None: nothing.
+    duration_alarm: str | None
+    tally: TallyView
+
+
 class WorkerView(View, frozen=True, kw_only=True):
     """One worker, and what to think of it."""
 
     worker_id: str
     name: str
     verdict: str
-    #: One sentence with the number that decided.
+    #: A sentence or two with the number that decided.
     evidence: str
+    #: All that the verdict was drawn from.
+    facts: WorkerFacts
     phase: str
     draining: bool
     cpu_model: str
@@ -110,12 +141,13 @@ class WorkerView(View, frozen=True, kw_only=True):
     num_tokens: int | None
     claimed_at: float | None
     predicted_s: float | None
-    #: Moving average over accepted tasks; None before the first.
+    #: Measured by its recent tasks; None before the first.
     tokens_per_s: float | None
     calibrated_tokens_per_s: float | None
     tokens_accepted: int
     tasks_done: int
     tasks_failed: int
+    books: BooksView
 
 
 class FailedTaskView(View, frozen=True, kw_only=True):
@@ -134,6 +166,11 @@ class TasksView(View, frozen=True, kw_only=True):
     leased: int
     done: int
     failed: int
+    #: Leased tasks, of either kind, past their prediction: alive, and their workers get
+    #: on (`slow`).
+    soft_expired: int
+    #: Leased tasks whose workers stand still, or are silent (`stuck`, `lost`).
+    stuck: int
     #: Tokens of this epoch that are not yet cut into tasks.
     range_tokens: int
     #: The latest of the failed ones, at most five.

@@ -58,6 +58,8 @@ class RoundRow(Struct, frozen=True, kw_only=True):
     opened_at: float
     first_claim_at: float | None
     first_submission_at: float | None
+    closed_at: float | None
+    version: int | None
 
 
 class TaskRow(Struct, frozen=True, kw_only=True):
@@ -78,6 +80,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     num_leases: int
     returned_round_id: int | None
     created_at: float
+    done_at: float | None
     lease_hash: str | None
     lease_claim_id: str | None
     lease_worker_id: str | None
@@ -93,11 +96,14 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     cpu_s: float
     step_s: float
     progress_at: float | None
+    paused_s: float
+    progress_cpu_s: float | None
 
 
 class ClaimRow(Struct, frozen=True, kw_only=True):
     """A row of `claims`."""
 
+    claim_seq: int
     round_id: int
     worker_id: str
     task_id: str
@@ -106,6 +112,9 @@ class ClaimRow(Struct, frozen=True, kw_only=True):
     predicted_s: float | None
     ended_at: float | None
     outcome: str | None
+    tokens_done: int
+    progress_at: float | None
+    fate: str | None
 
 
 class SubmissionRow(Struct, frozen=True, kw_only=True):
@@ -133,12 +142,17 @@ class SubmissionRow(Struct, frozen=True, kw_only=True):
     compute_s: float
     download_s: float
     download_bytes: int
+    upload_s: float | None
     cpu_s: float
     codec: str
     payload_file: str | None
     payload_bytes: int
     body_sha256: str
     answer_json: str
+    norm: float | None
+    size: float | None
+    factor: float | None
+    cosine: float | None
 
 
 class VersionRow(Struct, frozen=True, kw_only=True):
@@ -205,9 +219,21 @@ class WorkerRow(Struct, frozen=True, kw_only=True):
     phase: str
     draining: bool
     tokens_per_s: float | None
+    spread: float | None
+    duration_ratio: float | None
     tasks_done: int
     tasks_failed: int
     tokens_accepted: int
     quarantined_at: float | None
     quarantine_reason: str | None
     judged_from: float
+    gone_at: float | None
+
+
+class EventRow(Struct, frozen=True, kw_only=True):
+    """A row of `events`."""
+
+    event_id: int
+    at: float
+    kind: str
+    body_json: str

@@ -42,6 +42,21 @@ def has_tables(connection: Connection, folder: Path) -> bool:
     return False
 
 
+def check_newest(connection: Connection) -> None:
+    """Raise StartError for a database that is not of the newest schema.
+
+    For whoever only reads: an older one has not the columns that the code names.
+    """
+    newest = ScriptDirectory.from_config(_config()).get_current_head()
+    found = schema_revision(connection)
+    if found != newest:
+        raise StartError(
+            f"the database has schema {found!r}, this version reads {newest!r}: "
+            "`bitnet-coordinator serve` brings an older one there, and a newer one "
+            "needs the version that wrote it"
+        )
+
+
 def migrate(connection: Connection) -> None:
     """Run every missing step, all in the caller's transaction.
 

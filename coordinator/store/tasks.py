@@ -8,7 +8,7 @@ from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
 from bitnet_ext.wire.verdicts import TaskKind, TaskState
 from coordinator.store.rows import TaskRow, typed
-from coordinator.store.tables import tasks
+from coordinator.store.tables import tasks, versions
 
 #: The columns of a lease, all empty again once it has ended.
 _NO_LEASE: Final[dict[str, Any]] = {
@@ -23,6 +23,7 @@ _NO_LEASE: Final[dict[str, Any]] = {
     "hard_at": None,
     "predicted_s": None,
     "progress_at": None,
+    "progress_cpu_s": None,
 }
 
 
@@ -97,6 +98,7 @@ def lease_task(connection: Connection, task_id: str, **lease: Any) -> None:
             bytes_done=0,
             cpu_s=0.0,
             step_s=0.0,
+            paused_s=0.0,
             returned_round_id=None,
             **lease,
         )
@@ -165,6 +167,17 @@ def renew_lease(connection: Connection, task_id: str, **columns: Any) -> None:
 def finish_task(connection: Connection, task_id: str, now: float) -> None:
     """Mark a leased task done and end its lease."""
     _leave(connection, task_id, state=TaskState.DONE, done_at=now)
+
+
+def finish_late(connection: Connection, task_id: str, now: float) -> None:
+    """Mark a pending task done: its result has come after its lease had ended."""
+    done = connection.execute(
+        update(tasks)
+        .where(tasks.c.task_id == task_id, tasks.c.state == TaskState.PENDING)
+        .values(state=TaskState.DONE, done_at=now)
+    )
+    if done.rowcount != 1:
+        raise LookupError(f"task {task_id} is not pending")
 
 
 def return_task(
@@ -284,6 +297,32 @@ def latest_failed(connection: Connection, run_id: str, limit: int) -> list[TaskR
         .limit(limit)
     )
     return [typed(TaskRow, row) for row in rows]
+
+
+def requeue_failed(connection: Connection, run_id: str, task_id: str | None) -> int:
+    """Make failed tasks pending, as if never tried; return how many.
+
+    `task_id` None: all of a run. Versions without blobs can't be scored any more.
+    """
+    pruned = select(versions.c.version).where(versions.c.pruned)
+    query = update(tasks).where(
+        tasks.c.run_id == run_id,
+        tasks.c.state == TaskState.FAILED,
+        or_(tasks.c.version.is_(None), tasks.c.version.not_in(pruned)),
+    )
+    if task_id is not None:
+        query = query.where(tasks.c.task_id == task_id)
+    done = connection.execute(
+        query.values(
+            state=TaskState.PENDING,
+            attempt=0,
+            reason=None,
+            done_at=None,
+            not_before_at=0.0,
+            returned_round_id=None,
+        )
+    )
+    return done.rowcount
 
 
 def evaluation_of(connection: Connection, run_id: str, version: int) -> TaskRow | None:

@@ -9,7 +9,7 @@ import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from bitnet_ext.wire.verdicts import TaskState
-from coordinator.store.rows import WorkerRow, typed
+from coordinator.store.rows import EventRow, WorkerRow, typed
 from coordinator.store.tables import (
     events,
     facts,
@@ -50,17 +50,14 @@ def change_worker(connection: Connection, worker_id: str, **columns: Any) -> Non
     )
 
 
-def count_task(
-    connection: Connection, worker_id: str, *, tokens: int, tokens_per_s: float
-) -> None:
-    """Count one accepted training task of a worker and its new speed."""
+def count_task(connection: Connection, worker_id: str, *, tokens: int) -> None:
+    """Count one accepted training task of a worker."""
     connection.execute(
         update(workers)
         .where(workers.c.worker_id == worker_id)
         .values(
             tasks_done=workers.c.tasks_done + 1,
             tokens_accepted=workers.c.tokens_accepted + tokens,
-            tokens_per_s=tokens_per_s,
         )
     )
 
@@ -74,9 +71,18 @@ def count_failure(connection: Connection, worker_id: str) -> None:
     )
 
 
+def forget_speeds(connection: Connection) -> None:
+    """Count every worker as never measured: another model takes another time."""
+    connection.execute(
+        update(workers).values(tokens_per_s=None, spread=None, duration_ratio=None)
+    )
+
+
 def fleet_speed(connection: Connection) -> float | None:
     """Return the mean measured tokens per second of a worker, None before any."""
-    mean = connection.execute(select(func.avg(workers.c.tokens_per_s))).scalar_one()
+    mean = connection.execute(
+        select(func.avg(workers.c.tokens_per_s)).where(workers.c.gone_at.is_(None))
+    ).scalar_one()
     return None if mean is None else float(mean)
 
 
@@ -106,6 +112,14 @@ def add_event(
         connection.execute(
             delete(events).where(events.c.event_id <= newest - MAX_EVENTS)
         )
+
+
+def newest_events(connection: Connection, limit: int) -> list[EventRow]:
+    """Return what happened last, in order."""
+    rows = connection.execute(
+        select(events).order_by(events.c.event_id.desc()).limit(limit)
+    )
+    return [typed(EventRow, row) for row in reversed(rows.all())]
 
 
 def fact(connection: Connection, name: str) -> str | None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coordinator.domain.verdicts import WorkerFacts
 from coordinator.live.hub import BACKLOG_MESSAGES
 from coordinator.service.view import (
+    BooksView,
     EtaView,
     EvaluationPoint,
     FleetUpdate,
@@ -21,16 +23,18 @@ from coordinator.service.view import (
     RoundView,
     RunView,
     ServerView,
+    TallyView,
     TasksView,
     VersionPoint,
     WorkerView,
 )
 from coordinator.store.tables import sessions
-from tests.e2e.chromium import BROWSER, Page, chromium_page
+from tests.e2e.chromium import BROWSER, Page, chromium_page, log_in
 from tests.integration.page_server import PASSWORD, PageServer, page_server
 
 WEBUI = Path(__file__).parents[2] / "webui"
 NOW = time.time()
+TALLY = TallyView(trained=5000, accepted=500, applied=4000, wasted={"silent": 500})
 
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="chromium is not installed: the page is not tried out"
@@ -43,6 +47,21 @@ def worker(name: str, verdict: str) -> WorkerView:
         name=name,
         verdict=verdict,
         evidence="<b>not markup</b>",
+        facts=WorkerFacts(
+            heartbeat_age_s=0.0,
+            heartbeat_s=5.0,
+            tokens_done=500,
+            num_tokens=1000,
+            no_progress_s=0.0,
+            elapsed_s=50.0,
+            predicted_s=100.0,
+            progress_age_s=1.0,
+            cpu_s_since_progress=0.5,
+            back_in_round=False,
+            quarantine=None,
+            draining=False,
+            is_gone=verdict == "gone",
+        ),
         phase="train",
         draining=False,
         cpu_model="A CPU",
@@ -60,6 +79,9 @@ def worker(name: str, verdict: str) -> WorkerView:
         tokens_accepted=2000,
         tasks_done=2,
         tasks_failed=0,
+        books=BooksView(
+            spread=0.1, duration_ratio=1.0, duration_alarm=None, tally=TALLY
+        ),
     )
 
 
@@ -104,6 +126,7 @@ def fleet() -> FleetView:
             gzip_bits_per_byte=2.5,
             tokens_per_s=20.0,
             eta=eta,
+            tally=TALLY,
             loss_alarm=None,
             reset_from_version=None,
         ),
@@ -134,6 +157,8 @@ def fleet() -> FleetView:
             leased=2,
             done=4,
             failed=0,
+            soft_expired=0,
+            stuck=0,
             range_tokens=5000,
             latest_failed=[],
         ),
@@ -166,16 +191,6 @@ def publish(server: PageServer, kind: str, body: object, count: int = 1) -> None
     server.call(act)
 
 
-async def log_in(page: Page, server: PageServer) -> None:
-    await page.open(f"http://127.0.0.1:{server.port}/admin/dashboard")
-    await page.until("document.querySelector('#password')")
-    await page.run(
-        f"document.querySelector('#password').value = '{PASSWORD}';"
-        "document.querySelector('form').submit()"
-    )
-    await page.until("document.querySelector('.workers tbody tr')")
-
-
 def text(selector: str) -> str:
     return f"(document.querySelector('{selector}')?.textContent ?? '')"
 
@@ -183,7 +198,7 @@ def text(selector: str) -> str:
 def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path):
     async def watch() -> None:
         async with chromium_page(tmp_path / "profile") as page:
-            await log_in(page, server)
+            await log_in(page, server.port, PASSWORD)
             assert await page.run("document.title") == "tiny"
             await page.until(f"{text('.answer')}.includes('5.000 bits per byte')")
             await page.until(f"{text('.live')}.includes('Live')")
@@ -236,7 +251,7 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
 def test_no_width_scrolls_sideways_and_log_out_is_in_reach(server, tmp_path):
     async def look() -> None:
         async with chromium_page(tmp_path / "profile") as page:
-            await log_in(page, server)
+            await log_in(page, server.port, PASSWORD)
             await page.until("document.querySelector('.chart canvas')")
             for width in (390, 720, 1100, 1280, 1440):
                 await page.call(

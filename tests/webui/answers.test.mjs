@@ -156,6 +156,24 @@ test("lost workers and failed tasks are named", () => {
   assert.equal(worstNews(fleet()), "");
 });
 
+test("stuck workers are named after lost ones", () => {
+  const evidence = "Heartbeats without progress for 16 s.";
+  const stuck = [1, 2].map((n) => computing(`s${n}`, 9, { verdict: "stuck", evidence }));
+  const lost = computing("birch", 9, { verdict: "lost", heartbeat_at: NOW - 61 });
+
+  const alone = whatIsStuck(fleet({ workers: stuck.slice(1) }), NOW, NOW);
+  const both = whatIsStuck(fleet({ workers: [...stuck, lost] }), NOW, NOW);
+
+  assert.equal(alone.answer, "1 worker stuck");
+  assert.deepEqual(lines(alone), [`s2 ${evidence}`]);
+  assert.equal(both.answer, "2 workers stuck, 1 lost");
+  assert.deepEqual(lines(both), [
+    "birch silent for 1:01. Holds t-birch.",
+    `s1 ${evidence}`,
+  ]);
+  assert.equal(worstNews(fleet({ workers: [...stuck, lost] })), "2 stuck, 1 lost");
+});
+
 test("the end is a moment with its window", () => {
   const eta = {
     at: NOW + 600,

@@ -23,8 +23,42 @@ export function run(given = {}) {
     gzip_bits_per_byte: 2.5,
     tokens_per_s: 1700,
     eta: { at: null, earliest_at: null, latest_at: null, reason: "Needs a round." },
+    tally: tally(),
     loss_alarm: null,
     reset_from_version: null,
+    ...given,
+  };
+}
+
+export function tally(given = {}) {
+  return { trained: 0, accepted: 0, applied: 0, wasted: {}, ...given };
+}
+
+export function books(given = {}) {
+  return {
+    spread: null,
+    duration_ratio: null,
+    duration_alarm: null,
+    tally: tally(),
+    ...given,
+  };
+}
+
+export function facts(given = {}) {
+  return {
+    heartbeat_age_s: 2,
+    heartbeat_s: 5,
+    tokens_done: null,
+    num_tokens: null,
+    no_progress_s: 0,
+    elapsed_s: 0,
+    predicted_s: null,
+    progress_age_s: null,
+    cpu_s_since_progress: null,
+    back_in_round: false,
+    quarantine: null,
+    draining: false,
+    is_gone: false,
     ...given,
   };
 }
@@ -35,6 +69,7 @@ export function worker(name, given = {}) {
     name,
     verdict: "idle",
     evidence: "Holds no task.",
+    facts: facts(),
     phase: "idle",
     draining: false,
     cpu_model: "A CPU",
@@ -52,6 +87,7 @@ export function worker(name, given = {}) {
     tokens_accepted: 0,
     tasks_done: 0,
     tasks_failed: 0,
+    books: books(),
     ...given,
   };
 }
@@ -104,6 +140,8 @@ export function tasks(given = {}) {
     leased: 1,
     done: 20,
     failed: 0,
+    soft_expired: 0,
+    stuck: 0,
     range_tokens: 5000,
     latest_failed: [],
     ...given,

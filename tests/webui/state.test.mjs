@@ -52,6 +52,21 @@ test("workers are replaced by id, new ones come last", () => {
   assert.equal(view.workers[1], before.view.workers[1]);
 });
 
+test("who is put away leaves the rows, and stands there again once it is back", () => {
+  const names = (view) => [view.workers, view.gone].map((rows) => rows.map((w) => w.name));
+  const before = started({ workers: [worker("birch"), worker("alder")] });
+
+  const gone = [worker("birch", { verdict: "gone" })];
+  const away = reduce(before, event("fleet.updated", { workers: gone }));
+  assert.deepEqual(names(away.view), [["alder"], ["birch"]]);
+
+  const back = [worker("birch", { verdict: "draining" })];
+  const again = reduce(away, event("fleet.updated", { workers: back }, 9));
+  assert.deepEqual(names(again.view), [["alder", "birch"], []]);
+
+  assert.deepEqual(names(started({ workers: gone }).view), [[], ["birch"]]);
+});
+
 test("an update without workers keeps the rows", () => {
   const before = started({ workers: [worker("birch")] });
 

@@ -4,8 +4,23 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { layOutRound } from "../../webui/js/lanes.js";
 import { lossSeries, niceTicks, yRange } from "../../webui/js/lossdata.js";
-import { lateWorkers, orderRows, taskProgress } from "../../webui/js/workers.js";
-import { NOW, computing, evaluation, lane, round, version, worker } from "./fleet.mjs";
+import {
+  factWords,
+  lateWorkers,
+  needsLook,
+  orderRows,
+  taskProgress,
+} from "../../webui/js/workers.js";
+import {
+  NOW,
+  computing,
+  evaluation,
+  facts,
+  lane,
+  round,
+  version,
+  worker,
+} from "./fleet.mjs";
 
 test("progress compares what is done with what was forecast by now", () => {
   const progress = taskProgress(computing("birch", 80), NOW);
@@ -33,6 +48,43 @@ test("late ones come latest first", () => {
     lateWorkers(workers, NOW).map(({ worker: { name } }) => name),
     ["b", "a"],
   );
+});
+
+test("who is stuck is not late as well", () => {
+  const stuck = computing("a", 200, { verdict: "stuck" });
+
+  assert.deepEqual(lateWorkers([stuck], NOW), []);
+  assert.equal(needsLook(stuck, NOW), true);
+});
+
+test("only who stands still, is late or gets no work needs a look", () => {
+  const words = ["computing", "slow", "stuck", "draining", "idle", "lost", "quarantined"];
+
+  const found = words.filter((verdict) => needsLook(worker("a", { verdict }), NOW));
+
+  assert.deepEqual(found, ["stuck", "lost", "quarantined"]);
+  assert.equal(needsLook(computing("b", 150, { verdict: "slow" }), NOW), true);
+});
+
+test("the numbers behind a verdict are told in the order of the rules", () => {
+  const stuck = computing("birch", 72, {
+    facts: facts({
+      tokens_done: 500,
+      num_tokens: 900,
+      no_progress_s: 16,
+      predicted_s: 100,
+      cpu_s_since_progress: 0.44,
+    }),
+  });
+
+  // The spaces of figures are hard ones.
+  const words = (row) => factWords(row, NOW).replaceAll(/\s/g, " ");
+  assert.equal(
+    words(stuck),
+    "heartbeat 2 s old, 500 of 900 tokens, no progress for 16 s, " +
+      "0.4 CPU s since the last token or byte, 1:12 of 1:40 elapsed",
+  );
+  assert.equal(words(worker("alder")), "heartbeat 2 s old");
 });
 
 const lost = worker("alder", { verdict: "lost" });

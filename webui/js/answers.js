@@ -4,7 +4,7 @@
 // {b: text} is emphasised.
 
 import { age, count, dayTime, duration, number, percent, short } from "./format.js";
-import { lateWorkers } from "./workers.js";
+import { lateWorkers, standingStill } from "./workers.js";
 
 /** Evaluations without a new best after which the run no longer counts as learning. */
 const PATIENCE = 5;
@@ -119,12 +119,14 @@ function compareSpeeds(workers) {
   ];
 }
 
-/** Say which workers are lost and which tasks were given up. */
+/** Say which workers are lost or stuck, and which tasks were given up. */
 export function whatIsStuck({ workers, tasks }, now, checkedAt) {
-  const lost = workers.filter(({ verdict }) => verdict === "lost");
+  const { lost, stuck } = standingStill(workers);
   const numFailed = tasks?.failed ?? 0;
-  const lines = [];
-  for (const worker of lost.slice(0, 2)) lines.push(lostLine(worker, now));
+  const lines = [
+    ...lost.map((worker) => lostLine(worker, now)),
+    ...stuck.map(({ name, evidence }) => [{ b: name }, ` ${evidence}`]),
+  ].slice(0, 2);
   if (numFailed > 0) lines.push(failedLine(tasks));
   if (lines.length === 0) {
     lines.push([`Checked ${age(now - checkedAt)} ago.`]);
@@ -132,10 +134,17 @@ export function whatIsStuck({ workers, tasks }, now, checkedAt) {
     return answer("", null, "Nothing", "", lines);
   }
   const failed = `${count(numFailed, "task")} failed`;
-  if (lost.length === 0) return answer("lost", "lost", failed, "", lines);
+  if (lost.length + stuck.length === 0) {
+    return answer("lost", "lost", failed, "", lines);
+  }
   const small = numFailed > 0 ? `and ${failed}` : "";
-  const words = `${count(lost.length, "worker")} lost`;
-  return answer("lost", "lost", words, small, lines.slice(0, 2));
+  return answer("lost", "lost", stillWords(lost, stuck), small, lines.slice(0, 2));
+}
+
+function stillWords(lost, stuck) {
+  if (stuck.length === 0) return `${count(lost.length, "worker")} lost`;
+  const words = `${count(stuck.length, "worker")} stuck`;
+  return lost.length === 0 ? words : `${words}, ${lost.length} lost`;
 }
 
 function lostLine(worker, now) {
@@ -184,9 +193,10 @@ export function roundMoment(moment, { earliest_at: earliest, latest_at: latest }
 
 /** Return the worst news for the title of the tab; empty when there is none. */
 export function worstNews({ workers, tasks }) {
-  const lost = workers.filter(({ verdict }) => verdict === "lost").length;
+  const { lost, stuck } = standingStill(workers);
   const news = [];
-  if (lost > 0) news.push(`${lost} lost`);
+  if (stuck.length > 0) news.push(`${stuck.length} stuck`);
+  if (lost.length > 0) news.push(`${lost.length} lost`);
   if (tasks?.failed) news.push(`${tasks.failed} failed`);
   return news.join(", ");
 }

@@ -4,6 +4,8 @@ import { duration } from "./format.js";
 
 /** With more lanes than this, only those that need a look are drawn one by one. */
 const MANY = 40;
+/** How a claim ends that was an attempt lost. */
+const TAKEN = new Set(["failed", "expired", "kicked"]);
 const AIR = 1.06;
 
 /**
@@ -62,7 +64,7 @@ function layOutLane(lane, worker, origin, elapsedS) {
 }
 
 function laneTone(state, isLost, lateS) {
-  if (isLost || state === "failed" || state === "expired") return "lost";
+  if (isLost || TAKEN.has(state)) return "lost";
   if (state === "released") return "idle";
   return lateS >= 1 ? "slow" : "ok";
 }

@@ -8,7 +8,7 @@ import { beat, downForS, fleet, link, offline, takeMessage } from "./store.js";
 import { Banners } from "./view/banners.js";
 import { Dashboard } from "./view/dashboard.js";
 import { startKeys } from "./view/help.js";
-import { Brand, LostNews, Status } from "./view/topbar.js";
+import { Brand, Status, StillNews } from "./view/topbar.js";
 
 const LOGIN = `/login?next=${encodeURIComponent(location.pathname)}`;
 
@@ -45,7 +45,7 @@ mount("brand", html`<${Brand} />`);
 mount("status", html`<${Status} />`);
 mount("banners", html`<${Banners} tryNow=${() => live.tryNow()} />`);
 mount("main", html`<${Dashboard} />`);
-mount("news", html`<${LostNews} />`);
+mount("news", html`<${StillNews} />`);
 startKeys();
 
 effect(() => {

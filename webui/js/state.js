@@ -7,13 +7,15 @@ export const EMPTY = Object.freeze({ view: null, seq: 0, at: null, stale: false 
  * Return the state after one message of the live feed.
  *
  * A missed event makes the state stale: nothing is guessed, the next snapshot puts
- * it right. `view` has the shape of `FleetView` in coordinator/service/view.py.
+ * it right. `view` has the shape of `FleetView` in coordinator/service/view.py; rows of
+ * workers that are gone are not among its `workers`, but in `gone`.
  */
 export function reduce(state, message) {
   if (message.kind === "resync") return { ...state, stale: true };
   const { seq, at } = message;
   if (message.kind === "snapshot") {
-    return { view: message.body, seq, at, stale: false };
+    const { workers } = message.body;
+    return { view: withWorkers(message.body, workers), seq, at, stale: false };
   }
   if (state.stale) return state;
   if (state.view === null) return { ...state, stale: true };
@@ -48,18 +50,25 @@ function applyEvent(view, { kind, body }) {
 
 // What an update names replaces the old, null included: "no round is open now".
 function applyUpdate(view, { workers = [], ...parts }) {
-  return {
-    ...view,
-    ...parts,
-    workers: mergeWorkers(view.workers, workers),
-  };
+  const merged = { ...view, ...parts };
+  if (workers.length === 0) return merged;
+  return withWorkers(merged, mergeWorkers([...view.workers, ...view.gone], workers));
 }
 
 function mergeWorkers(rows, changed) {
-  if (changed.length === 0) return rows;
   const byId = new Map(rows.map((row) => [row.worker_id, row]));
   for (const row of changed) byId.set(row.worker_id, row);
   return [...byId.values()];
+}
+
+// Who was put away is not of the fleet, but may come back.
+function withWorkers(view, rows) {
+  const isGone = ({ verdict }) => verdict === "gone";
+  return {
+    ...view,
+    workers: rows.filter((row) => !isGone(row)),
+    gone: rows.filter(isGone),
+  };
 }
 
 // Replaces too: an event that fell into the taking of a snapshot is sent again.

@@ -1,5 +1,7 @@
 // Workers in words and in order: who is late, and which row stands above which. Pure.
 
+import { age, duration, number } from "./format.js";
+
 /** Worst first: verdicts, and `late` for who computes past its forecast. */
 const WORST_FIRST = [
   "quarantined",
@@ -7,10 +9,44 @@ const WORST_FIRST = [
   "stuck",
   "late",
   "slow",
+  "draining",
   "idle",
   "waiting",
   "computing",
 ];
+
+/** What stands still while it holds a task, or may hold one. */
+const STILL = new Set(["lost", "stuck"]);
+
+/** Return whether somebody should look after a worker. */
+export function needsLook(worker, now) {
+  if (STILL.has(worker.verdict) || worker.verdict === "quarantined") return true;
+  return lateWorkers([worker], now).length > 0;
+}
+
+/** Return {lost, stuck}: the workers that stand still. */
+export function standingStill(workers) {
+  const of = (word) => workers.filter(({ verdict }) => verdict === word);
+  return { lost: of("lost"), stuck: of("stuck") };
+}
+
+/** Return the numbers behind a verdict, in the order in which they are looked at. */
+export function factWords(worker, now) {
+  const { facts } = worker;
+  const words = [`heartbeat ${age(now - worker.heartbeat_at)} old`];
+  if (facts.num_tokens === null) return words.join(", ");
+  const forecast = facts.predicted_s === null ? "" : ` of ${duration(facts.predicted_s)}`;
+  words.push(
+    `${number(facts.tokens_done)} of ${number(facts.num_tokens)} tokens`,
+    `no progress for ${age(facts.no_progress_s)}`,
+  );
+  if (facts.cpu_s_since_progress !== null) {
+    const cpu = number(facts.cpu_s_since_progress, 1);
+    words.push(`${cpu} CPU s since the last token or byte`);
+  }
+  words.push(`${duration(taskProgress(worker, now)?.elapsedS ?? 0)}${forecast} elapsed`);
+  return words.join(", ");
+}
 
 /** Return how far a held task is, or null when the worker holds none. */
 export function taskProgress(worker, now) {
@@ -29,7 +65,7 @@ export function taskProgress(worker, now) {
 /** Return the workers that compute past their forecast, latest first. */
 export function lateWorkers(workers, now) {
   return workers
-    .filter(({ verdict }) => verdict !== "lost")
+    .filter(({ verdict }) => !STILL.has(verdict))
     .map((worker) => ({ worker, lateS: taskProgress(worker, now)?.lateS ?? 0 }))
     .filter(({ lateS }) => lateS >= 1)
     .sort((a, b) => b.lateS - a.lateS);
@@ -58,7 +94,7 @@ export function orderRows(shown, workers, now, hold) {
 
 // A verdict that this page doesn't know is sorted as the worst rather than hidden.
 function rank(worker, now) {
-  const isLate = worker.verdict !== "stuck" && lateWorkers([worker], now).length > 0;
+  const isLate = lateWorkers([worker], now).length > 0;
   return WORST_FIRST.indexOf(isLate ? "late" : worker.verdict);
 }
 

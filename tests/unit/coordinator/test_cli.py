@@ -6,13 +6,16 @@ import gc
 import logging
 import os
 import socket
+import sqlite3
 import stat
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from coordinator.cli import main
+from coordinator.cli import NOT_RUNNING, main
 from coordinator.domain.manifest import load_manifest
+from coordinator.service.telemetry import Telemetry
 from coordinator.settings import PREFIX
 from coordinator.store.lock import DataLock
 from tests.unit.coordinator.fleets import write_corpus
@@ -79,6 +82,13 @@ def test_the_worker_key_is_made_once_and_for_its_owner_alone(capsys, tmp_path):
         ["train-for", "60"],
         ["acknowledge-reset"],
         ["readmit-worker", "w1"],
+        ["drain-worker", "w1"],
+        ["resume-worker", "w1"],
+        ["mark-gone", "w1"],
+        ["kick-stuck"],
+        ["requeue-failed"],
+        ["status"],
+        ["dump-telemetry"],
         ["reset-admin-password"],
     ],
 )
@@ -123,6 +133,89 @@ def test_only_a_quarantined_worker_is_readmitted(capsys, folders):
     said(capsys, "seed-real-tasks", *folders)
 
     assert "'w9'" in refused(capsys, "readmit-worker", *folders, "w9")
+
+
+@pytest.mark.parametrize("verb", ["drain-worker", "resume-worker", "readmit-worker"])
+def test_a_worker_that_nobody_knows_is_named(capsys, folders, verb):
+    said(capsys, "seed-real-tasks", *folders)
+
+    assert "worker_id must be" in refused(capsys, verb, *folders, "w9")
+
+
+def test_a_task_that_nobody_knows_is_named(capsys, folders):
+    said(capsys, "seed-real-tasks", *folders)
+
+    assert said(capsys, "requeue-failed", *folders).startswith("0 failed tasks")
+    assert "got 't-9', which is none" in refused(
+        capsys, "requeue-failed", *folders, "t-9"
+    )
+
+
+@pytest.mark.parametrize("order", [["kick-stuck"], ["mark-gone", "w1"]])
+def test_who_stands_still_is_not_known_without_a_coordinator(capsys, folders, order):
+    said(capsys, "seed-real-tasks", *folders)
+
+    assert "no coordinator runs" in refused(capsys, *order, *folders)
+
+
+def test_at_rest_the_fleet_is_shown_as_it_was_and_nothing_is_changed(
+    capsys, folders, tmp_path
+):
+    said(capsys, "seed-real-tasks", *folders)
+    database = tmp_path / "data" / "fleet.db"
+    before = database.read_bytes()
+
+    assert main(["status", *folders]) == NOT_RUNNING
+    out = capsys.readouterr().out
+    told = msgspec.json.decode(said(capsys, "dump-telemetry", *folders), type=Telemetry)
+
+    first, run, *_ = out.splitlines()
+    assert first.startswith(f"No coordinator runs on {folders[1]}. As of 20")
+    assert "(tiny), running, epoch 1, version 1, 0 of" in run
+    assert (told.running, told.fleet.run.epoch_tokens) == (False, 1504)
+    assert [event.kind for event in told.events] == ["run.started", "epoch.seeded"]
+    assert database.read_bytes() == before
+
+
+def test_at_rest_ages_are_as_of_the_last_moment_that_a_coordinator_ran(
+    capsys, folders, tmp_path
+):
+    said(capsys, "seed-real-tasks", *folders)
+    with sqlite3.connect(tmp_path / "data" / "fleet.db") as connection:
+        connection.execute("DELETE FROM facts")
+        connection.execute("INSERT INTO facts VALUES ('clock_high_water', '1000.5')")
+        connection.execute(
+            "INSERT INTO workers (worker_id, name, cpu_model, isa, threads, "
+            "package_version, registered_at, heartbeat_at, phase) "
+            "VALUES ('birch', 'birch', '', '', 1, '', 0, 998.5, 'idle')"
+        )
+
+    main(["status", *folders])
+    out = capsys.readouterr().out
+
+    assert "As of 1970-01-01 00:16:40 UTC" in out
+    assert out.splitlines()[-1].split() == [
+        "idle", "birch", "-", "-", "2", "s", "-", "-", "Holds", "no", "task."
+    ]  # fmt: skip
+
+
+def test_without_the_corpus_the_fleet_is_shown_all_the_same(capsys, folders, tmp_path):
+    said(capsys, "seed-real-tasks", *folders)
+    (tmp_path / "corpus/tokenized/manifest.json").write_text("nonsense")
+
+    assert main(["status", *folders]) == NOT_RUNNING
+    assert "version 1" in capsys.readouterr().out
+
+
+def test_a_database_of_another_schema_is_not_guessed_at(capsys, folders, tmp_path):
+    said(capsys, "seed-real-tasks", *folders)
+    with sqlite3.connect(tmp_path / "data" / "fleet.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0002'")
+
+    line = refused(capsys, "status", *folders)
+
+    assert "schema '0002'" in line
+    assert "bitnet-coordinator serve" in line
 
 
 def test_an_epoch_on_another_corpus_is_refused_and_the_run_stays(

@@ -17,14 +17,25 @@ from coordinator.control import (
     SOCKET_NAME,
     AcknowledgeReset,
     ControlServer,
+    DrainWorker,
+    DumpTelemetry,
+    KickStuck,
+    MarkGone,
     Outcome,
+    RequeueFailed,
     ResetPassword,
+    ResumeWorker,
     Seed,
+    Status,
     TrainFor,
     ask,
 )
 from coordinator.domain.errors import StartError
 from coordinator.login.passwords import password_matches
+from coordinator.service.feed import Feed
+from coordinator.service.lag import LoopLag
+from coordinator.service.telemetry import Telemetry
+from coordinator.service.view import FleetView
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import runs
 from coordinator.store.sessions import find_password_hash
@@ -35,7 +46,8 @@ from tests.unit.coordinator.fleets import World
 
 @contextlib.asynccontextmanager
 async def serving(world: World, folder: Path, *, key_is_set: bool = False):
-    server = ControlServer(world.fleet, folder, key_is_set=key_is_set)
+    feed = Feed(world.fleet, LoopLag(world.clock), insecure_http=False)
+    server = ControlServer(world.fleet, feed, folder, key_is_set=key_is_set)
     await server.start()
     try:
         yield server
@@ -110,6 +122,64 @@ def test_every_command_reaches_the_fleet(running: World, tmp_path: Path):
     run = running.run_row()
     assert (run.epoch, run.stop_at, run.reset_acknowledged) == (3, START + 90.0, True)
     assert running.read(lambda c: runs.range_tokens(c, "r-1")) == 2 * 1504
+
+
+def test_what_is_done_to_workers_and_tasks_is_said(running: World, tmp_path: Path):
+    running.register("w2")
+    task = running.claimed()
+    for _ in range(5):
+        running.clock.advance(5.0)
+        running.heartbeat(task, cpu_s=1.0)
+
+    said = asked(
+        running,
+        tmp_path,
+        KickStuck(worker_id="w1"),
+        KickStuck(),
+        DrainWorker(worker_id="w1"),
+        ResumeWorker(worker_id="w1"),
+        DrainWorker(worker_id="w2"),
+        MarkGone(worker_id="w2"),
+        RequeueFailed(),
+    )
+
+    assert said == [
+        f"taken from workers that stand still: {task.task_id}",
+        "taken from workers that stand still: none",
+        "worker w1 gets no more tasks",
+        "worker w1 gets tasks again",
+        "worker w2 gets no more tasks",
+        "worker w2 is gone, until it comes back",
+        "0 failed tasks are pending again",
+    ]
+
+
+def test_a_running_coordinator_tells_how_it_is_doing(running: World, tmp_path: Path):
+    running.train_round(0.5)
+    task = running.claimed()
+
+    glance, dump = asked(running, tmp_path, Status(), DumpTelemetry())
+
+    view = msgspec.json.decode(glance, type=FleetView)
+    assert view.workers[0].task_id == task.task_id
+    assert view.versions == []
+    told = msgspec.json.decode(dump, type=Telemetry)
+    assert (told.running, told.at) == (True, running.clock.now())
+    assert [point.version for point in told.fleet.versions] == [1, 2]
+    assert told.leases[0].task_id == task.task_id
+
+
+def test_what_a_worker_holds_is_said(running: World, tmp_path: Path):
+    task = running.claimed()
+
+    said = asked(
+        running, tmp_path, DrainWorker(worker_id="w1"), MarkGone(worker_id="w1")
+    )
+
+    assert said == [
+        f"worker w1 gets no more tasks and finishes {task.task_id}",
+        f"worker w1 is gone, until it comes back; {task.task_id} is taken from it",
+    ]
 
 
 def test_a_time_to_stop_can_be_taken_back(running: World, tmp_path: Path):

@@ -28,6 +28,13 @@ def body_of(update):
     return None if update is None else msgspec.to_builtins(update)
 
 
+def ageless(row):
+    """Return a worker without what only time changes: no update is sent for it."""
+    ages = {"heartbeat_age_s", "elapsed_s", "progress_age_s"}
+    facts = {name: fact for name, fact in row["facts"].items() if name not in ages}
+    return row | {"facts": facts}
+
+
 def updates(world):
     return [body_of(body) for kind, body in world.told if kind == "fleet.updated"]
 
@@ -53,6 +60,17 @@ def test_the_lag_of_the_server_alone_is_no_news(running: World, feed: Feed):
     later = msgspec.structs.replace(view, server=ServerView(loop_lag_ms=99.0))
 
     assert difference(view, later) is None
+
+
+def test_that_time_goes_by_is_no_news(running: World, feed: Feed):
+    task = running.claimed()
+    running.heartbeat(task, tokens_done=8)
+    before = looked(running, feed)
+    running.clock.advance(1.0)
+    after = looked(running, feed)
+
+    assert before.workers != after.workers
+    assert difference(before, after) is None
 
 
 def test_only_what_changed_is_sent_and_the_lag_goes_along(running: World, feed: Feed):
@@ -117,7 +135,9 @@ def test_updates_put_together_are_the_view(running: World, feed: Feed):
         last = view
 
         whole = msgspec.to_builtins(view)
-        assert list(workers.values()) == whole["workers"]
+        assert list(map(ageless, workers.values())) == list(
+            map(ageless, whole["workers"])
+        )
         assert {name: whole[name] for name in known} == known
 
 
@@ -142,6 +162,17 @@ def test_an_update_holds_no_history_and_a_snapshot_does(running: World, feed: Fe
     assert [point.version for point in snapshot.versions] == [1, 2]
     running.do(feed.update())
     assert "versions" not in updates(running)[-1]
+
+
+def test_after_a_sleep_of_the_coordinator_nobody_is_called_lost(
+    running: World, feed: Feed
+):
+    running.do(sweep_leases(running.fleet))
+    running.clock.advance(60.0)
+
+    (row,) = looked(running, feed).workers
+
+    assert row.verdict == "idle"
 
 
 def test_a_ring_makes_the_feed_look(running: World, feed: Feed):

@@ -15,7 +15,7 @@ from coordinator.domain.errors import RefusedError
 from coordinator.service.closing import RoundCloser
 from coordinator.service.looking import look
 from coordinator.service.starting import reconcile
-from coordinator.service.steering import readmit_worker
+from coordinator.service.tending import readmit_worker
 from coordinator.store import rounds, runs, workers
 from coordinator.store.tables import events, submissions
 from tests.unit.coordinator.fleets import (

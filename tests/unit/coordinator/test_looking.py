@@ -80,7 +80,7 @@ def test_a_fresh_run(running: World):
     assert (run.state, run.preset, run.epoch) == ("running", "tiny", 1)
     assert (run.epoch_tokens, run.epoch_tokens_accepted) == (1504, 0)
     assert (run.newest_version, run.best_version, run.tokens_per_s) == (1, None, None)
-    assert run.eta.reason == "Needs one measured round."
+    assert run.eta.reason == "No token budget is set."
     # 200 bytes of gzip for 300 bytes of text
     assert run.gzip_bits_per_byte == pytest.approx(8 * 200 / 300)
     assert view.tasks.range_tokens == 1504
@@ -129,14 +129,52 @@ def test_a_silent_worker_is_lost(running: World):
 
 
 def test_speed_and_end_come_from_closed_rounds(running: World):
-    running.change_run(token_budget=64 + 640)
-    running.train_round(0.5)  # 64 tokens in 10 s
+    running.change_run(token_budget=320 + 640)
+    for _ in range(4):
+        running.set_speed("w1", 64 / 60)
+        running.train_round(0.5)  # 64 tokens in 10 s
+    few = looked(running).run
+    running.set_speed("w1", 64 / 60)
+    running.train_round(0.5)
 
     run = looked(running).run
 
-    assert run.newest_version == 2
+    assert few.eta.reason == "Needs 5 closed rounds, there are 4."
+    assert run.newest_version == 6
     assert run.tokens_per_s == pytest.approx(6.4)
-    assert run.eta.at - START == pytest.approx(10.0 + 100.0)
+    assert run.eta.at - START == pytest.approx(50.0 + 100.0)
+
+
+def test_what_became_of_tokens_is_shown_for_worker_and_fleet(running: World):
+    running.train_round(0.5)
+    running.register("w2")
+    lost = running.claimed("w2")
+    running.clock.advance(5.0)
+    running.heartbeat(lost, "w2", tokens_done=16)
+    running.release(lost, "w2")
+
+    view = looked(running)
+
+    first, second = (worker(view, name).books.tally for name in ("w1", "w2"))
+    assert (first.trained, first.applied, first.wasted) == (64, 64, {})
+    assert (second.trained, second.wasted) == (16, {"released": 16})
+    whole = view.run.tally
+    assert (whole.trained, whole.applied, whole.wasted) == (80, 64, {"released": 16})
+
+
+def test_predictions_that_are_wrong_are_an_alarm_with_the_figures(running: World):
+    for _ in range(3):
+        running.set_speed("w1", 64 / 60)
+        running.train_round(0.5)  # predicted 60 s, took 10 s
+
+    row = worker(looked(running), "w1")
+
+    assert row.books.duration_ratio == pytest.approx(1 / 6)
+    assert row.books.duration_alarm.startswith(
+        "Its tasks take 0.17 times as long as predicted"
+    )
+    assert "10 s, predicted 60 s" in row.books.duration_alarm
+    assert row.books.spread == pytest.approx(0.7**3)
 
 
 def test_history_is_left_out_of_updates(running: World):
@@ -193,10 +231,72 @@ def test_a_finished_run_has_an_end_and_no_eta(running: World):
     assert (eta.at, eta.reason) == (None, "The run is finished.")
 
 
+def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()
+    running.clock.advance(10.0)
+    running.heartbeat(task, tokens_done=120, cpu_s=3.0)
+    running.clock.advance(5.0)
+    running.heartbeat(task, tokens_done=120, cpu_s=7.5)
+    running.clock.advance(2.0)
+
+    facts = worker(looked(running), "w1").facts
+
+    assert (facts.heartbeat_age_s, facts.heartbeat_s) == (2.0, 5.0)
+    assert (facts.elapsed_s, facts.predicted_s) == (17.0, 60.0)
+    assert (facts.tokens_done, facts.num_tokens) == (120, 480)
+    assert (facts.progress_age_s, facts.cpu_s_since_progress) == (7.0, 4.5)
+    assert facts.no_progress_s == 5.0
+    running.submit(task)
+    facts = worker(looked(running), "w1").facts
+    assert (facts.tokens_done, facts.progress_age_s, facts.back_in_round) == (
+        None,
+        None,
+        True,
+    )
+
+
+def test_late_tasks_and_those_that_stand_still_are_counted_apart(running: World):
+    for name in ("w2", "w3", "w4"):
+        running.register(name)
+    for name in ("w1", "w2", "w3", "w4"):
+        running.set_speed(name, 1.0)
+    slow, stuck, good = (running.claimed(name) for name in ("w1", "w2", "w3"))
+    running.claimed("w4")  # and is never heard again
+    for done in range(1, 15):
+        running.clock.advance(5.0)
+        running.heartbeat(slow, "w1", tokens_done=done)
+        running.heartbeat(good, "w3", tokens_done=done)
+        running.heartbeat(stuck, "w2", tokens_done=1)
+        if done == 12:
+            counts = looked(running).tasks
+            assert (counts.soft_expired, counts.stuck) == (0, 2)
+            running.submit(good, "w3")
+
+    view = looked(running)
+
+    words = {row.worker_id: row.verdict for row in view.workers}
+    assert words == {"w1": "slow", "w2": "stuck", "w3": "waiting", "w4": "lost"}
+    assert (view.tasks.soft_expired, view.tasks.stuck) == (1, 2)
+
+
+def test_a_worker_that_is_gone_says_so_and_its_task_does_not_count(running: World):
+    running.claimed()
+    running.write(
+        lambda c: workers.change_worker(c, "w1", draining=True, gone_at=START)
+    )
+
+    view = looked(running)
+
+    assert worker(view, "w1").verdict == "gone"
+    assert (view.tasks.soft_expired, view.tasks.stuck) == (0, 0)
+
+
 def test_a_draining_worker_shows_it(running: World):
     running.write(lambda c: workers.change_worker(c, "w1", draining=True))
 
-    assert worker(looked(running), "w1").draining is True
+    row = worker(looked(running), "w1")
+    assert (row.verdict, row.draining) == ("draining", True)
 
 
 def test_nothing_that_opens_a_door_is_ever_in_the_view(running: World):

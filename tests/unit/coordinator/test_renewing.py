@@ -252,6 +252,26 @@ def test_a_measured_speed_sets_the_hard_limit_once(running: World):
     assert limits(running, task)[1] == due
 
 
+def test_a_steady_worker_that_cannot_be_in_time_loses_its_task_early(running: World):
+    running.set_speed("w1", 2.0)
+    running.write(lambda c: workers.change_worker(c, "w1", spread=0.05))
+    task = running.claimed()  # 120 tokens, 60 s; its limit is 240 s
+
+    lost_after = next(
+        6.0 * done
+        for done in range(1, 40)
+        if beaten(running, task, done) is LeaseState.LOST
+    )
+
+    # One and a half times 60 s and a minute; it is noticed at the next heartbeat.
+    assert lost_after == 156.0
+
+
+def beaten(world: World, task, done):
+    world.clock.advance(6.0)
+    return world.heartbeat(task, tokens_done=done).lease
+
+
 def test_an_unmeasured_worker_is_predicted_by_the_fleet(running: World):
     running.register("w2")
     running.set_speed("w2", 3.2)
@@ -362,3 +382,24 @@ def test_an_unknown_worker_is_refused(running: World):
         running.heartbeat(worker_id="w9")
 
     assert caught.value.code is ErrorCode.UNKNOWN_WORKER
+
+
+def test_cpu_time_is_counted_from_the_last_token_or_byte(running: World):
+    task = running.claimed()
+    seen = []
+    for said in (
+        {"cpu_s": 5000.0},  # an old process: what it used before is not of this task
+        {"cpu_s": 5004.0},
+        {"cpu_s": 5010.0, "tokens_done": 8},
+        {"cpu_s": 5013.0, "tokens_done": 8},
+        {"cpu_s": 5014.0, "tokens_done": 8, "bytes_done": 1},
+        {"cpu_s": 5016.5, "tokens_done": 8, "bytes_done": 1},
+    ):
+        running.clock.advance(5.0)
+        running.heartbeat(task, **said)
+        row = running.task(task.task_id)
+        seen.append(row.cpu_s - row.progress_cpu_s)
+
+    assert seen == [0.0, 4.0, 0.0, 3.0, 0.0, 2.5]
+    running.release(task)
+    assert running.task(task.task_id).progress_cpu_s is None

@@ -56,58 +56,14 @@ def test_a_late_claim_gets_less_but_never_under_its_least_share(age_s, due):
     assert sizing.seconds_left(60.0, round_age_s=age_s) == pytest.approx(due)
 
 
-def test_the_first_task_is_the_measurement_and_later_ones_move_it():
-    first = sizing.measured_speed(None, 1000, 10.0, round_s=10.0)
-    second = sizing.measured_speed(first, 1400, 10.0, round_s=10.0)
-    slow = sizing.measured_speed(None, 1000, 1e6, round_s=10.0)
+@given(speed=st.floats(0.01, 1e9), largest=st.integers(1, 10**6))
+def test_no_task_is_beyond_the_limit_of_growth(speed, largest):
+    size = sizing.task_tokens(
+        speed, seconds=60.0, batch_tokens=64, seq_len=8, largest=largest
+    )
 
-    assert first == 100.0
-    assert second == pytest.approx(112.0)
-    assert slow == pytest.approx(1e-3)
-
-
-def test_who_was_far_too_fast_for_its_average_was_misjudged():
-    assert sizing.measured_speed(100.0, 1600, 10.0, round_s=10.0) == 160.0
-
-
-def test_a_short_task_moves_the_average_by_its_share_of_a_round():
-    found = sizing.measured_speed(100.0, 50, 1.0, round_s=10.0)
-
-    assert found == pytest.approx(100.0 - 0.03 * 50.0)
-
-
-@given(
-    before=st.none() | st.floats(0.01, 1e6),
-    tokens=sizes,
-    seconds=st.floats(0.0, 1e5),
-    round_s=st.floats(1.0, 600.0),
-)
-def test_no_task_raises_the_size_of_the_next_beyond_the_limit_of_growth(
-    before, tokens, seconds, round_s
-):
-    size = round_s * sizing.measured_speed(before, tokens, seconds, round_s=round_s)
-
-    most = sizing.MAX_GROWTH * tokens
-    assert size <= max((before or 0.0) * round_s, most) * (1 + 1e-9)
-
-
-def test_a_crumb_that_takes_no_time_changes_nothing():
-    assert sizing.measured_speed(100.0, 8, 0.01, round_s=60.0) == 100.0
-
-
-@pytest.mark.parametrize(
-    ("speed", "overhead_s", "most_short"),
-    [(1000.0, 2.5, 2), (100.0, 2.5, 1), (1000.0, 60.0, 4), (10.0, 60.0, 1)],
-)
-def test_after_its_probe_a_worker_soon_fills_the_round(speed, overhead_s, most_short):
-    tokens, known, times = 4096, None, []
-    for _ in range(6):
-        times.append(overhead_s + tokens / speed)
-        known = sizing.measured_speed(known, tokens, times[-1], round_s=600.0)
-        tokens = round(600.0 * known)
-
-    assert sum(seconds < 450.0 for seconds in times) <= most_short
-    assert max(times) <= 750.0
+    assert size % 8 == 0
+    assert 8 <= size <= max(8, sizing.MAX_GROWTH * largest)
 
 
 def piece(num_tokens: int, num_rounds: int | None = 1) -> sizing.GivenBack:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from bitnet_ext.wire.verdicts import Verdict
-from coordinator.domain.verdicts import WorkerFacts, silence_limit_s, verdict
+from coordinator.domain.verdicts import (
+    WorkerFacts,
+    heard_at,
+    silence_limit_s,
+    verdict,
+)
 
 
 def facts(
@@ -18,6 +23,9 @@ def facts(
     elapsed_s=50.0,
     predicted_s=None,
     bad=None,
+    cpu_s=None,
+    draining=False,
+    gone=False,
 ):
     return WorkerFacts(
         heartbeat_age_s=age_s,
@@ -29,6 +37,10 @@ def facts(
         no_progress_s=still_s,
         elapsed_s=elapsed_s,
         predicted_s=predicted_s,
+        progress_age_s=None if done is None else still_s,
+        cpu_s_since_progress=cpu_s,
+        draining=draining,
+        is_gone=gone,
     )
 
 
@@ -59,6 +71,37 @@ def facts(
             Verdict.STUCK,
             "without progress",
         ),
+        (
+            facts(done=2, due=8, still_s=16.0, cpu_s=0.44),
+            Verdict.STUCK,
+            "25 % of its task done. 0.4 CPU s without a token or a byte.",
+        ),
+        (facts(draining=True), Verdict.DRAINING, "Holds no task, and gets none."),
+        (facts(back=True, draining=True), Verdict.DRAINING, "Holds no task"),
+        (
+            facts(done=2, due=8, draining=True),
+            Verdict.DRAINING,
+            "25 % of its task done; gets no other.",
+        ),
+        (
+            facts(done=2, due=8, elapsed_s=51.0, predicted_s=50.0, draining=True),
+            Verdict.SLOW,
+            "predicted 50 s. Drain asked.",
+        ),
+        (
+            facts(done=2, due=8, still_s=16.0, draining=True),
+            Verdict.STUCK,
+            "limit 15 s; 25 % of its task done. Drain asked.",
+        ),
+        (facts(31.0, draining=True), Verdict.LOST, "limit 30 s. Drain asked."),
+        (facts(bad="5 of 8", draining=True), Verdict.QUARANTINED, "8. Drain asked."),
+        (facts(31.0, gone=True), Verdict.GONE, "Comes back when it is heard again."),
+        (facts(1.0, bad="5 of 8", gone=True), Verdict.GONE, "Put away."),
+        (
+            facts(done=2, due=8, draining=True, gone=True),
+            Verdict.GONE,
+            "Comes back when its process starts again.",
+        ),
         (facts(back=True), Verdict.WAITING, "is back"),
         (facts(done=1, due=2, back=True), Verdict.COMPUTING, "50 %"),
     ],
@@ -68,7 +111,18 @@ def test_the_verdict_comes_with_its_evidence(given, word, evidence):
 
     assert found is word
     assert evidence in why
+    asked = given.draining and found not in (Verdict.DRAINING, Verdict.GONE)
+    assert why.endswith(" Drain asked.") == asked
 
 
 def test_silence_is_six_heartbeats_and_at_least_half_a_minute():
     assert [silence_limit_s(s) for s in (1.0, 5.0, 10.0)] == [30.0, 30.0, 60.0]
+
+
+@pytest.mark.parametrize(
+    ("away_s", "due"),
+    [(0.0, 100.0), (50.0, 150.0), (1000.0, 200.0), (-5.0, 100.0)],
+    ids=["none", "some", "longer than it was silent", "a clock that went back"],
+)
+def test_a_pause_of_the_coordinator_is_no_silence(away_s, due):
+    assert heard_at(100.0, now=200.0, away_s=away_s) == due

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from coordinator.domain import leases, sizing, verdicts
+from coordinator.domain.throughput import Throughput
+from tests.sim import happenings, reference
 from tests.sim import leases as sim
-from tests.sim import reference
 from tests.sim.bench_leases import bars, figures
 from tests.sim.boxes import FAST, STEP_TOKENS, Work
 from tests.sim.happenings import RATES, Fault
@@ -114,9 +115,8 @@ def test_stuck_and_silent_workers_need_a_limit_to_be_found(monkeypatch):
 
 
 def test_speeds_that_are_never_measured_make_tasks_of_the_wrong_length(monkeypatch):
-    monkeypatch.setattr(sizing, "EWMA_WEIGHT", 0.0)
-    monkeypatch.setattr(sizing, "MISJUDGED", 1e9)
-    monkeypatch.setattr(sizing, "MAX_GROWTH", 4)
+    same = Throughput(tokens_per_s=100.0, spread=1.0)
+    monkeypatch.setattr(happenings, "measured", lambda recent: same)
 
     assert figures([seen(hours=6.0)])["predicted_within_2x"] < 0.7
 

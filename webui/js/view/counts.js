@@ -6,6 +6,8 @@ import { Icon } from "./icons.js";
 
 /** Versions of which the speed is drawn and compared with. */
 const NUM_SPEEDS = 60;
+/** States that are coloured only where a task is in one. */
+const BAD = new Set(["slow", "stuck", "failed"]);
 
 /** Draw the speed of the fleet, now and over the last versions. */
 export function Speed({ view }) {
@@ -58,10 +60,13 @@ function Sparkline({ values }) {
 /** Draw one tile per state. */
 export function TaskCounts({ tasks }) {
   if (tasks === null) return null;
-  const { pending, leased, done, failed, range_tokens: uncut } = tasks;
+  const { pending, leased, stuck, done, failed, range_tokens: uncut } = tasks;
+  const late = tasks.soft_expired;
   const tiles = [
     ["pending", "Pending", number(pending), "cut, or given back"],
     ["leased", "Leased", number(leased), "held by a worker"],
+    ["slow", "Soft-expired", number(late), "alive, past forecast"],
+    ["stuck", "Stuck", number(stuck), "no progress, or silent"],
     ["done", "Done", number(done), "accepted"],
     ["failed", "Failed", number(failed), "given up"],
     ["rest", "Not cut yet", short(uncut), "tokens of this epoch"],
@@ -70,7 +75,7 @@ export function TaskCounts({ tasks }) {
     <section class="panel counts" aria-label="Tasks by state">
       ${tiles.map(
         ([state, name, value, side]) => html`
-        <div key=${state} class=${state === "failed" && failed === 0 ? "" : state}>
+        <div key=${state} class=${BAD.has(state) && value === "0" ? "" : state}>
           <h2><${Icon} name=${state} /> ${name}</h2>
           <p class="big">${value}</p>
           <p class="side">${side}</p>

@@ -13,6 +13,10 @@ const SHAPES = {
   idle: () => html`<circle cx="8" cy="8" r="5.6" />`,
   waiting: () =>
     html`${ring()}${[5, 8, 11].map((x) => html`<circle class="solid" cx=${x} cy="8" r="1" />`)}`,
+  draining: () => line("M2 8h7.5M6.4 4.6L9.8 8l-3.4 3.4M13 2.6v10.8"),
+  gone: () => html`${ring({ "stroke-dasharray": "3 2" })}${line("M5.2 8h5.6")}`,
+  stuck: () =>
+    html`${line("M5.4 1.8h5.2l3.6 3.6v5.2l-3.6 3.6H5.4l-3.6-3.6V5.4z")}${line("M6.3 5.6v4.8m3.4-4.8v4.8")}`,
   ok: () => line("M2.8 8.6l3.4 3.4 7-7.6", 2),
   warn: () => html`${line("M8 1.9l6.6 11.9H1.4z")}${line("M8 6v4M8 11.2v1.4")}`,
   leased: () => line("M2.5 8h8.5M7.6 4.4L11.2 8l-3.6 3.6M13.6 3v10"),
@@ -24,7 +28,6 @@ const NAMES = {
   pending: "idle",
   done: "ok",
   failed: "lost",
-  stuck: "warn",
   quarantined: "warn",
 };
 

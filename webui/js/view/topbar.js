@@ -4,6 +4,7 @@ import { switchTheme } from "../colours.js";
 import { clockTime, duration } from "../format.js";
 import { html } from "../lib.js";
 import { downForS, fleet, link, offline, serverTime } from "../store.js";
+import { standingStill } from "../workers.js";
 import { openHelp } from "./help.js";
 import { Icon } from "./icons.js";
 
@@ -49,9 +50,10 @@ function ThemeIcon() {
   `;
 }
 
-/** Say who is lost, in a place that screen readers read out when it changes. */
-export function LostNews() {
-  const workers = fleet.value.view?.workers ?? [];
-  const lost = workers.filter(({ verdict }) => verdict === "lost");
-  return lost.map(({ name }) => html`<p key=${name}>Worker ${name} is lost.</p>`);
+/** Say who stands still, in a place that screen readers read out when it changes. */
+export function StillNews() {
+  const { lost, stuck } = standingStill(fleet.value.view?.workers ?? []);
+  return [...lost, ...stuck].map(
+    ({ name, verdict }) => html`<p key=${name}>Worker ${name} is ${verdict}.</p>`,
+  );
 }

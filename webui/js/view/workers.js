@@ -3,7 +3,8 @@
 import { age, count, duration, number, percent, short } from "../format.js";
 import { html, useRef, useState } from "../lib.js";
 import { fleet, now } from "../store.js";
-import { lateWorkers, orderRows, taskProgress } from "../workers.js";
+import { wastedTokens } from "../tally.js";
+import { factWords, needsLook, orderRows, taskProgress } from "../workers.js";
 import { Icon } from "./icons.js";
 import { Rich, WorkBar } from "./parts.js";
 
@@ -24,7 +25,7 @@ const NUMERIC = new Set([4, 6, 7, 8]);
 
 /** Draw the panel. */
 export function WorkersPanel() {
-  const { workers } = fleet.value.view;
+  const { workers, gone } = fleet.value.view;
   if (workers.length === 0) {
     return html`
       <section class="panel empty">
@@ -35,17 +36,17 @@ export function WorkersPanel() {
       </section>
     `;
   }
-  return html`<${Table} workers=${workers} />`;
+  return html`<${Table} workers=${workers} gone=${gone} />`;
 }
 
-function Table({ workers }) {
+function Table({ workers, gone }) {
   const order = useRef(null);
   const [isHeld, setHeld] = useState(false);
   order.current = orderRows(order.current, workers, now.value, isHeld);
   const byId = new Map(workers.map((worker) => [worker.worker_id, worker]));
   const rows = order.current.ids.map((id) => byId.get(id));
   const isMany = rows.length > MANY;
-  const listed = isMany ? rows.filter(needsLook) : rows;
+  const listed = isMany ? rows.filter((row) => needsLook(row, now.value)) : rows;
   const showOrder = () => {
     order.current = null;
     setHeld(false);
@@ -64,7 +65,7 @@ function Table({ workers }) {
           html`
           <button type="button" onClick=${showOrder}>Order changed, show</button>`
         }
-        <div class="tools"><${Tally} workers=${workers} /></div>
+        <div class="tools"><${Tally} workers=${workers} gone=${gone} /></div>
       </header>
       ${isMany && html`<${Cells} rows=${rows} />`}
       ${
@@ -87,18 +88,14 @@ function Table({ workers }) {
   `;
 }
 
-function needsLook(worker) {
-  return worker.verdict === "lost" || lateWorkers([worker], now.value).length > 0;
-}
-
-function Tally({ workers }) {
-  const amounts = new Map();
-  for (const { verdict } of workers)
-    amounts.set(verdict, (amounts.get(verdict) ?? 0) + 1);
-  return [...amounts].sort().map(
-    ([verdict, amount]) => html`
-    <span key=${verdict} class="tally ${verdict}">
-      <${Icon} name=${verdict} /> <b>${amount}</b> ${verdict}
+function Tally({ workers, gone }) {
+  const names = new Map();
+  for (const { verdict, name } of [...workers, ...gone])
+    names.set(verdict, [...(names.get(verdict) ?? []), name]);
+  return [...names].sort().map(
+    ([verdict, those]) => html`
+    <span key=${verdict} class="tally ${verdict}" title=${those.join(", ")}>
+      <${Icon} name=${verdict} /> <b>${those.length}</b> ${verdict}
     </span>`,
   );
 }
@@ -120,13 +117,17 @@ function Cells({ rows }) {
 
 function Row({ worker }) {
   const { verdict } = worker;
+  const wasted = wastedTokens(worker.books.tally);
   return html`
     <tr>
       <td class="verdict ${verdict}">
         <${Icon} name=${verdict} /> ${verdict[0].toUpperCase() + verdict.slice(1)}
       </td>
       <td class="name" title=${worker.worker_id}>${worker.name}</td>
-      <td class="why">${worker.evidence}${worker.draining && " Drain asked."}</td>
+      <td class="why" title=${factWords(worker, now.value)}>
+        ${worker.evidence}
+        ${worker.books.duration_alarm !== null && ` ${worker.books.duration_alarm}`}
+      </td>
       <td class="cpu" title=${worker.cpu_model}>
         ${worker.isa}<span>${count(worker.threads, "thread")}</span>
       </td>
@@ -140,7 +141,10 @@ function Row({ worker }) {
           ${number(worker.tasks_failed)} failed</span>`
         }
       </td>
-      <td class="num accepted">${short(worker.tokens_accepted)}</td>
+      <td class="num accepted">
+        ${short(worker.tokens_accepted)}
+        ${wasted > 0 && html`<span class="bad">${short(wasted)} wasted</span>`}
+      </td>
       <${Heartbeat} worker=${worker} />
     </tr>
   `;
@@ -148,8 +152,10 @@ function Row({ worker }) {
 
 function Speed({ worker }) {
   const { tokens_per_s: measured, calibrated_tokens_per_s: calibrated } = worker;
+  const { spread } = worker.books;
   return html`
-    <td class="num" data-name="tok/s">
+    <td class="num" data-name="tok/s"
+      title=${spread === null ? "" : `spread ${percent(spread)}`}>
       ${measured === null ? "–" : number(measured)}
       ${calibrated !== null && html`<span>of ${number(calibrated)}</span>`}
     </td>

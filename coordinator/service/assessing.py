@@ -1,0 +1,82 @@
+"""What is known of each worker, and what to make of it: facts from rows, a verdict."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection
+
+from bitnet_ext.wire.verdicts import Verdict
+from coordinator.domain import leases
+from coordinator.domain.verdicts import WorkerFacts, verdict
+from coordinator.service.fleet import Fleet
+from coordinator.service.roster import heartbeat_s
+from coordinator.store import tasks
+from coordinator.store.rows import TaskRow, WorkerRow
+
+
+def facts_of(
+    worker: WorkerRow,
+    task: TaskRow | None,
+    *,
+    back_in_round: bool,
+    interval_s: float,
+    now: float,
+) -> WorkerFacts:
+    """Return all that a verdict on a worker is drawn from; `task` is what it holds."""
+    age_s = max(0.0, now - worker.heartbeat_at)
+    if task is None:
+        return WorkerFacts(
+            heartbeat_age_s=age_s,
+            heartbeat_s=interval_s,
+            tokens_done=None,
+            num_tokens=None,
+            no_progress_s=0.0,
+            elapsed_s=0.0,
+            predicted_s=None,
+            progress_age_s=None,
+            cpu_s_since_progress=None,
+            back_in_round=back_in_round,
+            quarantine=worker.quarantine_reason,
+            draining=worker.draining,
+            is_gone=worker.gone_at is not None,
+        )
+    return WorkerFacts(
+        heartbeat_age_s=age_s,
+        heartbeat_s=interval_s,
+        tokens_done=task.tokens_done,
+        num_tokens=task.num_tokens,
+        no_progress_s=leases.no_progress_s(
+            task.expires_at or now,
+            ttl_s=leases.ttl_s(interval_s),
+            heartbeat_at=worker.heartbeat_at,
+        ),
+        elapsed_s=now - (task.claimed_at or now),
+        predicted_s=task.predicted_s,
+        progress_age_s=now - (task.progress_at or now),
+        cpu_s_since_progress=_cpu_s_since_progress(task),
+        back_in_round=back_in_round,
+        quarantine=worker.quarantine_reason,
+        draining=worker.draining,
+        is_gone=worker.gone_at is not None,
+    )
+
+
+def _cpu_s_since_progress(task: TaskRow) -> float | None:
+    if task.progress_cpu_s is None:
+        return None
+    return task.cpu_s - task.progress_cpu_s
+
+
+def assess(
+    connection: Connection, fleet: Fleet, worker: WorkerRow, now: float
+) -> tuple[Verdict, str]:
+    """Return the verdict on one worker and its evidence, but for waiting: idle."""
+    held = tasks.leased_to(connection, worker.worker_id)
+    return verdict(
+        facts_of(
+            worker,
+            held[0] if held else None,
+            back_in_round=False,
+            interval_s=heartbeat_s(fleet, worker),
+            now=now,
+        )
+    )

@@ -1,0 +1,64 @@
+"""What `status` prints, letter by letter."""
+
+from __future__ import annotations
+
+from coordinator.store import workers
+from coordinator.terminal import status_text
+from tests.unit.coordinator.fleets import World
+from tests.unit.coordinator.test_looking import looked
+
+
+def shown(world: World) -> list[str]:
+    return status_text(looked(world, history=False)).splitlines()
+
+
+def test_a_fleet_is_shown_worst_first(running: World):
+    for name in ("alder", "birch", "cedar"):
+        running.register(name)
+    running.set_speed("w1", 2.0)
+    running.set_speed("birch", 2.0)
+    late, silent = running.claimed("w1"), running.claimed("birch")
+    for beat in range(1, 15):
+        running.clock.advance(5.0)
+        running.heartbeat(late, "w1", tokens_done=beat)
+        running.heartbeat(worker_id="alder")
+    running.write(lambda c: workers.change_worker(c, "cedar", gone_at=1.0))
+
+    assert shown(running) == [
+        "run      r-1 (tiny), running, epoch 1, version 1, 0 tokens",
+        "ETA      unknown. Needs one measured round.",
+        "round    1 on version 1, open, 0 of 2 back",
+        "tasks    0 pending, 2 leased (1 soft-expired, 1 stuck), 0 done, 0 failed; "
+        "1264 tokens not cut yet",
+        "workers  1 slow, 1 idle, 1 lost, 1 gone",
+        "",
+        "VERDICT  WORKER  TASK            TOKENS/S  HEARTBEAT  ELAPSED  PREDICTED  "
+        "EVIDENCE",
+        f"lost     birch   {silent.task_id}  2.0       70 s       70 s     60 s       "
+        "No heartbeat for 70 s, limit 30 s.",
+        f"slow     w1      {late.task_id}  2.0       0 s        70 s     60 s       "
+        "12 % of its task done after 70 s, predicted 60 s.",
+        "idle     alder   -               -         0 s        -        -          "
+        "Holds no task.",
+    ]
+
+
+def test_the_end_is_a_moment_with_its_window(running: World):
+    running.change_run(token_budget=64 + 640)
+    running.train_round(0.5)
+
+    (line,) = [line for line in shown(running) if line.startswith("ETA")]
+
+    assert line.startswith("ETA      2027-01-15 08:01:50 UTC, between 2027-01-15 ")
+    assert "0 of 0 back" in "".join(shown(running))
+
+
+def test_what_is_missing_comes_first_and_on_one_line(world: World):
+    world.start_run(seeded=False)
+
+    first, *_, last = shown(world)
+
+    assert first == (
+        "MISSING  There is nothing to train yet. bitnet-coordinator seed-real-tasks"
+    )
+    assert last == "workers  none has registered"
