@@ -46,6 +46,7 @@ class RangeRow(Struct, frozen=True, kw_only=True):
     shard_id: str
     start_token: int
     num_tokens: int
+    attempt: int
 
 
 class RoundRow(Struct, frozen=True, kw_only=True):

@@ -88,6 +88,8 @@ ranges: Final = Table(
     Column("shard_id", String(64), nullable=False),
     Column("start_token", BigInteger, nullable=False),
     Column("num_tokens", BigInteger, nullable=False),
+    # Attempts that tasks on this stretch have used up: guards left their work out.
+    Column("attempt", Integer, nullable=False, server_default="0"),
     CheckConstraint("num_tokens > 0", name="range_not_empty"),
 )
 Index("ix_ranges_next", ranges.c.run_id, ranges.c.epoch, ranges.c.range_id)
