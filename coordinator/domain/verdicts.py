@@ -19,6 +19,7 @@ STUCK_SHARE: Final = 0.5
 class WorkerFacts:
     """All that a verdict is drawn from."""
 
+    #: How long it has been silent, as far as there was a coordinator to hear it.
     heartbeat_age_s: float
     #: How often heartbeats are due.
     heartbeat_s: float

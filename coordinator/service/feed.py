@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from coordinator.service.fleet import Fleet
+from coordinator.service.grace import awake
 from coordinator.service.lag import LoopLag
 from coordinator.service.looking import look
 from coordinator.service.telemetry import Telemetry, collect
@@ -41,7 +42,7 @@ class Feed:
 
     async def telemetry(self) -> Telemetry:
         """Return all that an expert may want to see."""
-        now = self._fleet.clock.now()
+        now = await awake(self._fleet)
         lag_ms = 1000.0 * self._lag.worst_s()
         return await self._fleet.store.read(
             lambda connection: collect(
@@ -70,7 +71,7 @@ class Feed:
             self._fleet.publish("fleet.updated", update)
 
     async def _look(self, *, history: bool) -> FleetView:
-        now = self._fleet.clock.now()
+        now = await awake(self._fleet)
         lag_ms = 1000.0 * self._lag.worst_s()
         return await self._fleet.store.read(
             lambda connection: look(

@@ -80,6 +80,7 @@ def _give_grace(
             expires_at=lease.expires_at,
             hard_at=lease.hard_at,
         )
+    fleet.listening_since = now
     log.info(
         "%d leases get time to be renewed",
         len(held),

@@ -246,6 +246,7 @@ def _workers(
             held.get(worker.worker_id),
             back_in_round=worker.worker_id in back,
             interval_s=heartbeat_s(fleet, worker),
+            listening_since=fleet.listening_since,
             now=now,
         )
         for worker in workers.all_workers(connection)
@@ -258,10 +259,16 @@ def _worker(
     *,
     back_in_round: bool,
     interval_s: float,
+    listening_since: float,
     now: float,
 ) -> WorkerView:
     facts = facts_of(
-        worker, task, back_in_round=back_in_round, interval_s=interval_s, now=now
+        worker,
+        task,
+        back_in_round=back_in_round,
+        interval_s=interval_s,
+        listening_since=listening_since,
+        now=now,
     )
     word, evidence = verdict(facts)
     return WorkerView(

@@ -251,6 +251,26 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
     asyncio.run(watch())
 
 
+def test_who_is_stuck_is_news_and_who_is_gone_leaves_the_table(server, tmp_path):
+    async def watch() -> None:
+        async with chromium_page(tmp_path / "profile") as page:
+            await log_in(page, server)
+            stuck = FleetUpdate(workers=[worker("birch", "stuck")])
+            publish(server, "fleet.updated", stuck)
+            await page.until("document.title === '1 stuck: tiny'")
+            assert "Worker birch is stuck." in await page.run(text("#news"))
+            assert "CPU s" in await page.run("document.querySelector('.why').title")
+
+            gone = FleetUpdate(workers=[worker("birch", "gone")])
+            publish(server, "fleet.updated", gone)
+            rows = "document.querySelectorAll('.workers tbody tr').length"
+            await page.until(f"{rows} === 1")
+            assert "1 gone" in await page.run(text(".tally.gone"))
+            assert page.errors == []
+
+    asyncio.run(watch())
+
+
 def test_no_width_scrolls_sideways_and_log_out_is_in_reach(server, tmp_path):
     async def look() -> None:
         async with chromium_page(tmp_path / "profile") as page:

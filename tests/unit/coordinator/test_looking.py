@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from bitnet_ext.layout import num_params
+from coordinator.service.grace import extend_leases
 from coordinator.service.looking import look
 from coordinator.service.view import FleetView
 from coordinator.store import runs, workers
@@ -126,6 +127,20 @@ def test_a_silent_worker_is_lost(running: World):
     row = worker(looked(running), "w1")
 
     assert (row.verdict, row.evidence) == ("lost", "No heartbeat for 31 s, limit 30 s.")
+
+
+def test_silence_while_nobody_could_hear_is_not_the_workers(running: World):
+    task = running.claimed()
+    running.clock.advance(300.0)  # as long as no coordinator ran
+    extend_leases(running.fleet)
+    running.clock.advance(30.0)
+
+    row = worker(looked(running), "w1")
+
+    assert (row.verdict, row.facts.heartbeat_age_s) == ("computing", 30.0)
+    assert row.task_id == task.task_id
+    running.clock.advance(1.0)
+    assert worker(looked(running), "w1").verdict == "lost"
 
 
 def test_speed_and_end_come_from_closed_rounds(running: World):
