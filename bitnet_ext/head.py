@@ -77,8 +77,10 @@ def loss(
     """Return the summed cross-entropy in nats, and both gradients times `scale`.
 
     The gradient of the hidden states is float32 (M, H). A negative target takes no
-    part. Raises ValueError for a target of V or more.
+    part. Raises ValueError for a target of V or more, or a `scale` below zero.
     """
+    if not scale >= 0.0:
+        raise ValueError(f"scale must be zero or more, got {scale}")
     nats_M = np.zeros(len(hidden_MH), dtype=np.float32)
     tokens = _tokens(len(hidden_MH), *table.values.shape)
     dhidden_MH = np.empty_like(hidden_MH)

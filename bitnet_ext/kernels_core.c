@@ -12,17 +12,20 @@ struct variant {
     const struct codecs *codecs;
     panel_kernel *panels;
     narrow_kernel *narrow;
-    panel_kernel *any_byte; /* for tiles of any byte, and no -128 in the left operand */
+    panel_kernel *any_byte, *no_negative; /* for tiles of any byte: see `struct product` */
 };
 
 /* Best last. */
 static const struct variant variants[] = {
-    {"portable", &loops_portable, &codecs_portable, panels_portable, narrow_portable, panels_portable},
+    {"portable", &loops_portable, &codecs_portable, panels_portable, narrow_portable, panels_portable,
+     panels_portable},
 #if defined(__x86_64__)
-    {"avx2", &loops_avx2, &codecs_avx2, panels_avx2, narrow_avx2, panels_avx2_any},
-    {"avxvnni", &loops_avx2, &codecs_avx2, panels_avxvnni, narrow_avx2, panels_avxvnni},
+    {"avx2", &loops_avx2, &codecs_avx2, panels_avx2, narrow_avx2, panels_avx2_any,
+     panels_avx2_positive},
+    {"avxvnni", &loops_avx2, &codecs_avx2, panels_avxvnni, narrow_avx2, panels_avxvnni,
+     panels_avxvnni},
     {"avx512vnni", &loops_avx512, &codecs_avx512, panels_avx512vnni, narrow_avx512vnni,
-     panels_avx512vnni},
+     panels_avx512vnni, panels_avx512vnni},
 #endif
 };
 
@@ -61,36 +64,47 @@ const struct codecs *active_codecs(void) { return variants[isa_active()].codecs;
 
 narrow_kernel *active_narrow(void) { return variants[isa_active()].narrow; }
 
-/* Panels of one item of work: they stay in L2. */
-enum { ITEM_PANELS = 8 };
+/* Panels of one item of work: they stay in L2. Fewer where threads would have less than
+   a few items each, and wait for each other's last. */
+enum { ITEM_PANELS = 8, ITEMS_A_THREAD = 4 };
 /* Waking a thread costs more than this many multiply-adds. */
 #define MIN_PARALLEL 500000.0
 
 struct job {
     const struct product *product;
     panel_kernel *panels;
-    ptrdiff_t num_panels, num_chunks;
+    ptrdiff_t num_panels, item_panels, num_chunks;
 };
 
 static void multiply_item(void *context, ptrdiff_t item)
 {
     const struct job *job = context;
     ptrdiff_t m = item / job->num_chunks * PRODUCT_ROWS;
-    ptrdiff_t first = item % job->num_chunks * ITEM_PANELS;
-    ptrdiff_t end = first + ITEM_PANELS, num_m = job->product->num_m - m;
+    ptrdiff_t first = item % job->num_chunks * job->item_panels;
+    ptrdiff_t end = first + job->item_panels, num_m = job->product->num_m - m;
     job->panels(job->product, m, num_m < PRODUCT_ROWS ? num_m : PRODUCT_ROWS, first,
                 end < job->num_panels ? end : job->num_panels);
 }
 
-void run_product(const struct product *p, int threads)
+static panel_kernel *kernel_of(const struct product *p)
 {
     const struct variant *variant = &variants[isa_active()];
-    ptrdiff_t num_panels = (p->num_n + TILE_N - 1) / TILE_N;
-    struct job job = {p, p->any_byte ? variant->any_byte : variant->panels, num_panels,
-                      (num_panels + ITEM_PANELS - 1) / ITEM_PANELS};
-    ptrdiff_t count = (p->num_m + PRODUCT_ROWS - 1) / PRODUCT_ROWS * job.num_chunks;
+    if (!p->any_byte)
+        return variant->panels;
+    return p->no_negative ? variant->no_negative : variant->any_byte;
+}
+
+void run_product(const struct product *p, int threads)
+{
+    ptrdiff_t num_blocks = (p->num_m + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+    struct job job = {p, kernel_of(p), (p->num_n + TILE_N - 1) / TILE_N, 2 * ITEM_PANELS, 0};
+    do {
+        job.item_panels /= 2;
+        job.num_chunks = (job.num_panels + job.item_panels - 1) / job.item_panels;
+    } while (job.item_panels > 1 && num_blocks * job.num_chunks < ITEMS_A_THREAD * threads);
     double work = 4.0 * (double)p->num_m * (double)p->num_n * (double)p->num_k4;
-    run_parallel(multiply_item, &job, count, work < MIN_PARALLEL ? 1 : threads);
+    run_parallel(multiply_item, &job, num_blocks * job.num_chunks,
+                 work < MIN_PARALLEL ? 1 : threads);
 }
 
 int multiply(struct product *p, int threads)
@@ -101,7 +115,7 @@ int multiply(struct product *p, int threads)
     active_loops()->row_starts(p->q, p->num_m, TILE_K * p->num_k4,
                                TILE_K * p->group_k4, starts);
     p->row_start = starts;
-    p->in_blocks = p->any_byte = 0;
+    p->in_blocks = p->any_byte = p->no_negative = 0;
     run_product(p, threads);
     give_scratch(starts);
     return OK;

@@ -39,7 +39,8 @@ struct product {
     float scale;
     int accumulate; /* add to `out` instead of overwriting it */
     int in_blocks;  /* how `q` lies */
-    int any_byte;   /* tiles hold more than 0, 1, 2 */
+    int any_byte;   /* tiles hold more than 0, 1, 2; then no q is -128 ... */
+    int no_negative; /* ... and none is below zero */
 };
 
 /* The loops that exist once for each level of vector instructions. */
@@ -69,7 +70,7 @@ extern const struct loops loops_portable;
 panel_kernel panels_portable;
 #if defined(__x86_64__)
 extern const struct loops loops_avx2, loops_avx512;
-panel_kernel panels_avx2, panels_avx2_any, panels_avxvnni, panels_avx512vnni;
+panel_kernel panels_avx2, panels_avx2_any, panels_avx2_positive, panels_avxvnni, panels_avx512vnni;
 #endif
 
 /* Instruction sets: how many are known, their names, whether this machine has them

@@ -318,6 +318,30 @@ TILE_256(avx2_any, TARGET_256, 1, SUM_AVX2_ANY)
 TILE_256(avx2_any, TARGET_256, 4, SUM_AVX2_ANY)
 PANELS(avx2_any, {4, tile_avx2_any_4}, {2, tile_avx2_any_2}, {1, tile_avx2_any_1})
 
+/* Where no left operand is below zero, it may be the unsigned one, and needs no sign. */
+#define STEP_POSITIVE(i)                                                               \
+    {                                                                                  \
+        __m256i four = _mm256_set1_epi32(load_int(Q_##i));                             \
+        __m256i pair = _mm256_maddubs_epi16(four, s0);                                 \
+        ADD_IN_PLACE("vpaddd", a##i, _mm256_madd_epi16(pair, ones));                   \
+        pair = _mm256_maddubs_epi16(four, s1);                                         \
+        ADD_IN_PLACE("vpaddd", b##i, _mm256_madd_epi16(pair, ones));                   \
+    }
+#define SUM_AVX2_POSITIVE(rows)                                                        \
+    const __m256i ones = _mm256_set1_epi16(1), top = _mm256_set1_epi8(-128);           \
+    ROWS_##rows(ZERO_SUM)                                                              \
+    for (; w < w_end; w += TILE_BYTES, q0 += next, q4 += next, q8 += next) {           \
+        __m256i s0 = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)w), top);    \
+        __m256i s1 = _mm256_loadu_si256((const __m256i *)(w + 32));                    \
+        s1 = _mm256_xor_si256(s1, top);                                                \
+        ROWS_##rows(STEP_POSITIVE)                                                     \
+    }
+TILE_256(avx2_positive, TARGET_256, 4, SUM_AVX2_POSITIVE)
+TILE_256(avx2_positive, TARGET_256, 2, SUM_AVX2_POSITIVE)
+TILE_256(avx2_positive, TARGET_256, 1, SUM_AVX2_POSITIVE)
+PANELS(avx2_positive, {4, tile_avx2_positive_4}, {2, tile_avx2_positive_2},
+       {1, tile_avx2_positive_1})
+
 #define STEP_VNNI(i)                                                                   \
     {                                                                                  \
         __m256i four = _mm256_set1_epi32(load_int(Q_##i));                             \

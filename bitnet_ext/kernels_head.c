@@ -150,9 +150,11 @@ static void find_dhidden(const struct loss_job *job, const struct workplace *pla
         .tiles = table->backward, .out = out, .num_m = count, .num_n = num_h,
         .num_k4 = up(table->num_v, TILE_K), .group_k4 = WORDS / TILE_K,
         .num_groups = up(table->num_v, WORDS), .scale = 1.0f, .any_byte = 1,
+        .no_negative = 1, /* probabilities, and zeros for targets */
     };
     run_product(&p, 1);
     p.q = place->low;
+    p.no_negative = 0;
     p.row_start = place->low_start;
     p.scale = 1.0f / FINER;
     p.accumulate = 1;
@@ -278,7 +280,7 @@ int head_table_gradient(const struct head_tokens *tokens, const float *hidden,
         .q = tokens->blocks, .row_scale = tokens->word_scale, .row_start = tokens->start,
         .tiles = tiles, .out = into, .num_m = num_v, .num_n = num_h, .num_k4 = num_m4,
         .group_k4 = TOKENS / TILE_K, .num_groups = up(num_m, TOKENS), .scale = factor,
-        .accumulate = 1, .in_blocks = 1, .any_byte = 1,
+        .accumulate = 1, .in_blocks = 1, .any_byte = 1, .no_negative = 1,
     };
     run_product(&p, threads);
     give_scratch(tiles);

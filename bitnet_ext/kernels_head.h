@@ -69,7 +69,8 @@ extern const struct head_loops head_avx2, head_avx512;
 /* Writes scales, rows and both orientations of a table that has values and sizes. */
 void pack_table(const struct head_table *table, float *word_scale, int8_t *q,
                 uint8_t *forward, uint8_t *backward, int threads);
-/* Writes nats (M), dhidden (M, H) and all of `tokens`; negative targets take no part. */
+/* Writes nats (M), dhidden (M, H) and all of `tokens`; negative targets take no part.
+   `scale` is not negative. */
 int head_loss(const struct head_table *table, const float *hidden,
               const int64_t *targets, float scale, struct head_tokens *tokens,
               float *nats, float *dhidden, int threads);

@@ -96,7 +96,6 @@ class _AtRest:
 
     manifest: Manifest | None
     heartbeat_s: float
-    listening_since: float = 0.0
     corpus_fault: str | None = None
     file_faults: Mapping[Served, FileFault] = field(default_factory=dict)
 

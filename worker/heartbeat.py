@@ -38,8 +38,14 @@ class Lease:
         self.bytes_done = 0
         self.step_s = 0.0
         self._clock = clock
+        self._asked_at_s = asked_at_s
         self._deadline_s = asked_at_s + task.lease_s
         self._lost = threading.Event()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the task was asked for."""
+        return self._clock() - self._asked_at_s
 
     @property
     def lost(self) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -111,10 +112,10 @@ class Worker:
     def _calibrate(self, run: Run) -> None:
         kit = self._kit
         kit.heartbeat.phase = WorkerPhase.CALIBRATING
-        hooks = Hooks(
+        hooks = replace(
+            Hooks.quiet(kit.clock),
             progress=lambda _tokens, _seconds: kit.heartbeat.light(),
             check=kit.shutdown.check,
-            clock=kit.clock,
         )
         found = kit.trainer.calibrate(run.shape, run.batch_size, hooks)
         self._timed, self._calibration = run.shape, found

@@ -1,6 +1,6 @@
-"""The stretch of a shard that a task is about, fetched by Range and checked.
+"""The text of a shard that a task needs, fetched by Range and checked.
 
-A shard is int32 little-endian. The stretch is followed by one token more where
+A shard is int32 little-endian. What is needed is followed by one token more where
 the shard has one: the target of the last input.
 """
 
@@ -17,8 +17,8 @@ from bitnet_ext.wire.messages import Task
 from bitnet_ext.wire.verdicts import ErrorCode
 from worker.client import Download
 from worker.errors import BadDownloadError, BadShardError, RefusedError
+from worker.order import TOKEN_BYTES, text_window
 
-TOKEN_BYTES: Final = 4
 _SHARD_IS_WRONG: Final = frozenset({ErrorCode.UNKNOWN_SHARD, ErrorCode.BAD_RANGE})
 
 
@@ -28,18 +28,20 @@ def fetch_tokens(
     vocab_size: int,
     on_bytes: Callable[[int], None],
 ) -> NDArray[np.int32]:
-    """Return the tokens of the task's stretch, int32 (n,) or (n + 1,).
+    """Return the tokens of the task's `text_window`, int32 (n,) or (n + 1,).
 
     `fetch` fills a Download or raises; it does the retrying. Raises BadShardError
     when the stretch does not fit the shard, the coordinator serves text or other
     bytes than asked for, or an id lies outside the vocabulary.
     """
-    window = bytearray(_window_bytes(task))
+    first, end = text_window(task)
+    follows = TOKEN_BYTES * end < task.shard_bytes
+    window = bytearray(TOKEN_BYTES * (end - first + follows))
     try:
         fetch(
             Download(
                 path=f"/corpus/{task.shard_id}",
-                start=task.byte_offset,
+                start=TOKEN_BYTES * first,
                 total=task.shard_bytes,
                 sha256=task.shard_sha256,
                 into=memoryview(window),
@@ -56,25 +58,8 @@ def fetch_tokens(
     return _tokens(window, task, vocab_size)
 
 
-def _window_bytes(task: Task) -> int:
-    """Return the length of the stretch and of the token after it, in bytes."""
-    end = task.byte_offset + task.byte_length
-    for field in ("byte_offset", "byte_length", "shard_bytes"):
-        if getattr(task, field) % TOKEN_BYTES:
-            raise BadShardError(
-                f"shard {task.shard_id}: {field} must be a multiple of "
-                f"{TOKEN_BYTES}, got {getattr(task, field)}"
-            )
-    if end > task.shard_bytes:
-        raise BadShardError(
-            f"shard {task.shard_id}: the stretch must end within its "
-            f"{task.shard_bytes} bytes, got {end}"
-        )
-    return task.byte_length + (TOKEN_BYTES if end < task.shard_bytes else 0)
-
-
 def _check_hash(window: bytearray, task: Task) -> None:
-    """Check the shard's hash, where the stretch is the whole shard."""
+    """Check the shard's hash, where all of the shard is needed."""
     if len(window) != task.shard_bytes:
         return
     found = hashlib.sha256(window).hexdigest()

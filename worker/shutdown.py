@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish what fits in the grace period, else give it back.
+"""SIGTERM and SIGINT: finish what fits in the grace period, else stop as far as it is.
 
 The first signal only takes note; the loop asks between two steps. Should a step
 outlast the grace, a timer gives the task back and ends the process. The second
@@ -58,15 +58,19 @@ class Shutdown:
         if self.requested:
             raise StoppedError("told to stop")
 
-    def check_fits(self, needed_s: float | None) -> None:
-        """Raise StoppedError when work of `needed_s` cannot end within the grace.
+    def fits(self, needed_s: float | None) -> bool:
+        """Return whether work of `needed_s` can end before this process has to.
 
-        None means that nobody knows: too long.
+        None means that nobody knows: too long, once asked to stop.
         """
         if self._asked_at_s is None:
-            return
+            return True
         left_s = self._asked_at_s + _USABLE_SHARE * self._grace_s - self._clock()
-        if needed_s is None or needed_s > left_s:
+        return needed_s is not None and needed_s <= left_s
+
+    def check_fits(self, needed_s: float | None) -> None:
+        """Raise StoppedError when work of `needed_s` cannot end within the grace."""
+        if not self.fits(needed_s):
             raise StoppedError(
                 "told to stop, and the task does not fit in the "
                 f"{self._grace_s:g} s of grace"

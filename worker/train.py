@@ -1,6 +1,6 @@
 """One training task: K local AdamW steps on a stretch of tokens.
 
-1. cut the stretch in windows of `seq_len` inputs; shuffle them by the task's seed
+1. take the sequences of the stretch in the order of its shard (`worker.order`)
 2. batch by batch: loss, gradient, global-norm clip, AdamW at the next learning rate
 3. the pseudo-gradient is base minus trained, over the whole flat vector
 
@@ -27,7 +27,9 @@ from bitnet_ext.wire.messages import HyperParameters, Task
 from bitnet_ext.wire.verdicts import FailCode
 from worker.errors import TaskError
 from worker.model import plain
+from worker.model.head import torch_threads
 from worker.model.transformer import NO_TARGET, BitNetModel
+from worker.order import TOKEN_BYTES, sequence_starts, text_window
 
 #: Keeps the factor of a gradient of zeros finite.
 _TINY: Final = 1e-30
@@ -47,13 +49,20 @@ class Hooks:
     progress: Callable[[int, float], None]
     #: Ends the work by raising (told to stop, lease lost).
     check: Callable[[], None]
+    #: Whether a task should be handed in as far as it is.
+    enough: Callable[[], bool]
     #: Monotonic seconds.
     clock: Callable[[], float]
 
     @classmethod
     def quiet(cls, clock: Callable[[], float]) -> Hooks:
         """Return the hooks of work that nobody watches or ends."""
-        return cls(progress=lambda *_: None, check=lambda: None, clock=clock)
+        return cls(
+            progress=lambda *_: None,
+            check=lambda: None,
+            enough=lambda: False,
+            clock=clock,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +108,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What a finished task hands back."""
+    """What a task hands back, finished or as far as it came."""
 
     #: Base minus trained, or the mean gradient: the coordinator subtracts it.
     #: float32, layout order.
@@ -108,7 +117,7 @@ class TrainResult:
     #: None: there was no optimiser.
     moments: Moments | None
     num_steps: int
-    #: Input positions trained, each once: the length of the stretch.
+    #: Input positions trained, each once: the stretch, or whole steps from its start.
     tokens: int
     #: Nats a token: of the first step, of the last, and over all targets.
     loss_first: float
@@ -156,16 +165,19 @@ def take_steps(
 ) -> TrainResult:
     """Lead the batches of `task` through `steps`, from the flat vector `base`.
 
-    `tokens` is int32: the stretch, and the token after it where the shard has one.
+    Ends after the last, or between two of them once `hooks.enough`. `tokens` is int32:
+    the `text_window` of the task, and the token after it where the shard has one.
     Raises NonFiniteLossError when training diverges, TaskError when the task
     contradicts itself, and whatever `hooks.check` raises.
     """
-    num_tokens = _stretch_length(tokens, task)
+    _check_steps(task)
     started_s = hooks.clock()
     model.flat.load(base)
     losses, nats, num_targets, tokens_done = [], 0.0, 0, 0
-    for index, batch in enumerate(batches(tokens, num_tokens, task)):
+    for index, batch in enumerate(batches(tokens, task)):
         hooks.check()
+        if index and hooks.enough():
+            break
         step_started_s = hooks.clock()
         rate = learning_rate(task.hyper, index, task.num_steps)
         losses.append(steps.step(batch, rate))
@@ -201,9 +213,9 @@ class Backward:
 
     def add(self, batch: Batch, num_targets: int) -> float:
         """Add what a batch has in the mean loss of so many targets, and return it."""
-        return sum(
-            self._backward(*part) for part in self._parts(batch, max(1, num_targets))
-        )
+        parts = self._parts(batch, max(1, num_targets))
+        with torch_threads(self._model.torch_threads):
+            return sum(self._backward(*part) for part in parts)
 
     def _parts(
         self, batch: Batch, num_targets: int
@@ -325,27 +337,33 @@ def learning_rate(hyper: HyperParameters, index: int, num_steps: int) -> float:
     return hyper.lr_start + (hyper.lr_end - hyper.lr_start) * done
 
 
-def batches(tokens: NDArray[np.int32], num_tokens: int, task: Task) -> Iterator[Batch]:
-    """Yield the batches of a stretch of `num_tokens` inputs, in the task's order.
+def batches(tokens: NDArray[np.int32], task: Task) -> Iterator[Batch]:
+    """Yield the batches of a task, in its order.
 
-    Every input is in exactly one of them. `tokens` may hold one token more, the
-    target of the last input; else that input has no target.
+    Every input is in exactly one of them. `tokens` is the `text_window` of the task,
+    and the token after it where the shard has one; else the last input has no target.
     """
-    starts = np.arange(0, num_tokens, task.seq_len)
-    order = np.random.Generator(np.random.PCG64(task.seed)).permutation(len(starts))
-    for first in range(0, len(order), task.batch_size):
-        chosen = starts[order[first : first + task.batch_size]]
-        yield _batch(tokens, num_tokens, chosen, task.seq_len)
+    first, end = text_window(task)
+    due = end - first + (TOKEN_BYTES * end < task.shard_bytes)
+    if tokens.dtype != np.int32 or len(tokens) != due:
+        raise TaskError(
+            f"tokens must be {due} int32 (those from {first} to {end}, and the one "
+            f"after them), got {len(tokens)} {tokens.dtype}"
+        )
+    starts = sequence_starts(task) - first
+    for place in range(0, len(starts), task.batch_size):
+        chosen = starts[place : place + task.batch_size]
+        yield _batch(tokens, end - first, chosen, task.seq_len)
 
 
 def _batch(
     tokens: NDArray[np.int32],
-    num_tokens: int,
+    num_inputs: int,
     starts: NDArray[np.int64],
     seq_len: int,
 ) -> Batch:
-    """Return the windows that start there, padded to the longest of them."""
-    lengths = np.minimum(num_tokens - starts, seq_len)
+    """Return the sequences that start there, padded to the longest of them."""
+    lengths = np.minimum(num_inputs - starts, seq_len)
     inputs = np.zeros((len(starts), lengths.max()), dtype=np.int64)
     targets = np.full_like(inputs, NO_TARGET)
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -357,19 +375,12 @@ def _batch(
     )
 
 
-def _stretch_length(tokens: NDArray[np.int32], task: Task) -> int:
-    """Return the number of inputs of the stretch, once it agrees with the task."""
-    num_tokens = task.byte_length // 4
-    if tokens.dtype != np.int32 or len(tokens) not in (num_tokens, num_tokens + 1):
-        raise TaskError(
-            f"tokens must be {num_tokens} int32 (byte_length / 4), or one more, "
-            f"got {len(tokens)} {tokens.dtype}"
-        )
-    num_windows = math.ceil(num_tokens / task.seq_len)
-    num_steps = math.ceil(num_windows / task.batch_size)
+def _check_steps(task: Task) -> None:
+    """Refuse a task whose steps are not those of its tokens."""
+    num_tokens = task.byte_length // TOKEN_BYTES
+    num_steps = math.ceil(math.ceil(num_tokens / task.seq_len) / task.batch_size)
     if task.num_steps != num_steps:
         raise TaskError(
             f"num_steps must be {num_steps} for {num_tokens} tokens in batches of "
             f"{task.batch_size} x {task.seq_len}, got {task.num_steps}"
         )
-    return num_tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, TypeVar
 
@@ -29,10 +29,11 @@ from worker.client import Client, Download, submission_body
 from worker.errors import TaskError
 from worker.heartbeat import Heartbeat, Lease
 from worker.memory import Learned, Memory
+from worker.order import TOKEN_BYTES
 from worker.registration import Run
 from worker.retry import Retry
 from worker.settings import WorkerSettings
-from worker.shards import TOKEN_BYTES, fetch_tokens
+from worker.shards import fetch_tokens
 from worker.shelf import Shelf
 from worker.shutdown import Shutdown
 from worker.train import Hooks, TrainResult
@@ -43,6 +44,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: A task whose rest takes less than this share of `stop_after_s` is finished: nobody
+#: wants the crumb.
+CRUMB_SHARE: Final = 0.25
+#: Left of the grace period for giving a task back that could not be handed in.
+GIVE_BACK_S: Final = 2.0
 #: How often a result is sent after a heartbeat learnt that the lease is lost: what
 #: answers heartbeats and never submissions will not change its mind.
 TRIES_AFTER_LOSS: Final = 5
@@ -125,7 +131,7 @@ class Work:
             known.moments if known else None,
             fetched.tokens,
             task,
-            self._hooks(lease),
+            self._training_hooks(lease),
         )
         trained_at_s = kit.clock()
         kit.heartbeat.phase = WorkerPhase.UPLOADING
@@ -212,7 +218,30 @@ class Work:
             lease.check()
             self._kit.shutdown.check_fits(self._left_s(lease, started_s))
 
-        return Hooks(progress=lease.took_step, check=check, clock=self._kit.clock)
+        return replace(
+            Hooks.quiet(self._kit.clock), progress=lease.took_step, check=check
+        )
+
+    def _training_hooks(self, lease: Lease) -> Hooks:
+        """Return the hooks of a task that may be handed in after any of its steps."""
+        started_s = self._kit.clock()
+
+        def check() -> None:
+            lease.check()
+            needed_s = self._submit_s if lease.tokens_done else None
+            self._kit.shutdown.check_fits(needed_s)
+
+        def enough() -> bool:
+            left_s = self._left_s(lease, started_s)
+            return (
+                self._kit.heartbeat.draining
+                or not self._kit.shutdown.fits(left_s)
+                or _is_out_of_time(lease, left_s or 0.0)
+            )
+
+        return Hooks(
+            progress=lease.took_step, check=check, enough=enough, clock=self._kit.clock
+        )
 
     def _left_s(self, lease: Lease, started_s: float) -> float | None:
         """Return how long the rest takes at the pace so far; None before a step."""
@@ -240,7 +269,7 @@ class Work:
             return send()
 
         return self._kit.retry.until_answered(
-            try_once, partial(self._kit.shutdown.check_fits, 0.0)
+            try_once, partial(self._kit.shutdown.check_fits, GIVE_BACK_S)
         )
 
     def _meta(
@@ -262,6 +291,14 @@ class Work:
             download_bytes=fetched.download_bytes,
             cpu_s=max(0.0, cpu_s),
         )
+
+
+def _is_out_of_time(lease: Lease, left_s: float) -> bool:
+    """Return whether a task is to be handed in as it is; its rest takes `left_s`."""
+    limit_s = lease.task.stop_after_s
+    if limit_s is None or lease.elapsed_s < limit_s:
+        return False
+    return left_s > CRUMB_SHARE * limit_s
 
 
 def _codec(task: Task) -> Codec:

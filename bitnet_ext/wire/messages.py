@@ -131,9 +131,9 @@ class Task(Message, frozen=True, kw_only=True):
     shard_id: Id
     #: SHA-256 of the whole shard file.
     shard_sha256: Sha256
-    #: Stretch of the shard in bytes; 4 bytes a token, little-endian int32.
-    #: A trained token is an *input* position; its target is the token after it,
-    #: so a worker also reads the one token that follows, where the shard has one.
+    #: Stretch of the order in which the shard is trained (of its text, to evaluate),
+    #: in bytes; 4 bytes a token, little-endian int32. A trained token is an *input*
+    #: position; its target is the token after it in the text.
     byte_offset: Count
     byte_length: Positive
     #: Size of the whole shard file in bytes.
@@ -149,8 +149,13 @@ class Task(Message, frozen=True, kw_only=True):
     num_steps: Count
     batch_size: Positive
     seq_len: Positive
-    #: Order of the sequences: a function of run seed, epoch and stretch.
+    #: Sequences in a block of the shard, within which they are shuffled by `seed` (a
+    #: function of run seed, epoch and shard); 0 to evaluate: the order is the text's.
+    block_size: Count = 0
     seed: Count
+    #: Seconds after the claim at which to hand in what is trained by then, unless the
+    #: rest takes less than a quarter of them; None to evaluate.
+    stop_after_s: Seconds | None = None
     #: How to encode the pseudo-gradient: a codec name of `bitnet_ext.codecs`.
     codec: str
     hyper: HyperParameters
@@ -183,7 +188,7 @@ class HeartbeatAnswer(Message, frozen=True, kw_only=True):
     lease: LeaseState
     lease_s: float
     heartbeat_s: float
-    #: Finish or give back what you hold, then ask for no more.
+    #: Hand in or give back what you hold, then ask for no more.
     drain: bool = False
 
 
@@ -195,8 +200,8 @@ class SubmissionMeta(Message, frozen=True, kw_only=True):
     lease_id: LeaseId
     worker_id: Id
     base_version: int
+    #: Steps and tokens really trained: all of the task, or whole steps from its start.
     num_steps: Positive
-    #: Tokens really trained: must equal the length of the task's stretch.
     tokens: Positive
     #: Mean cross-entropy (nats a token) of the first and the last local step,
     #: and over the whole task.

@@ -10,42 +10,40 @@ from typing import Final
 PROBE_STEPS: Final = 4
 #: A task claimed late in a round still gets this share of the round time.
 MIN_ROUND_SHARE: Final = 0.3
-#: Weight of the newest task in a worker's moving average of tokens per second.
-EWMA_WEIGHT: Final = 0.3
-#: A task holds at most so many times the tokens of the last accepted one. A probe is
-#: too short to trust its speed, and a clock or a worker may be wrong.
+#: A task holds at most so many times the tokens of the largest one that its worker
+#: trained lately. A probe is too short to trust its speed, and a clock or a worker may
+#: be wrong.
 MAX_GROWTH: Final = 4
+#: Sequences in a block of a shard, within which their order is shuffled. A worker
+#: fetches whole blocks: half a megabyte, of 128 tokens a sequence.
+BLOCK_SIZE: Final = 1024
+#: A task is handed in as far as it is after so many times what it should take ...
+STOP_FACTOR: Final = 1.25
+#: ... and in good time before its lease ends for good.
+STOP_SHARE: Final = 0.7
 #: Given-back work that exceeds the claimer's size by this factor is divided.
 DIVIDE_FACTOR: Final = 2
 
 
-def measured_speed(
-    before: float | None, tokens: int, seconds: float, *, round_s: float
-) -> float:
-    """Return the moving average of tokens per second after one accepted task.
-
-    It never rises above what makes a task of a whole round `MAX_GROWTH` times as
-    large as this one.
-    """
-    latest = tokens / max(seconds, 1e-3)
-    most = MAX_GROWTH * tokens / round_s
-    if before is None:
-        return min(latest, most)
-    average = before + EWMA_WEIGHT * (latest - before)
-    # A crumb from the end of a stretch takes nothing back.
-    return min(average, max(before, most))
-
-
 def task_tokens(
-    tokens_per_s: float | None, *, seconds: float, batch_tokens: int, seq_len: int
+    tokens_per_s: float | None,
+    *,
+    seconds: float,
+    batch_tokens: int,
+    seq_len: int,
+    largest: int | None = None,
 ) -> int:
     """Return the size of a task that should take `seconds` on this worker.
 
     A multiple of `seq_len`, at least one sequence. Without a measurement: a probe.
+    `largest` is what the worker trained at most in one of its recent tasks.
     """
     if tokens_per_s is None:
         return PROBE_STEPS * batch_tokens
-    return max(1, round(tokens_per_s * seconds / seq_len)) * seq_len
+    num_sequences = round(tokens_per_s * seconds / seq_len)
+    if largest is not None:
+        num_sequences = min(num_sequences, MAX_GROWTH * largest // seq_len)
+    return max(1, num_sequences) * seq_len
 
 
 def predicted_s(
@@ -83,12 +81,34 @@ def divided(num_tokens: int, size: int, *, quorum: float = 1.0) -> int:
     return size if num_tokens > factor * size else num_tokens
 
 
+def stop_after_s(
+    *, meant_s: float, predicted_s: float | None, limit_s: float, fixed_size: bool
+) -> float:
+    """Return after how long a worker should hand in what it has trained so far.
+
+    `meant_s` is how long a task cut now may take, `predicted_s` how long this one
+    should by measured speed, and `limit_s` what is left of its lease at most. What an
+    operator gave a fixed size is not cut short by the round, only by the limit.
+    """
+    most = STOP_SHARE * limit_s
+    if fixed_size:
+        return most
+    return min(STOP_FACTOR * max(meant_s, predicted_s or 0.0), most)
+
+
+def is_part(tokens: int, num_tokens: int, *, batch_tokens: int) -> bool:
+    """Return whether so many tokens of a task may be handed in: all, or whole steps."""
+    return tokens == num_tokens or (
+        0 < tokens < num_tokens and tokens % batch_tokens == 0
+    )
+
+
 def num_steps(num_tokens: int, *, seq_len: int, batch_size: int) -> int:
     """Return the local steps of a task: batches of whole sequences, rounded up."""
     return math.ceil(math.ceil(num_tokens / seq_len) / batch_size)
 
 
-def task_seed(run_seed: int, *, epoch: int, shard_id: str, start_token: int) -> int:
-    """Return the seed of a stretch: a function of run, epoch and place alone."""
-    text = f"{run_seed}\n{epoch}\n{shard_id}\n{start_token}".encode()
+def order_seed(run_seed: int, *, epoch: int, shard_id: str) -> int:
+    """Return the seed of the order in which an epoch trains a shard."""
+    text = f"{run_seed}\n{epoch}\n{shard_id}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")

@@ -50,6 +50,15 @@ def silence_limit_s(heartbeat_s: float) -> float:
     return max(MIN_SILENCE_S, SILENT_HEARTBEATS * heartbeat_s)
 
 
+def heard_at(heartbeat_at: float, *, now: float, away_s: float) -> float:
+    """Return when a worker was heard last, after a pause of the coordinator.
+
+    The pause, or what a jump of the clock over a restart makes of it, is no silence:
+    nobody was there to hear.
+    """
+    return max(heartbeat_at, min(heartbeat_at + away_s, now))
+
+
 def verdict(facts: WorkerFacts) -> tuple[Verdict, str]:
     """Return the verdict and its evidence in a sentence or two. First match wins."""
     if facts.is_gone:

@@ -19,11 +19,10 @@ def facts_of(
     *,
     back_in_round: bool,
     interval_s: float,
-    listening_since: float,
     now: float,
 ) -> WorkerFacts:
     """Return all that a verdict on a worker is drawn from; `task` is what it holds."""
-    age_s = max(0.0, now - max(worker.heartbeat_at, listening_since))
+    age_s = max(0.0, now - worker.heartbeat_at)
     if task is None:
         return WorkerFacts(
             heartbeat_age_s=age_s,
@@ -78,7 +77,6 @@ def assess(
             held[0] if held else None,
             back_in_round=False,
             interval_s=heartbeat_s(fleet, worker),
-            listening_since=fleet.listening_since,
             now=now,
         )
     )

@@ -21,10 +21,11 @@ from coordinator.domain import leases, sizing
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Shard
 from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.service.bookkeeping import recent_work
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
 from coordinator.service.returning import expire_overdue
-from coordinator.service.roster import heartbeat_s, known_worker, plan_of
+from coordinator.service.roster import heartbeat_s, known_worker, plan_of, seq_len_of
 from coordinator.service.seeding import budget_left, task_id
 from coordinator.service.stretches import P, next_in_corpus
 from coordinator.store import rounds, runs, tasks, versions, workers
@@ -162,19 +163,24 @@ class _Claim:
         self, run: RunRow, plan: TrainingPlan, live: RoundRow, worker: WorkerRow
     ) -> int | None:
         """Return the tokens that suit this worker; None when time is up."""
-        started = self._now if live.first_claim_at is None else live.first_claim_at
-        seconds = sizing.seconds_left(plan.round_s, round_age_s=self._now - started)
+        seconds = self._seconds_left(plan, live)
         if run.stop_at is not None:
             seconds = min(seconds, run.stop_at - self._now)
             if seconds < MIN_TASK_S:
                 return None
-        seq_len = _seq_len(run)
+        seq_len = seq_len_of(run)
+        recent = recent_work(self._connection, run.run_id, worker.worker_id)
         return sizing.task_tokens(
             worker.tokens_per_s,
             seconds=seconds,
             batch_tokens=plan.batch_size * seq_len,
             seq_len=seq_len,
+            largest=max((one.tokens for one in recent), default=None),
         )
+
+    def _seconds_left(self, plan: TrainingPlan, live: RoundRow) -> float:
+        started = self._now if live.first_claim_at is None else live.first_claim_at
+        return sizing.seconds_left(plan.round_s, round_age_s=self._now - started)
 
     def _allowed(self, run: RunRow) -> int:
         """Return the tokens that the budget still allows to give out.
@@ -185,7 +191,7 @@ class _Claim:
         if left is None:
             return sys.maxsize
         left -= tasks.leased_tokens(self._connection, run.run_id)
-        seq_len = _seq_len(run)
+        seq_len = seq_len_of(run)
         return max(0, -(-left // seq_len) * seq_len)
 
     def _divide(self, task: TaskRow, head: int) -> TaskRow:
@@ -233,10 +239,23 @@ class _Claim:
         self, run: RunRow, worker: WorkerRow, task: TaskRow, live: RoundRow | None
     ) -> Task:
         """Give `task` to `worker`; in round `live`, or outside any (evaluation)."""
-        ttl = leases.ttl_s(heartbeat_s(self._fleet, worker))
+        ttl, plan = leases.ttl_s(heartbeat_s(self._fleet, worker)), plan_of(run)
         base = live.base_version if live is not None else task.version
-        terms = self._terms(run, task, base or 0, ttl)
         predicted = self._predicted_s(worker, task)
+        # The fleet's speed says nothing of a box that nobody has measured.
+        own = None if worker.tokens_per_s is None else predicted
+        hard_at = leases.first_hard_at(
+            self._now, own, round_s=plan.round_s, fixed_size=task.fixed_size
+        )
+        terms = self._terms(run, task, base or 0, ttl)
+        if live is not None:
+            stop_after_s = sizing.stop_after_s(
+                meant_s=self._seconds_left(plan, live),
+                predicted_s=own,
+                limit_s=hard_at - self._now,
+                fixed_size=task.fixed_size,
+            )
+            terms = msgspec.structs.replace(terms, stop_after_s=stop_after_s)
         tasks.lease_task(
             self._connection,
             task.task_id,
@@ -249,17 +268,11 @@ class _Claim:
             claimed_at=self._now,
             progress_at=self._now,
             expires_at=self._now + ttl,
-            hard_at=leases.first_hard_at(
-                self._now,
-                # The fleet's speed says nothing of a box that nobody has measured.
-                None if worker.tokens_per_s is None else predicted,
-                round_s=plan_of(run).round_s,
-                fixed_size=task.fixed_size,
-            ),
+            hard_at=hard_at,
             predicted_s=predicted,
         )
         if live is not None:
-            self._join(live, worker, task, predicted)
+            self._join(live, worker, task, predicted, terms.lease_id)
         return terms
 
     def _join(
@@ -268,6 +281,7 @@ class _Claim:
         worker: WorkerRow,
         task: TaskRow,
         predicted_s: float | None,
+        lease_id: str,
     ) -> None:
         if live.first_claim_at is None:
             rounds.change_round(
@@ -281,6 +295,7 @@ class _Claim:
             num_tokens=task.num_tokens,
             claimed_at=self._now,
             predicted_s=predicted_s,
+            lease_hash=leases.lease_hash(lease_id),
         )
 
     def _predicted_s(self, worker: WorkerRow, task: TaskRow) -> float | None:
@@ -300,7 +315,7 @@ class _Claim:
         )
 
     def _terms(self, run: RunRow, task: TaskRow, version: int, ttl: float) -> Task:
-        plan, seq_len = plan_of(run), _seq_len(run)
+        plan, seq_len = plan_of(run), seq_len_of(run)
         shard = _shard(self._fleet, task)
         base = versions.find_version(self._connection, version)
         if base is None:
@@ -328,12 +343,8 @@ class _Claim:
             ),
             batch_size=plan.batch_size,
             seq_len=seq_len,
-            seed=sizing.task_seed(
-                run.seed,
-                epoch=task.epoch,
-                shard_id=task.shard_id,
-                start_token=task.start_token,
-            ),
+            block_size=0 if scores else sizing.BLOCK_SIZE,
+            seed=sizing.order_seed(run.seed, epoch=task.epoch, shard_id=task.shard_id),
             round_kind=plan.round_kind,
             codec=plan.codec,
             broadcast=plan.broadcast,
@@ -349,10 +360,6 @@ def _shard(fleet: Fleet, task: TaskRow) -> Shard:
     if shard is None:
         raise LookupError(f"task {task.task_id} names no shard: {task.shard_id!r}")
     return shard
-
-
-def _seq_len(run: RunRow) -> int:
-    return int(msgspec.json.decode(run.model_json)["seq_len"])
 
 
 def _without_lease_id(terms: Task) -> str:

@@ -84,10 +84,6 @@ class Known(Protocol):
     def heartbeat_s(self) -> float:
         """Heartbeat interval of workers that set none, in seconds."""
 
-    @property
-    def listening_since(self) -> float:
-        """Since when nothing kept heartbeats from being heard, by the lease clock."""
-
 
 @dataclass(slots=True, kw_only=True)
 class Fleet:
@@ -113,8 +109,6 @@ class Fleet:
     manifest: Manifest | None = None
     #: When leases were last looked at, `Clock.monotonic`; None before that.
     swept_at: float | None = None
-    #: Since when nothing kept heartbeats from being heard: a start, the end of a sleep.
-    listening_since: float = 0.0
     #: Held while leases get the grace that a sleep of this process has cost them.
     waking: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: Held while an export is written.

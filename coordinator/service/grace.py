@@ -1,6 +1,6 @@
 """After a pause of the coordinator itself: time for workers to be heard again.
 
-Nobody could renew a lease while there was nobody to answer.
+Nobody could renew a lease, or send a heartbeat, while there was nobody to answer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from coordinator.domain import leases
 from coordinator.domain.leases import Lease, Reported
+from coordinator.domain.verdicts import heard_at
 from coordinator.service.fleet import Fleet
 from coordinator.service.roster import heartbeat_s
 from coordinator.store import tasks, workers
@@ -79,8 +80,11 @@ def _give_grace(
             progress_at=lease.progress_at,
             expires_at=lease.expires_at,
             hard_at=lease.hard_at,
+            paused_s=lease.paused_s,
         )
-    fleet.listening_since = now
+    for worker in by_id.values():
+        heard = heard_at(worker.heartbeat_at, now=now, away_s=away_s)
+        workers.change_worker(connection, worker.worker_id, heartbeat_at=heard)
     log.info(
         "%d leases get time to be renewed",
         len(held),
@@ -103,4 +107,5 @@ def lease_of(task: TaskRow, now: float) -> Lease:
             cpu_s=task.cpu_s,
             step_s=task.step_s,
         ),
+        paused_s=task.paused_s,
     )

@@ -20,8 +20,10 @@ from bitnet_ext.fused import norm_of
 from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskKind
 from coordinator.domain import guards, leases
+from coordinator.domain.accounting import Fate
 from coordinator.domain.guards import Candidate, Ruling
 from coordinator.domain.seams import Rng
+from coordinator.service.bookkeeping import book_merge
 from coordinator.service.seeding import task_id
 from coordinator.service.stepping import Closing, num_cores
 from coordinator.store import rounds, runs, tasks, workers
@@ -181,6 +183,7 @@ def _leave_out(
 ) -> None:
     reason = ruling.reason or ""
     rounds.filter_one(connection, row.submission_id, reason)
+    book_merge(connection, [row], Fate.FILTERED)
     give_tokens_back(connection, [row], reason=reason, now=now, rng=rng)
     log.warning(
         "a submission of %s is left out: %s",

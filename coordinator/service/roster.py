@@ -43,6 +43,11 @@ def plan_of(run: RunRow) -> TrainingPlan:
     return msgspec.json.decode(run.plan_json, type=TrainingPlan)
 
 
+def seq_len_of(run: RunRow) -> int:
+    """Return the tokens in a sequence of the model of a run."""
+    return int(msgspec.json.decode(run.model_json)["seq_len"])
+
+
 def known_worker(connection: Connection, worker_id: str) -> WorkerRow:
     """Return a registered worker. Raises RefusedError `unknown_worker`."""
     worker = workers.find_worker(connection, worker_id)

@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 from bitnet_ext.wire.verdicts import TaskKind
 from coordinator.domain.manifest import Manifest
 from coordinator.domain.seams import Rng
+from coordinator.service.roster import seq_len_of
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.rows import RunRow
 
@@ -53,11 +54,13 @@ def add_fixed_tasks(
 ) -> int:
     """Add one epoch of pending tasks of `tokens` each; return how many.
 
-    The last task of a shard takes what is left, however little.
+    In whole sequences, rounded up. The last task of a shard takes what is left, however
+    little.
     """
-    epoch, count = _next_epoch(connection, run), 0
+    epoch, count, seq_len = _next_epoch(connection, run), 0, seq_len_of(run)
+    size = -(-tokens // seq_len) * seq_len
     for shard in manifest.train_shards():
-        for start in range(0, shard.num_tokens, tokens):
+        for start in range(0, shard.num_tokens, size):
             tasks.add_task(
                 connection,
                 task_id=task_id(rng),
@@ -66,7 +69,7 @@ def add_fixed_tasks(
                 epoch=epoch,
                 shard_id=shard.shard_id,
                 start_token=start,
-                num_tokens=min(tokens, shard.num_tokens - start),
+                num_tokens=min(size, shard.num_tokens - start),
                 fixed_size=True,
                 # Claimed in this order, whatever their ids.
                 created_at=now + 1e-6 * count,

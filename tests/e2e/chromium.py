@@ -63,23 +63,26 @@ class Page:
                 f"{params['entry']['text']} {params['entry'].get('url')}"
             )
 
-    async def call(self, method: str, **params: Any) -> dict[str, Any]:
+    async def call(
+        self, method: str, timeout_s: float = TIMEOUT_S, **params: Any
+    ) -> dict[str, Any]:
         """Send one command and return its result."""
         number = next(self._ids)
         answer = asyncio.get_running_loop().create_future()
         self._answers[number] = answer
         message = {"id": number, "method": method, "params": params}
         await self._connection.write_message(json.dumps(message))
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             got = await answer
         if "error" in got:
             raise PageLeft(got["error"]["message"])
         return got["result"]
 
-    async def run(self, script: str) -> Any:
+    async def run(self, script: str, timeout_s: float = TIMEOUT_S) -> Any:
         """Return the value of a script; a promise is waited for."""
         got = await self.call(
             "Runtime.evaluate",
+            timeout_s,
             expression=script,
             awaitPromise=True,
             returnByValue=True,
@@ -87,16 +90,16 @@ class Page:
         assert "exceptionDetails" not in got, got
         return got["result"].get("value")
 
-    async def until(self, script: str) -> None:
+    async def until(self, script: str, timeout_s: float = TIMEOUT_S) -> None:
         """Return once a script gives something true, also on a page yet to come."""
         look = f"""new Promise((done) => {{
             const look = () => ({script}) ? done() : setTimeout(look, 20);
             look();
         }})"""
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             while True:
                 with contextlib.suppress(PageLeft):
-                    await self.run(look)
+                    await self.run(look, timeout_s)
                     return
 
     async def open(self, address: str) -> None:
@@ -127,6 +130,17 @@ async def chromium_page(folder: Path) -> AsyncIterator[Page]:
     finally:
         process.kill()
         await process.wait()
+
+
+async def log_in(page: Page, port: int, password: str) -> None:
+    """Open the dashboard of a server on loopback, through its login page."""
+    await page.open(f"http://127.0.0.1:{port}/admin/dashboard")
+    await page.until("document.querySelector('#password')")
+    await page.run(
+        f"document.querySelector('#password').value = '{password}';"
+        "document.querySelector('form').submit()"
+    )
+    await page.until("document.querySelector('.workers tbody tr')")
 
 
 async def _tab_address(process: asyncio.subprocess.Process) -> str:

@@ -14,6 +14,7 @@ import pytest
 from coordinator.domain.verdicts import WorkerFacts
 from coordinator.live.hub import BACKLOG_MESSAGES
 from coordinator.service.view import (
+    BooksView,
     EtaView,
     EvaluationPoint,
     FleetUpdate,
@@ -22,16 +23,18 @@ from coordinator.service.view import (
     RoundView,
     RunView,
     ServerView,
+    TallyView,
     TasksView,
     VersionPoint,
     WorkerView,
 )
 from coordinator.store.tables import sessions
-from tests.e2e.chromium import BROWSER, Page, chromium_page
+from tests.e2e.chromium import BROWSER, Page, chromium_page, log_in
 from tests.integration.page_server import PASSWORD, PageServer, page_server
 
 WEBUI = Path(__file__).parents[2] / "webui"
 NOW = time.time()
+TALLY = TallyView(trained=5000, accepted=500, applied=4000, wasted={"silent": 500})
 
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="chromium is not installed: the page is not tried out"
@@ -76,6 +79,9 @@ def worker(name: str, verdict: str) -> WorkerView:
         tokens_accepted=2000,
         tasks_done=2,
         tasks_failed=0,
+        books=BooksView(
+            spread=0.1, duration_ratio=1.0, duration_alarm=None, tally=TALLY
+        ),
     )
 
 
@@ -120,6 +126,7 @@ def fleet() -> FleetView:
             gzip_bits_per_byte=2.5,
             tokens_per_s=20.0,
             eta=eta,
+            tally=TALLY,
             loss_alarm=None,
             reset_from_version=None,
         ),
@@ -184,16 +191,6 @@ def publish(server: PageServer, kind: str, body: object, count: int = 1) -> None
     server.call(act)
 
 
-async def log_in(page: Page, server: PageServer) -> None:
-    await page.open(f"http://127.0.0.1:{server.port}/admin/dashboard")
-    await page.until("document.querySelector('#password')")
-    await page.run(
-        f"document.querySelector('#password').value = '{PASSWORD}';"
-        "document.querySelector('form').submit()"
-    )
-    await page.until("document.querySelector('.workers tbody tr')")
-
-
 def text(selector: str) -> str:
     return f"(document.querySelector('{selector}')?.textContent ?? '')"
 
@@ -201,7 +198,7 @@ def text(selector: str) -> str:
 def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path):
     async def watch() -> None:
         async with chromium_page(tmp_path / "profile") as page:
-            await log_in(page, server)
+            await log_in(page, server.port, PASSWORD)
             assert await page.run("document.title") == "tiny"
             await page.until(f"{text('.answer')}.includes('5.000 bits per byte')")
             await page.until(f"{text('.live')}.includes('Live')")
@@ -274,7 +271,7 @@ def test_who_is_stuck_is_news_and_who_is_gone_leaves_the_table(server, tmp_path)
 def test_no_width_scrolls_sideways_and_log_out_is_in_reach(server, tmp_path):
     async def look() -> None:
         async with chromium_page(tmp_path / "profile") as page:
-            await log_in(page, server)
+            await log_in(page, server.port, PASSWORD)
             await page.until("document.querySelector('.chart canvas')")
             for width in (390, 720, 1100, 1280, 1440):
                 await page.call(

@@ -16,6 +16,14 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_ext.wire.messages import Task
+from coordinator.domain.manifest import Manifest
+from worker.order import sequence_starts
+
 _PASSED_ON = ("X-Api-Key", "Content-Type", "Range", "If-Range")
 _PASSED_BACK = ("Content-Type", "Content-Range", "ETag", "Retry-After")
 
@@ -31,6 +39,20 @@ class Recorder:
     #: (status, answer) of each second try.
     repeats: list[tuple[int, bytes]] = field(default_factory=list)
     guard: threading.Lock = field(default_factory=threading.Lock)
+
+    def times_trained(self, manifest: Manifest) -> dict[str, NDArray[np.int64]]:
+        """Return how often each token of each training shard was accepted."""
+        counts = {
+            shard.shard_id: np.zeros(shard.num_tokens, np.int64)
+            for shard in manifest.train_shards()
+        }
+        for block, _frame, status, _answer in self.submissions:
+            if status == 200:
+                task = msgspec.convert(self.tasks[block["task_id"]], Task)
+                num_sequences = -(-block["tokens"] // task.seq_len)
+                for start in sequence_starts(task)[:num_sequences]:
+                    counts[task.shard_id][start : start + task.seq_len] += 1
+        return counts
 
 
 class _Proxy(ThreadingHTTPServer):

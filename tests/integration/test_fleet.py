@@ -136,17 +136,7 @@ def test_both_workers_took_part(trained: Trained) -> None:
 
 
 def test_every_token_of_the_epoch_was_trained_exactly_once(trained: Trained) -> None:
-    counts = {
-        shard.shard_id: np.zeros(shard.num_tokens, dtype=int)
-        for shard in trained.manifest.train_shards()
-    }
-
-    for block, _frame, status, _answer in trained.seen.submissions:
-        if status == 200:
-            terms = trained.seen.tasks[block["task_id"]]
-            start = terms["byte_offset"] // 4
-            end = start + terms["byte_length"] // 4
-            counts[terms["shard_id"]][start:end] += 1
+    counts = trained.seen.times_trained(trained.manifest)
 
     for shard_id, count in counts.items():
         assert (count == 1).all(), shard_id

@@ -41,9 +41,7 @@ BATCH_TOKENS = 8 * 128
 @pytest.fixture
 def quiet() -> Hooks:
     ticks = iter(range(10**6))
-    return Hooks(
-        progress=lambda *_: None, check=lambda: None, clock=lambda: float(next(ticks))
-    )
+    return Hooks.quiet(lambda: float(next(ticks)))
 
 
 def trained_once(
@@ -189,7 +187,7 @@ def loss_of(
     task: Task,
 ) -> float:
     model.flat.load(weights)
-    (batch,) = batches(tokens, task.byte_length // 4, task)
+    (batch,) = batches(tokens, task)
     assert num_params(model.shape) == len(weights)
     with torch.no_grad():
         return float(model.loss(batch.inputs, batch.targets))

@@ -127,6 +127,7 @@ def bars() -> dict[str, tuple[str, float]]:
         "stuck_detect_s_max": ("<=", STUCK_LIMIT_S),
         "stuck_detect_slow_ratio_max": ("<=", 1.0),
         "slow_called_stuck": ("<=", 0),
+        "alive_called_lost": ("<=", 0),
         "reissue_s_max": ("<=", leases.ttl_s(HEARTBEAT_S) + 5.0),
     }
 

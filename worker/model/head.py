@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -24,6 +25,14 @@ NO_TARGET: Final = -1
 CHUNK_TOKENS: Final = 512
 #: How much faster than fp32 another type must make the head to be chosen.
 MIN_GAIN: Final = 1.15
+#: Tokens and words of a head that is timed. int8 rounds the table once for all tokens,
+#: and fp32 is as fast as its caches are large: so as many as in a real step ...
+Extent = tuple[int, int]
+REAL: Final[Extent] = (CHUNK_TOKENS, 4096)
+#: ... but for a type of which a few show that there are no instructions for it: bf16
+#: takes a hundred times as long as fp32 then.
+GLANCE: Final[Extent] = (64, 512)
+HOPELESS: Final = 4.0
 
 
 def lookup(ids_BT: Tensor, embeddings_VH: nn.Parameter) -> Tensor:
@@ -57,30 +66,46 @@ def head_dtype() -> torch.dtype:
     Having instructions says little: a Xeon that hides its AMX tiles ran bf16 at 0.6
     of the speed of fp32, a Zen 4 at twice; int8 is five times as fast with VNNI, and
     no faster without. So all are timed, once in a process; what rounds more must win
-    clearly to be worth it.
+    clearly to be worth it. On one thread, as more make all of them faster.
     """
-    return choose_dtype(_head_s)
+    with torch_threads(1):
+        return choose_dtype(_head_s)
 
 
-def choose_dtype(head_s: Callable[[torch.dtype], float]) -> torch.dtype:
+@contextmanager
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """Let torch use so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def choose_dtype(head_s: Callable[[torch.dtype, Extent], float]) -> torch.dtype:
     """Return the type for the head by the seconds that a head takes in each."""
-    best, best_s = torch.float32, head_s(torch.float32)
+    limit_s = HOPELESS * head_s(torch.float32, GLANCE)
+    best, best_s = torch.float32, head_s(torch.float32, REAL)
     for dtype in (torch.bfloat16, torch.int8):
-        seconds = head_s(dtype)
+        if head_s(dtype, GLANCE) > limit_s:
+            continue
+        seconds = head_s(dtype, REAL)
         if seconds * MIN_GAIN < best_s:
             best, best_s = dtype, seconds
     return best
 
 
-def _head_s(dtype: torch.dtype) -> float:
-    """Return the least seconds that a small head takes, forward and backward."""
-    hidden_MH = torch.full((256, 256), 0.5)
-    targets_M = torch.zeros(len(hidden_MH), dtype=torch.int64)
-    embeddings_VH = torch.full((2048, 256), 0.5)
+def _head_s(dtype: torch.dtype, extent: Extent) -> float:
+    """Return the least seconds that a head takes, forward and backward."""
+    num_tokens, num_words = extent
+    hidden_MH = torch.full((num_tokens, 256), 0.5)
+    targets_M = torch.zeros(num_tokens, dtype=torch.int64)
+    embeddings_VH = torch.full((num_words, 256), 0.5)
     into_VH = torch.zeros_like(embeddings_VH)
     find = _loss_in(dtype)
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         started_s = time.perf_counter()
         _, _, add_to = find(hidden_MH, embeddings_VH, targets_M, 1.0, 1)
         add_to(into_VH, 1.0)

@@ -77,6 +77,15 @@ class BitNetModel(nn.Module):
             if isinstance(module, Block):
                 module.use_threads(threads)
 
+    @property
+    def torch_threads(self) -> int:
+        """How many threads torch should have meanwhile: one, where our kernels do all.
+
+        Its threads wait busily for their next operator, on the cores that ours need.
+        """
+        by_us = not self.plain and head_dtype() is torch.int8
+        return 1 if by_us else torch.get_num_threads()
+
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Return the hidden states after the final norm, float32 (B, T, H).
 

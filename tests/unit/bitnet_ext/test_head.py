@@ -131,6 +131,16 @@ def test_a_target_that_is_no_word_is_refused():
         run(table, hidden, targets)
 
 
+def test_a_scale_below_zero_is_refused():
+    table, hidden, targets = factors(3, 20, 8)
+
+    for scale in (-1.0, float("nan")):
+        with pytest.raises(
+            ValueError, match=f"scale must be zero or more, got {scale}"
+        ):
+            head.loss(head.Table(table), hidden, targets, scale)
+
+
 def test_arrays_of_another_length_are_refused():
     table, hidden, targets = factors(3, 20, 8)
     packed = head.Table(table)

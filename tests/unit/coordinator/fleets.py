@@ -393,10 +393,21 @@ class World:
         return self.do(upload())
 
     def submit(
-        self, task: Task, worker_id: str = "w1", value: float | Vector = 0.5
+        self,
+        task: Task,
+        worker_id: str = "w1",
+        value: float | Vector = 0.5,
+        *,
+        num_steps: int | None = None,
     ) -> SubmissionAnswer:
-        """Submit a pseudo-gradient that is `value` everywhere."""
-        return self.send(body(self.meta(task, worker_id), frame(task, value)))
+        """Submit a pseudo-gradient that is `value` everywhere; None: of all steps."""
+        trained: dict[str, int] = {}
+        if num_steps is not None:
+            batch_tokens = task.batch_size * task.seq_len
+            tokens = min(num_steps * batch_tokens, task.byte_length // 4)
+            trained = {"num_steps": num_steps, "tokens": tokens}
+        meta = self.meta(task, worker_id, **trained)
+        return self.send(body(meta, frame(task, value)))
 
     def score(self, task: Task, nats: float = 200.0, **fields: Any) -> EvaluationAnswer:
         """Submit the score of an evaluation task, changed by `fields`."""

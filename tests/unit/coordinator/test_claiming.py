@@ -53,9 +53,9 @@ def test_the_first_task_of_an_unmeasured_worker_is_a_probe(running: World):
     assert (task.num_steps, task.batch_size, task.seq_len) == (4, 2, 8)
     assert (task.run_id, task.base_version) == ("r-1", 1)
     assert (task.codec, task.text_bytes, task.lease_s) == ("fp32", 0, 30.0)
-    assert task.seed == sizing.task_seed(
-        7, epoch=1, shard_id="train-00000", start_token=0
-    )
+    assert task.seed == sizing.order_seed(7, epoch=1, shard_id="train-00000")
+    assert task.block_size == sizing.BLOCK_SIZE
+    assert task.stop_after_s == pytest.approx(1.25 * PLAN.round_s)
     assert task.hyper == hyper_parameters(PLAN, tokens_accepted=0, task_tokens=PROBE)
 
 
@@ -311,9 +311,9 @@ def test_given_back_work_over_twice_the_size_is_divided(running: World, speed, d
 def test_a_task_of_a_fixed_size_is_never_divided(world: World):
     world.start_run(seeded=False)
     world.register()
-    world.do(seed_epoch(world.fleet, 300))
+    world.do(seed_epoch(world.fleet, 320))
 
-    assert size(world.claimed()) == 300
+    assert size(world.claimed()) == 320
     assert range_tokens(world) == 0
 
 
@@ -331,6 +331,7 @@ def test_an_evaluation_goes_to_who_has_nothing_to_train(world: World):
     assert task.kind is TaskKind.EVALUATE
     assert stretch(task) == (shard.shard_id, 0, shard.num_tokens)
     assert (task.base_version, task.num_steps) == (1, 0)
+    assert (task.block_size, task.stop_after_s) == (0, None)
     assert task.text_bytes == shard.text_bytes
 
 

@@ -8,19 +8,29 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
-from bitnet_ext.wire.verdicts import ErrorCode
+from bitnet_ext.wire.verdicts import ErrorCode, LeaseState
+from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
 from coordinator.service.starting import reconcile
-from coordinator.store.tables import events, ranges, rounds, runs, submissions, tasks
+from coordinator.store.tables import (
+    claims,
+    events,
+    ranges,
+    rounds,
+    runs,
+    submissions,
+    tallies,
+    tasks,
+)
 from tests.unit.coordinator.fleets import World, open_world
 
 NAMES = ["w1", "w2", "w3"]
 #: Short rounds, so that leases, rounds and epochs end within a short story.
 PLAN = TrainingPlan(batch_size=2, round_s=20.0, codec="fp32", evaluate_every=10**6)
-NUM_EVENTS = 150
+NUM_EVENTS = 200
 
 
 def pieces(connection: Connection) -> dict[tuple[int, str], list[tuple[int, int]]]:
@@ -66,6 +76,18 @@ def check_rows(connection: Connection) -> None:
     assert {row.round_id for row in leased} <= {live.round_id}
     assert {row.base_version for row in leased} <= {live.base_version}
     assert sum(tokens for (tokens,) in counted) == accepted
+    check_tallies(connection, accepted)
+
+
+def check_tallies(connection: Connection, accepted: int) -> None:
+    """Every trained token of a claim that has ended has one fate."""
+    trained = connection.execute(select(func.sum(claims.c.tokens_done))).scalar_one()
+    fates = {fate: 0 for fate in Fate}
+    for row in connection.execute(select(tallies)):
+        assert row.tokens >= 0
+        fates[Fate(row.fate)] += row.tokens
+    assert sum(fates.values()) == (trained or 0)
+    assert fates[Fate.ACCEPTED] + fates[Fate.APPLIED] == accepted
 
 
 class Story:
@@ -80,8 +102,15 @@ class Story:
     def go_on(self) -> None:
         """Let one thing happen."""
         act = self.chance.choices(
-            [self.claim, self.submit, self.give_back, self.wait, self.close],
-            [6, 6, 1, 2, 3],
+            [
+                self.claim,
+                self.submit,
+                self.report,
+                self.give_back,
+                self.wait,
+                self.close,
+            ],
+            [6, 6, 3, 1, 2, 3],
         )[0]
         act(self.chance.choice(NAMES))
 
@@ -95,7 +124,21 @@ class Story:
         self.world.clock.advance(self.chance.choice([0.1, 5.0, 15.0]))
         # Now and then a gradient that no outer step survives.
         value = 3e38 if self.chance.random() < 0.1 else 1e-3
-        self.try_to("submitted", name, lambda t: self.world.submit(t, name, value))
+        num_steps = None
+        if (task := self.held.get(name)) is not None and self.chance.random() < 0.3:
+            num_steps = self.chance.randint(1, task.num_steps)
+            self.happened["part"] += num_steps < task.num_steps
+        self.try_to(
+            "submitted",
+            name,
+            lambda t: self.world.submit(t, name, value, num_steps=num_steps),
+        )
+
+    def report(self, name: str) -> None:
+        if (task := self.held.get(name)) is not None:
+            done = self.chance.randint(1, task.byte_length // 4)
+            lease = self.world.heartbeat(task, name, tokens_done=done).lease
+            self.happened["reported"] += lease is LeaseState.HELD
 
     def give_back(self, name: str) -> None:
         act = self.chance.choice([self.world.release, self.world.fail])
@@ -144,7 +187,7 @@ def tell(folder: Path, seed: int, quorum: float) -> Story:
         (2, 1.0),
         (3, 1.0),
         (1, 0.3),
-        (2, 0.3),
+        (3, 0.3),
     ],
 )
 def test_every_token_of_an_epoch_is_accounted_for_once(tmp_path: Path, seed, quorum):
@@ -152,6 +195,6 @@ def test_every_token_of_an_epoch_is_accounted_for_once(tmp_path: Path, seed, quo
 
     # Guards the story: it would prove nothing if nothing happened in it.
     assert story.happened["claimed"] > 10
-    for what in ("submitted", "expired", "closed", "lost"):
+    for what in ("submitted", "part", "reported", "expired", "closed", "lost"):
         assert story.happened[what] > 0
     assert (story.happened["late"] > 0) == (quorum < 1)

@@ -175,6 +175,17 @@ def test_an_update_holds_no_history_and_a_snapshot_does(running: World, feed: Fe
     assert "versions" not in updates(running)[-1]
 
 
+def test_after_a_sleep_of_the_coordinator_nobody_is_called_lost(
+    running: World, feed: Feed
+):
+    running.do(sweep_leases(running.fleet))
+    running.clock.advance(60.0)
+
+    (row,) = looked(running, feed).workers
+
+    assert row.verdict == "idle"
+
+
 def test_a_ring_makes_the_feed_look(running: World, feed: Feed):
     async def story():
         task = asyncio.ensure_future(feed.run())

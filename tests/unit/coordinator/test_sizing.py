@@ -56,43 +56,26 @@ def test_a_late_claim_gets_less_but_never_under_its_least_share(age_s, due):
     assert sizing.seconds_left(60.0, round_age_s=age_s) == pytest.approx(due)
 
 
-def test_the_first_task_is_the_measurement_and_later_ones_move_it():
-    first = sizing.measured_speed(None, 1000, 10.0, round_s=10.0)
-    second = sizing.measured_speed(first, 2000, 10.0, round_s=10.0)
-    slow = sizing.measured_speed(None, 1000, 1e6, round_s=10.0)
+@given(speed=st.floats(0.01, 1e9), largest=st.integers(1, 10**6))
+def test_a_task_is_at_most_four_times_the_largest_of_late(speed, largest):
+    size = sizing.task_tokens(
+        speed, seconds=60.0, batch_tokens=64, seq_len=8, largest=largest
+    )
 
-    assert first == 100.0
-    assert second == pytest.approx(130.0)
-    assert slow == pytest.approx(1e-3)
-
-
-@given(
-    before=st.none() | st.floats(0.01, 1e6),
-    tokens=sizes,
-    seconds=st.floats(0.0, 1e5),
-    round_s=st.floats(1.0, 600.0),
-)
-def test_a_task_is_at_most_four_times_the_last_accepted_one(
-    before, tokens, seconds, round_s
-):
-    speed = sizing.measured_speed(before, tokens, seconds, round_s=round_s)
-
-    assert speed * round_s <= max((before or 0.0) * round_s, 4 * tokens) * (1 + 1e-9)
-
-
-def test_a_crumb_that_takes_no_time_makes_nobody_slower():
-    assert sizing.measured_speed(100.0, 8, 0.01, round_s=60.0) == 100.0
+    assert size % 8 == 0
+    assert 8 <= size <= max(8, 4 * largest)
 
 
 def test_a_fast_worker_gets_there_in_a_few_tasks():
-    tokens, speed, sizes_given = 4096, None, []
+    largest, sizes_given = 4096, []
     for _ in range(6):
-        speed = sizing.measured_speed(speed, tokens, tokens / 10_000.0, round_s=60.0)
-        tokens = round(60.0 * speed)
-        sizes_given.append(tokens)
+        largest = sizing.task_tokens(
+            10_000.0, seconds=60.0, batch_tokens=1024, seq_len=128, largest=largest
+        )
+        sizes_given.append(largest)
 
     assert sizes_given[:2] == [4 * 4096, 16 * 4096]
-    assert sizes_given[-1] > 0.75 * 600_000
+    assert sizes_given[-1] == 600_064
 
 
 @given(
@@ -109,18 +92,44 @@ def test_steps_are_batches_of_whole_sequences(num_tokens, seq_len, batch_size):
     assert due == len(batches)
 
 
-def test_a_seed_is_a_function_of_run_epoch_and_place():
-    def seed(run_seed=1, epoch=1, shard_id="train-00000", start_token=0):
-        return sizing.task_seed(
-            run_seed, epoch=epoch, shard_id=shard_id, start_token=start_token
-        )
+def test_a_seed_is_a_function_of_run_epoch_and_shard():
+    def seed(run_seed=1, epoch=1, shard_id="train-00000"):
+        return sizing.order_seed(run_seed, epoch=epoch, shard_id=shard_id)
 
-    others = [
-        seed(run_seed=2),
-        seed(epoch=2),
-        seed(shard_id="train-00001"),
-        seed(start_token=8),
-    ]
+    others = [seed(run_seed=2), seed(epoch=2), seed(shard_id="train-00001")]
     assert seed() == seed()
-    assert len({seed(), *others}) == 5
+    assert len({seed(), *others}) == 4
     assert all(0 <= number < 2**56 for number in others)
+
+
+@pytest.mark.parametrize(
+    ("meant_s", "predicted_s", "limit_s", "fixed_size", "due"),
+    [
+        (600.0, None, 7200.0, False, 750.0),
+        (600.0, 590.0, 1830.0, False, 750.0),
+        # A remnant that went along was meant to.
+        (600.0, 880.0, 2700.0, False, 1100.0),
+        # A short piece of given-back work: its lease would end before.
+        (600.0, 100.0, 360.0, False, 252.0),
+        (180.0, 180.0, 600.0, False, 225.0),
+        (600.0, 3000.0, 7260.0, True, 5082.0),
+    ],
+)
+def test_a_task_is_handed_in_somewhat_after_its_time_and_well_before_its_limit(
+    meant_s, predicted_s, limit_s, fixed_size, due
+):
+    found = sizing.stop_after_s(
+        meant_s=meant_s, predicted_s=predicted_s, limit_s=limit_s, fixed_size=fixed_size
+    )
+
+    assert found == pytest.approx(due)
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 48, 60])
+def test_whole_steps_of_a_task_or_all_of_it_may_be_handed_in(tokens):
+    assert sizing.is_part(tokens, 60, batch_tokens=16)
+
+
+@pytest.mark.parametrize("tokens", [-16, 0, 8, 17, 59, 61, 64])
+def test_nothing_else_may(tokens):
+    assert not sizing.is_part(tokens, 60, batch_tokens=16)

@@ -281,6 +281,20 @@ def test_many_starts_give_a_lease_no_more_than_the_time_away(running: World):
     assert running.clock.now() - START == 240.0 + 16 * 5.0
 
 
+def test_a_clock_that_jumps_ahead_over_a_restart_makes_nobody_lost(running: World):
+    running.register("w2")
+    running.clock.advance(40.0)
+    running.heartbeat(worker_id="w1")
+    running.do(keep_clock(running.fleet))
+    running.clock.advance(3600.0)
+
+    extend_leases(running.fleet)
+
+    ages = [running.clock.now() - running.worker(w).heartbeat_at for w in ("w1", "w2")]
+    # What was silence before is silence still: w2 is lost.
+    assert ages == [0.0, 40.0]
+
+
 def test_a_second_start_at_once_changes_nothing(running: World):
     running.train_round(0.5)
     running.claimed()

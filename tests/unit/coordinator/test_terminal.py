@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coordinator.store import workers
-from coordinator.terminal import status_text
+from coordinator.terminal import moment, status_text
 from tests.unit.coordinator.fleets import World
 from tests.unit.coordinator.test_looking import looked
 
@@ -26,7 +26,7 @@ def test_a_fleet_is_shown_worst_first(running: World):
 
     assert shown(running) == [
         "run      r-1 (tiny), running, epoch 1, version 1, 0 tokens",
-        "ETA      unknown. Needs one measured round.",
+        "ETA      unknown. No token budget is set.",
         "round    1 on version 1, open, 0 of 2 back",
         "tasks    0 pending, 2 leased (1 soft-expired, 1 stuck), 0 done, 0 failed; "
         "1264 tokens not cut yet",
@@ -44,13 +44,16 @@ def test_a_fleet_is_shown_worst_first(running: World):
 
 
 def test_the_end_is_a_moment_with_its_window(running: World):
-    running.change_run(token_budget=64 + 640)
-    running.train_round(0.5)
+    running.change_run(token_budget=10_000)
+    for _ in range(5):
+        running.train_round(0.5)
+    eta = looked(running).run.eta
 
-    (line,) = [line for line in shown(running) if line.startswith("ETA")]
-
-    assert line.startswith("ETA      2027-01-15 08:01:50 UTC, between 2027-01-15 ")
-    assert "0 of 0 back" in "".join(shown(running))
+    assert (
+        f"ETA      {moment(eta.at)}, between {moment(eta.earliest_at)} and "
+        f"{moment(eta.latest_at)}. {eta.reason}"
+    ) in shown(running)
+    assert moment(1_000_000_000.4) == "2001-09-09 01:46:40 UTC"
 
 
 def test_what_is_missing_comes_first_and_on_one_line(world: World):

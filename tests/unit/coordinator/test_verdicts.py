@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from bitnet_ext.wire.verdicts import Verdict
-from coordinator.domain.verdicts import WorkerFacts, silence_limit_s, verdict
+from coordinator.domain.verdicts import (
+    WorkerFacts,
+    heard_at,
+    silence_limit_s,
+    verdict,
+)
 
 
 def facts(
@@ -112,3 +117,12 @@ def test_the_verdict_comes_with_its_evidence(given, word, evidence):
 
 def test_silence_is_six_heartbeats_and_at_least_half_a_minute():
     assert [silence_limit_s(s) for s in (1.0, 5.0, 10.0)] == [30.0, 30.0, 60.0]
+
+
+@pytest.mark.parametrize(
+    ("away_s", "due"),
+    [(0.0, 100.0), (50.0, 150.0), (1000.0, 200.0), (-5.0, 100.0)],
+    ids=["none", "some", "longer than it was silent", "a clock that went back"],
+)
+def test_a_pause_of_the_coordinator_is_no_silence(away_s, due):
+    assert heard_at(100.0, now=200.0, away_s=away_s) == due

@@ -58,7 +58,10 @@ def published(shape: ModelShape = SMALL, version: int = 1, seed: int = 0) -> byt
 
 
 class FakeTrainer:
-    """Trains nothing, in two steps of a second; `during` runs between them."""
+    """Trains nothing, in two steps of a second; `during` runs between them.
+
+    Ends after the first where that is enough.
+    """
 
     def __init__(self, clock: list[float]) -> None:
         self.calibrated: list[ModelShape] = []
@@ -81,16 +84,17 @@ class FakeTrainer:
 
     def train(self, shape, base, moments, tokens, task, hooks) -> TrainResult:
         self.started_from.append(moments)
-        self._two_steps(task, hooks)
+        tokens_done = self._two_steps(task, hooks)
         moments = (moments or Moments.zeros(shape)).copy()
         moments.step.add_(2)
+        num_tokens = task.byte_length // 4
         gradient = np.full(num_params(shape), 0.0012, dtype=np.float32)
         gradient[::256] = 1.0
         return TrainResult(
             pseudo_gradient=gradient,
             moments=moments,
-            num_steps=task.num_steps,
-            tokens=task.byte_length // 4,
+            num_steps=task.num_steps * tokens_done // num_tokens,
+            tokens=tokens_done,
             loss_first=4.0,
             loss_last=3.0,
             loss_mean=3.5,
@@ -101,7 +105,7 @@ class FakeTrainer:
         self._two_steps(task, hooks)
         return Score(nats=self.nats, tokens=len(tokens) - 1, compute_s=2.0)
 
-    def _two_steps(self, task, hooks) -> None:
+    def _two_steps(self, task, hooks) -> int:
         num_tokens = task.byte_length // 4
         hooks.check()
         self._clock[0] += 1.0
@@ -109,10 +113,13 @@ class FakeTrainer:
         hooks.progress(num_tokens // 2, 1.0)
         self.during()
         hooks.check()
+        if hooks.enough():
+            return num_tokens // 2
         self._clock[0] += 1.0
         self.num_steps += 1
         hooks.progress(num_tokens, 1.0)
         self.afterwards()
+        return num_tokens
 
 
 class Fleet:

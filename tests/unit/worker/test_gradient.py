@@ -32,10 +32,10 @@ def gradient_of(tokens, task, *, base=None, model=None):
     return mean_gradient(model, base, tokens, task, silent_hooks())
 
 
-def by_autograd(tokens, num_tokens):
+def by_autograd(tokens, task):
     """The gradient of the mean loss over the whole stretch, as one batch."""
     model = loaded_model()
-    (batch,) = batches(tokens, num_tokens, a_task(num_tokens, batch_size=1000))
+    (batch,) = batches(tokens, msgspec.structs.replace(task, batch_size=1000))
     loss = model.loss(batch.inputs, batch.targets)
     loss.backward()
     return loss.item(), model.flat.grads.numpy()
@@ -43,14 +43,15 @@ def by_autograd(tokens, num_tokens):
 
 # One batch; batches of unlike length; and a last input that has no target.
 @pytest.mark.parametrize(
-    ("num_tokens", "following"), [(64, 1), (200, 1), (77, 1), (80, 0)]
+    ("num_tokens", "shard_tokens"), [(64, 65), (192, 193), (77, 77), (80, 80)]
 )
-def test_it_is_that_of_all_targets_however_they_are_batched(num_tokens, following):
-    tokens = random_tokens(num_tokens + following)
+def test_it_is_that_of_all_targets_however_they_are_batched(num_tokens, shard_tokens):
+    tokens = random_tokens(shard_tokens)
+    task = a_task(num_tokens, hyper=UNCLIPPED, shard_bytes=4 * shard_tokens)
 
-    result = gradient_of(tokens, a_task(num_tokens, hyper=UNCLIPPED))
+    result = gradient_of(tokens, task)
 
-    loss, due = by_autograd(tokens, num_tokens)
+    loss, due = by_autograd(tokens, task)
     found = result.pseudo_gradient
     assert found.dtype == np.float32
     # int8 gradients of weights are rounded batch by batch.
@@ -68,7 +69,7 @@ def test_the_losses_are_those_of_the_batches():
     with torch.no_grad():
         losses = [
             float(model.loss(batch.inputs, batch.targets))
-            for batch in batches(tokens, 160, task)
+            for batch in batches(tokens, task)
         ]
     assert result.num_steps == len(losses) == 3
     assert result.loss_first == pytest.approx(losses[0], rel=1e-5)
@@ -84,6 +85,21 @@ def test_going_against_it_lowers_the_loss():
     )
 
     assert lower.loss_mean < result.loss_mean - 0.01
+
+
+def test_what_is_handed_in_early_is_the_mean_over_what_was_seen():
+    tokens, task = random_tokens(321), a_task(320, hyper=UNCLIPPED)
+    seen = iter([False, False, True])
+    hooks = silent_hooks(enough=lambda: next(seen))
+
+    part = mean_gradient(BitNetModel(SMALL), seeded_weights(SMALL), tokens, task, hooks)
+
+    head = msgspec.structs.replace(task, byte_length=4 * 192, num_steps=3)
+    whole = gradient_of(tokens[:193], head)
+    assert (part.num_steps, part.tokens) == (3, 192)
+    # As near as int8 gradients of another scale are rounded.
+    difference = np.linalg.norm(part.pseudo_gradient - whole.pseudo_gradient)
+    assert difference < 0.01 * np.linalg.norm(whole.pseudo_gradient)
 
 
 def test_the_whole_is_clipped_and_not_its_parts():
@@ -126,7 +142,7 @@ def test_a_loss_that_is_no_number_ends_the_task():
 
 
 def test_tokens_that_do_not_fit_the_task_are_refused():
-    with pytest.raises(TaskError, match="tokens must be 64 int32"):
+    with pytest.raises(TaskError, match="tokens must be 65 int32"):
         gradient_of(random_tokens(60), a_task(64))
 
 

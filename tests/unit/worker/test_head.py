@@ -5,13 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from worker.model.head import MIN_GAIN, choose_dtype
+from worker.model.head import (
+    GLANCE,
+    HOPELESS,
+    MIN_GAIN,
+    REAL,
+    Extent,
+    choose_dtype,
+    torch_threads,
+)
 
 FP32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 
 
 def chosen(*, fp32: float, bf16: float, int8: float) -> torch.dtype:
-    return choose_dtype({FP32: fp32, BF16: bf16, INT8: int8}.__getitem__)
+    seconds = {FP32: fp32, BF16: bf16, INT8: int8}
+    return choose_dtype(lambda dtype, extent: seconds[dtype])
 
 
 @pytest.mark.parametrize(
@@ -35,3 +44,25 @@ def test_what_rounds_more_must_win_clearly() -> None:
     assert chosen(fp32=1.0, bf16=barely, int8=9.0) == FP32
     assert chosen(fp32=1.0, bf16=clearly, int8=9.0) == BF16
     assert chosen(fp32=1.0, bf16=1.0, int8=1.0) == FP32
+
+
+def test_a_type_without_instructions_is_only_glanced_at() -> None:
+    asked: list[tuple[torch.dtype, Extent]] = []
+
+    def head_s(dtype: torch.dtype, extent: Extent) -> float:
+        asked.append((dtype, extent))
+        return 1.01 * HOPELESS if dtype == BF16 else 1.0
+
+    assert choose_dtype(head_s) == FP32
+    assert (BF16, GLANCE) in asked
+    assert (BF16, REAL) not in asked
+    assert (INT8, REAL) in asked
+
+
+def test_torch_gets_its_threads_back() -> None:
+    before = torch.get_num_threads()
+
+    with torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+
+    assert torch.get_num_threads() == before

@@ -12,6 +12,7 @@ from bitnet_ext.wire.verdicts import (
     ErrorCode,
     FailCode,
     LeaseState,
+    TaskKind,
     WorkerPhase,
 )
 from tests.unit.worker.fleet import (
@@ -236,18 +237,90 @@ def test_told_to_stop_it_finishes_what_fits(fleet) -> None:
     assert not fleet.releases()
 
 
-def test_told_to_stop_it_gives_back_what_does_not_fit(fleet) -> None:
+def stops_late(fleet) -> None:
+    """Let the worker be told to stop in mid-task, when the rest takes too long."""
+
     def stop_late() -> None:
         fleet.now[0] += 50.0
         fleet.shutdown.request()
 
     fleet.trainer.during = stop_late
+
+
+def test_told_to_stop_it_hands_in_what_it_has_where_the_rest_does_not_fit(
+    fleet,
+) -> None:
+    stops_late(fleet)
     fleet.hands_out(fleet.task())
 
     fleet.worker.run()
 
-    assert not fleet.submissions()
+    ((meta, _frame),) = fleet.submissions()
+    assert (meta.tokens, meta.num_steps) == (64, 1)
+    assert not fleet.releases()
+
+
+def test_an_evaluation_that_does_not_fit_is_given_back(fleet) -> None:
+    stops_late(fleet)
+    fleet.hands_out(fleet.task(kind=TaskKind.EVALUATE, num_steps=0, text_bytes=99))
+
+    fleet.worker.run()
+
+    assert not fleet.coordinator.asked("POST /tasks/t1/evaluation")
     assert len(fleet.releases()) == 1
+
+
+def test_what_is_handed_in_at_the_end_is_given_back_where_nobody_answers(fleet) -> None:
+    stops_late(fleet)
+    fleet.coordinator.on("POST /gradient", HANG_UP)
+    fleet.hands_out(fleet.task(lease_s=1e6))
+
+    fleet.worker.run()
+
+    assert fleet.submissions()
+    assert len(fleet.releases()) == 1
+
+
+def test_told_to_take_no_more_work_it_hands_in_what_it_has(fleet) -> None:
+    def drain() -> None:
+        fleet.beats(drain=True)
+        fleet.heartbeat.beat()
+
+    fleet.trainer.during = drain
+    fleet.hands_out(fleet.task(), fleet.task())
+
+    fleet.turns(2)
+
+    ((meta, _frame),) = fleet.submissions()
+    assert meta.tokens == 64
+    assert len(fleet.coordinator.asked("POST /work")) == 1
+
+
+@pytest.mark.parametrize(
+    ("stop_after_s", "tokens"), [(None, 128), (1.5, 128), (0.9, 64), (5.0, 128)]
+)
+def test_a_task_that_takes_too_long_is_handed_in_as_it_is(
+    fleet, stop_after_s, tokens
+) -> None:
+    # A step is a second, and of 1.5 s the other step would be two thirds.
+    fleet.hands_out(fleet.task(stop_after_s=stop_after_s))
+
+    fleet.turns(1)
+
+    ((meta, _frame),) = fleet.submissions()
+    assert meta.tokens == tokens
+
+
+def test_nobody_wants_the_crumb_of_a_task(fleet) -> None:
+    def slow_start() -> None:
+        fleet.now[0] += 3.0
+
+    fleet.trainer.during = slow_start
+    fleet.hands_out(fleet.task(stop_after_s=3.0), fleet.task(stop_after_s=30.0))
+
+    fleet.turns(2)
+
+    assert [meta.tokens for meta, _ in fleet.submissions()] == [64, 128]
 
 
 def test_what_fits_includes_the_time_that_the_last_submission_took(fleet) -> None:
@@ -278,13 +351,12 @@ def test_what_became_of_a_task_is_told_no_longer_than_its_lease_lives(fleet) -> 
 
 def test_told_to_stop_it_gives_back_no_longer_than_its_grace_lasts(fleet) -> None:
     fleet.coordinator.on("POST /tasks/t1/release", *[HANG_UP] * 50, EMPTY)
-    fleet.hands_out(fleet.task(lease_s=1e6))
 
-    def stop_late() -> None:
-        fleet.now[0] += 50.0
+    def stop(request) -> Reply:
         fleet.shutdown.request()
+        return says(fleet.task(lease_s=1e6))
 
-    fleet.trainer.during = stop_late
+    fleet.coordinator.on("POST /work", stop)
 
     with pytest.raises(StoppedError):
         fleet.turns(1)

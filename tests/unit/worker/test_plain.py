@@ -107,7 +107,7 @@ def test_both_score_a_stream_alike() -> None:
 
 
 def test_both_learn_at_the_same_pace() -> None:
-    tokens, base = random_tokens(640), seeded_weights(SMALL)
+    tokens, base = np.tile(random_tokens(11), 60)[:641], seeded_weights(SMALL)
 
     own, by_torch = (
         train(
@@ -121,8 +121,8 @@ def test_both_learn_at_the_same_pace() -> None:
         for which in (False, True)
     )
 
-    assert by_torch.loss_last < 0.99 * by_torch.loss_first
-    assert by_torch.loss_last == pytest.approx(own.loss_last, rel=5e-3)
+    assert by_torch.loss_last < 0.5 * by_torch.loss_first
+    assert by_torch.loss_last == pytest.approx(own.loss_last, rel=0.05)
     assert by_torch.pseudo_gradient.any()
 
 

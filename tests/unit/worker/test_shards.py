@@ -26,6 +26,7 @@ def of_shard(first: int, count: int, content: bytes = CONTENT, **changes) -> Tas
         "byte_length": 4 * count,
         "shard_bytes": len(content),
         "shard_sha256": hashlib.sha256(content).hexdigest(),
+        "block_size": 0,
     }
     return msgspec.structs.replace(a_task(count), **(fields | changes))
 
@@ -56,6 +57,12 @@ def test_a_stretch_comes_with_the_token_after_it_where_there_is_one(
     assert sum(pieces) == 4 * (count + following)
     last = 4 * (first + count + following) - 1
     assert coordinator.requests[0].headers["Range"] == f"bytes={4 * first}-{last}"
+
+
+def test_in_training_whole_blocks_come(fetch) -> None:
+    assert fetch(of_shard(16, 16, block_size=2)).tolist() == SHARD[:33].tolist()
+    assert fetch(of_shard(16, 32, block_size=2)).tolist() == SHARD[:65].tolist()
+    assert fetch(of_shard(64, 36, block_size=2)).tolist() == SHARD[64:].tolist()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tests.unit.worker.shapes import (
 )
 from worker.errors import StoppedError, TaskError
 from worker.model.transformer import NO_TARGET, BitNetModel
+from worker.order import sequence_starts
 from worker.train import (
     Batch,
     LocalSteps,
@@ -41,32 +42,42 @@ def run(tokens, task, *, base=None, moments=None, hooks=None):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 16, 17, 63, 64, 65, 200])
-@pytest.mark.parametrize("following", [0, 1])
-def test_every_input_is_cut_exactly_once_with_the_token_after_it(
-    num_tokens, following
-) -> None:
-    tokens = np.arange(num_tokens + following, dtype=np.int32)
+def test_every_input_is_cut_exactly_once_with_the_token_after_it(num_tokens) -> None:
     task = a_task(num_tokens)
+    shard_tokens = task.shard_bytes // 4
+    tokens = np.arange(shard_tokens, dtype=np.int32)
 
-    cut = list(batches(tokens, num_tokens, task))
+    cut = list(batches(tokens, task))
 
     assert len(cut) == task.num_steps
     known = torch.cat([(b.targets != NO_TARGET).flatten() for b in cut])
     inputs = torch.cat([b.inputs.flatten() for b in cut])
     targets = torch.cat([b.targets.flatten() for b in cut])
-    expected = list(range(num_tokens - 1 + following))
+    # The last token of a shard has no target.
+    expected = list(range(min(num_tokens, shard_tokens - 1)))
     assert sorted(inputs[known].tolist()) == expected
     assert torch.equal(targets[known], inputs[known] + 1)
     assert sum(b.num_tokens for b in cut) == num_tokens
 
 
-def test_the_order_of_windows_is_the_permutation_of_the_seed() -> None:
-    tokens = np.arange(161, dtype=np.int32)
+def test_the_sequences_come_in_the_order_of_the_shard() -> None:
+    tokens, task = np.arange(161, dtype=np.int32), a_task(160)
 
-    first = torch.cat([b.inputs[:, 0] for b in batches(tokens, 160, a_task(160))])
+    first = torch.cat([b.inputs[:, 0] for b in batches(tokens, task)])
 
-    order = np.random.Generator(np.random.PCG64(7)).permutation(10)
-    assert first.tolist() == (16 * order).tolist()
+    assert first.tolist() == sequence_starts(task).tolist()
+
+
+def test_a_task_in_the_middle_of_a_shard_is_cut_from_its_blocks() -> None:
+    shard = np.arange(200, dtype=np.int32)
+    task = msgspec.structs.replace(
+        a_task(64), byte_offset=4 * 80, shard_bytes=4 * len(shard)
+    )
+
+    (batch,) = batches(shard[64:193], task)
+
+    assert batch.inputs[:, 0].tolist() == sequence_starts(task).tolist()
+    assert torch.equal(batch.targets, batch.inputs + 1)
 
 
 def test_one_step_lowers_the_loss_of_its_own_batch() -> None:
@@ -113,7 +124,7 @@ def test_base_and_moments_are_as_they_were() -> None:
 
 
 def test_kept_moments_continue_where_the_last_task_ended() -> None:
-    tokens, task = random_tokens(128), a_task(128)
+    tokens, task = random_tokens(129), a_task(128)
     first = run(tokens, task)
 
     kept = run(tokens, task, moments=first.moments)
@@ -159,7 +170,7 @@ def test_steps_use_the_scheduled_learning_rate() -> None:
     hyper = msgspec.structs.replace(HYPER, lr_start=1e-3, lr_end=0.0)
     tokens = random_tokens(33)
     both = run(tokens, a_task(32, batch_size=1, hyper=hyper))
-    first = np.random.Generator(np.random.PCG64(7)).permutation(2)[0] * 16
+    first = sequence_starts(a_task(32))[0]
 
     alone = run(
         tokens[first : first + 17],
@@ -187,7 +198,7 @@ def test_weight_decay_shrinks_matrices_and_embeddings_but_no_norms() -> None:
 
 def test_a_long_gradient_is_scaled_to_the_clip_norm() -> None:
     model, tokens, task = loaded_model(), random_tokens(65), a_task(64)
-    (batch,) = batches(tokens, 64, task)
+    (batch,) = batches(tokens, task)
 
     def norm_of_first_moment(clip_norm: float) -> float:
         hyper = msgspec.structs.replace(HYPER, clip_norm=clip_norm)
@@ -226,14 +237,39 @@ def test_a_check_that_raises_ends_the_task_between_two_steps() -> None:
 
     hooks = silent_hooks(progress=lambda *step: done.append(step), check=check)
     with pytest.raises(StoppedError):
-        run(random_tokens(640), a_task(640), hooks=hooks)
+        run(random_tokens(641), a_task(640), hooks=hooks)
 
     assert done == [(64, 1.0), (128, 1.0)]
 
 
-@pytest.mark.parametrize("count", [63, 66, 0])
+def test_what_is_enough_ends_early_as_if_the_rest_had_not_been_there() -> None:
+    tokens, constant = random_tokens(321), msgspec.structs.replace(HYPER, lr_end=1e-3)
+    constant = msgspec.structs.replace(constant, lr_start=1e-3)
+    task = a_task(320, hyper=constant)
+    done = []
+    hooks = silent_hooks(
+        progress=lambda *step: done.append(step), enough=lambda: len(done) == 3
+    )
+
+    part = run(tokens, task, hooks=hooks)
+
+    head = msgspec.structs.replace(task, byte_length=4 * 192, num_steps=3)
+    whole = run(tokens[:193], head)
+    assert (part.num_steps, part.tokens) == (3, 192)
+    assert part.loss_mean == whole.loss_mean
+    np.testing.assert_array_equal(part.pseudo_gradient, whole.pseudo_gradient)
+    assert (part.moments.step == 3).all()
+
+
+def test_a_task_is_never_handed_in_before_its_first_step() -> None:
+    part = run(random_tokens(321), a_task(320), hooks=silent_hooks(enough=lambda: True))
+
+    assert (part.num_steps, part.tokens) == (1, 64)
+
+
+@pytest.mark.parametrize("count", [64, 66, 0])
 def test_tokens_that_do_not_fit_the_task_are_refused(count) -> None:
-    with pytest.raises(TaskError, match=f"tokens must be 64 int32.*got {count} int32"):
+    with pytest.raises(TaskError, match=f"tokens must be 65 int32.*got {count} int32"):
         run(random_tokens(count), a_task(64))
 
 
