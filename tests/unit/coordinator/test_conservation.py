@@ -1,20 +1,50 @@
-"""Whatever happens in whatever order: no token is lost, none is trained twice."""
+"""Whatever happens in whatever order: no token is lost, none is trained twice.
+
+Hypothesis makes up histories of a fleet on the real store and the real use cases. After
+each step every token of every epoch has one place, no two leases overlap, and states
+have only moved as `docs/states.md` says.
+"""
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
+from contextlib import ExitStack, suppress
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
-import pytest
-from sqlalchemy import Connection, func, select
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import Connection, func, select, text
 
-from bitnet_ext.wire.verdicts import ErrorCode, LeaseState
+from bitnet_ext.wire.messages import Task
+from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskState
 from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
+from coordinator.service.closing import RoundCloser
+from coordinator.service.grace import extend_leases
+from coordinator.service.returning import sweep_leases
 from coordinator.service.starting import reconcile
+from coordinator.service.sweeping import keep_clock
+from coordinator.service.tending import (
+    drain_worker,
+    kick_stuck,
+    put_away,
+    readmit_worker,
+    requeue_failed,
+    resume_worker,
+)
 from coordinator.store.tables import (
     claims,
     events,
@@ -25,12 +55,61 @@ from coordinator.store.tables import (
     tallies,
     tasks,
 )
-from tests.unit.coordinator.fleets import World, open_world
+from coordinator.store.tasks import all_leased
+from tests.unit.coordinator.fleets import World, body, frame, open_world
 
-NAMES = ["w1", "w2", "w3"]
+NAMES = ["w1", "w2", "w3", "w4"]
 #: Short rounds, so that leases, rounds and epochs end within a short story.
 PLAN = TrainingPlan(batch_size=2, round_s=20.0, codec="fp32", evaluate_every=10**6)
-NUM_EVENTS = 200
+#: What a submission holds, everywhere: mostly what is fine, now and then what a guard
+#: leaves out (too large, zeros, against all others), or what no step survives.
+VALUES = [*[1e-3] * 6, 1.0, 0.0, -1e-3, 3e38]
+SOME_VALUES = st.lists(st.sampled_from(VALUES), min_size=1, max_size=len(NAMES))
+AFTER_S = st.sampled_from([0.1, 5.0, 15.0, 40.0])
+WHICH = st.integers(0, len(NAMES) - 1)
+STATES = Path(__file__).parents[3] / "docs" / "states.md"
+#: Tables with states, and the heading in `docs/states.md` over how they move.
+HEADINGS = {
+    "tasks": "Task",
+    "submissions": "Submission",
+    "rounds": "Round",
+    "runs": "Run",
+}
+
+
+def moves_allowed() -> dict[str, set[tuple[str, str]]]:
+    """Return (before, after) by table, as the diagrams say; "[*]" before the first."""
+    return {table: _moves_under(heading) for table, heading in HEADINGS.items()}
+
+
+def _moves_under(heading: str) -> set[tuple[str, str]]:
+    section = STATES.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    diagram = section.split("```mermaid")[1].split("```")[0]
+    labels = dict(re.findall(r"^ +(\w+): (\w+),", diagram, re.M))
+    arrows = re.findall(r"^ +(\S+) --> ([^\s:]+)", diagram, re.M)
+    return {(labels.get(a, a), labels.get(b, b)) for a, b in arrows}
+
+
+def watch_states(connection: Connection) -> None:
+    """Let the database note every move of a state, those within a transaction too."""
+    connection.execute(text("CREATE TABLE moves (what TEXT, was TEXT, became TEXT)"))
+    for table in HEADINGS:
+        for event, was in (("INSERT ON", "'[*]'"), ("UPDATE ON", "old.state")):
+            connection.execute(
+                text(
+                    f"CREATE TRIGGER {table}_{event[:6]} AFTER {event} {table} "
+                    f"WHEN new.state <> {was} BEGIN "
+                    f"INSERT INTO moves VALUES ('{table}', {was}, new.state); END"
+                )
+            )
+
+
+def moves(connection: Connection) -> dict[str, set[tuple[str, str]]]:
+    """Return (before, after) of all that has moved, by table."""
+    found = defaultdict(set)
+    for what, was, became in connection.execute(text("SELECT * FROM moves")):
+        found[what].add((was, became))
+    return found
 
 
 def pieces(connection: Connection) -> dict[tuple[int, str], list[tuple[int, int]]]:
@@ -73,6 +152,11 @@ def check_rows(connection: Connection) -> None:
     )
     accepted = connection.execute(select(runs.c.tokens_accepted)).scalar_one()
     assert len({row.lease_worker_id for row in leased}) == len(leased)
+    places = sorted(
+        (row.epoch, row.shard_id, row.start_token, row.num_tokens) for row in leased
+    )
+    for (*shard, start, num_tokens), (*other, next_start, _) in pairwise(places):
+        assert shard != other or start + num_tokens <= next_start
     assert {row.round_id for row in leased} <= {live.round_id}
     assert {row.base_version for row in leased} <= {live.base_version}
     assert sum(tokens for (tokens,) in counted) == accepted
@@ -82,7 +166,7 @@ def check_rows(connection: Connection) -> None:
 def check_tallies(connection: Connection, accepted: int) -> None:
     """Every trained token of a claim that has ended has one fate."""
     trained = connection.execute(select(func.sum(claims.c.tokens_done))).scalar_one()
-    fates = {fate: 0 for fate in Fate}
+    fates = dict.fromkeys(Fate, 0)
     for row in connection.execute(select(tallies)):
         assert row.tokens >= 0
         fates[Fate(row.fate)] += row.tokens
@@ -90,111 +174,241 @@ def check_tallies(connection: Connection, accepted: int) -> None:
     assert fates[Fate.ACCEPTED] + fates[Fate.APPLIED] == accepted
 
 
-class Story:
-    """Random things that happen to a fleet."""
-
-    def __init__(self, world: World, chance: random.Random) -> None:
-        self.world = world
-        self.chance = chance
-        self.held = {}
-        self.happened = defaultdict(int)
-
-    def go_on(self) -> None:
-        """Let one thing happen."""
-        act = self.chance.choices(
-            [
-                self.claim,
-                self.submit,
-                self.report,
-                self.give_back,
-                self.wait,
-                self.close,
-            ],
-            [6, 6, 3, 1, 2, 3],
-        )[0]
-        act(self.chance.choice(NAMES))
-
-    def claim(self, name: str) -> None:
-        task = self.world.claim(name)
-        if task is not None:
-            self.held[name] = task
-            self.happened["claimed"] += 1
-
-    def submit(self, name: str) -> None:
-        self.world.clock.advance(self.chance.choice([0.1, 5.0, 15.0]))
-        # Now and then a gradient that no outer step survives.
-        value = 3e38 if self.chance.random() < 0.1 else 1e-3
-        num_steps = None
-        if (task := self.held.get(name)) is not None and self.chance.random() < 0.3:
-            num_steps = self.chance.randint(1, task.num_steps)
-            self.happened["part"] += num_steps < task.num_steps
-        self.try_to(
-            "submitted",
-            name,
-            lambda t: self.world.submit(t, name, value, num_steps=num_steps),
-        )
-
-    def report(self, name: str) -> None:
-        if (task := self.held.get(name)) is not None:
-            done = self.chance.randint(1, task.byte_length // 4)
-            lease = self.world.heartbeat(task, name, tokens_done=done).lease
-            self.happened["reported"] += lease is LeaseState.HELD
-
-    def give_back(self, name: str) -> None:
-        act = self.chance.choice([self.world.release, self.world.fail])
-        self.try_to("given back", name, lambda task: act(task, name))
-
-    def try_to(self, what: str, name: str, act) -> None:
-        if (task := self.held.pop(name, None)) is None:
-            return
-        try:
-            act(task)
-        except RefusedError as error:
-            what = "lost" if error.code is ErrorCode.LEASE_LOST else error.code
-        self.happened[what] += 1
-
-    def wait(self, _name: str) -> None:
-        self.world.clock.advance(self.chance.choice([1.0, 6.0, 31.0]))
-        self.happened["expired"] += self.world.sweep()
-
-    def close(self, _name: str) -> None:
-        self.happened["expired"] += self.world.sweep()
-        self.happened["closed"] += self.world.close_round()
+def half_of(task: Task) -> dict[str, int]:
+    """Return what a submission says of half the steps of a task, at least one."""
+    num_steps = max(1, task.num_steps // 2)
+    tokens = min(num_steps * task.batch_size * task.seq_len, task.byte_length // 4)
+    return {"num_steps": num_steps, "tokens": tokens}
 
 
-def tell(folder: Path, seed: int, quorum: float) -> Story:
-    with open_world(folder) as world:
-        world.start_run(msgspec.structs.replace(PLAN, quorum=quorum))
+def sizes_of_pending(connection: Connection) -> dict[str, int]:
+    """Return the tokens of every task that may be claimed."""
+    query = select(tasks.c.task_id, tasks.c.num_tokens).where(
+        tasks.c.state == "pending"
+    )
+    return {task_id: size for task_id, size in connection.execute(query)}
+
+
+class Histories(RuleBasedStateMachine):
+    """What may befall a fleet. `happened` counts, over all histories."""
+
+    def __init__(self, happened: Counter[str]) -> None:
+        super().__init__()
+        self.happened = happened
+        self.stack = ExitStack()
+        folder = Path(self.stack.enter_context(TemporaryDirectory()))
+        self.world = self.stack.enter_context(open_world(folder))
+        #: What each worker takes for its own, and what was accepted last.
+        self.held: dict[str, Task] = {}
+        self.accepted = None
+
+    @initialize(quorum=st.sampled_from([1.0, 0.3]))
+    def begin(self, quorum: float) -> None:
+        self.quorum = quorum
+        self.world.write(watch_states)
+        self.world.start_run(msgspec.structs.replace(PLAN, quorum=quorum))
         for name in NAMES:
-            world.register(name)
-        story = Story(world, random.Random(seed))
-        for _ in range(NUM_EVENTS):
-            story.go_on()
-            check(world)
-        reconcile(world.fleet)
-        check(world)
-        story.happened["epochs"] = world.run_row().epoch
-        kinds = world.read(lambda c: list(c.execute(select(events.c.kind)).scalars()))
-        story.happened["late"] = kinds.count("lease.late")
-        return story
+            self.world.register(name)
+
+    def teardown(self) -> None:
+        kinds = self.world.read(lambda c: list(c.execute(select(events.c.kind))))
+        self.happened.update(kind for (kind,) in kinds)
+        assert self.quorum < 1 or ("lease.late",) not in kinds
+        for what, which in self.world.read(moves).items():
+            self.happened.update((what, *move) for move in which)
+        self.stack.close()
+
+    @invariant()
+    def every_token_has_one_place_and_every_state_moved_as_it_may(self) -> None:
+        check(self.world)
+        for what, which in self.world.read(moves).items():
+            assert which <= ALLOWED[what], what
+
+    @rule(names=st.permutations(NAMES), many=st.integers(1, len(NAMES)))
+    def claim(self, names: list[str], many: int) -> None:
+        for name in names[:many]:
+            sizes = self.world.read(sizes_of_pending)
+            task = self.world.claim(name)
+            if task is not None:
+                assert not self.world.worker(name).draining
+                self.held[name] = task
+                is_less = 4 * sizes.get(task.task_id, 0) > task.byte_length
+                self.happened["given-back work divided"] += is_less
+
+    @rule(name=st.sampled_from(NAMES), tokens_per_s=st.sampled_from([0.5, 4.0, 30.0]))
+    def change_speed(self, name: str, tokens_per_s: float) -> None:
+        """Let a worker be measured anew, so that tasks are of all sizes."""
+        self.world.set_speed(name, tokens_per_s)
+
+    @precondition(lambda self: self.held)
+    @rule(which=WHICH, share=st.sampled_from([0.0, 0.3, 1.0]))
+    def beat(self, which: int, share: float) -> None:
+        name, task = self.one_held(which)
+        done = int(share * task.byte_length) // 4
+        self.world.heartbeat(task, name, tokens_done=done, cpu_s=done)
+
+    @precondition(lambda self: self.held)
+    @rule(values=SOME_VALUES, after_s=AFTER_S, in_part=st.booleans())
+    def submit(self, values: list[float], after_s: float, in_part: bool) -> None:
+        """Hand in what was trained; maybe long after the lease has ended."""
+        self.world.clock.advance(after_s)
+        for name, value in zip(sorted(self.held), values, strict=False):
+            task = self.held.pop(name)
+            trained = half_of(task) if in_part else {}
+            meta = self.world.meta(task, name, **trained)
+            sent = body(meta, frame(task, value))
+            if not self.is_late("submission", lambda sent=sent: self.world.send(sent)):
+                self.accepted = (sent, self.world.send(sent))
+                self.happened["part"] += 4 * meta.tokens < task.byte_length
+
+    @rule(value=st.sampled_from(VALUES), back=st.sampled_from([1, 3, 4]))
+    def do_a_round(self, value: float, back: int) -> None:
+        """Let one thing follow another, as it mostly does; some may not be back."""
+        self.claim(NAMES, len(NAMES))
+        if self.held:
+            self.submit([value, *[1e-3] * (back - 1)], 5.0, in_part=False)
+        self.wait(6.0)
+        self.close()
+
+    @precondition(lambda self: self.accepted)
+    @rule()
+    def repeat(self) -> None:
+        """Send again what was accepted: it gets its answer, and counts once."""
+        sent, answer = self.accepted
+        assert self.world.send(sent) == answer
+
+    @precondition(lambda self: self.held)
+    @rule(which=WHICH, fails=st.booleans(), after_s=AFTER_S)
+    def give_back(self, which: int, fails: bool, after_s: float) -> None:
+        self.world.clock.advance(after_s)
+        name, task = self.one_held(which)
+        del self.held[name]
+        act = self.world.fail if fails else self.world.release
+        self.is_late("return", lambda: act(task, name))
+
+    @rule(seconds=st.sampled_from([1.0, 6.0, 31.0]))
+    def wait(self, seconds: float) -> None:
+        self.world.clock.advance(seconds)
+        self.world.sweep()
+
+    @rule()
+    def close(self) -> None:
+        self.world.sweep()
+        self.world.close_round()
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        act=st.sampled_from([drain_worker, resume_worker, put_away, readmit_worker]),
+    )
+    def tend(self, name: str, act) -> None:
+        """Let an operator do something about a worker, where it makes sense."""
+        with suppress(RefusedError):
+            self.world.do(act(self.world.fleet, name))
+
+    @rule(act=st.sampled_from([kick_stuck, requeue_failed]))
+    def tend_tasks(self, act) -> None:
+        self.world.do(act(self.world.fleet, None))
+
+    @rule(seconds=st.sampled_from([11.0, 60.0, 7200.0]))
+    def stand_still(self, seconds: float) -> None:
+        """Let the coordinator itself sleep: no lease runs out for that."""
+        self.claim(NAMES, 2)
+        held, expired = self.alive(), self.num_expired()
+        self.world.fleet.swept_at = self.world.clock.monotonic()
+        self.world.clock.advance(seconds)
+        self.world.do(sweep_leases(self.world.fleet))
+        self.world.fleet.swept_at = None
+        assert self.num_expired() == expired
+        self.happened["slept with a lease out"] += held
+
+    @rule(jump_s=st.sampled_from([0.0, 40.0, 7200.0]))
+    def restart(self, jump_s: float) -> None:
+        """Start anew, perhaps with a wall clock that jumped ahead meanwhile."""
+        self.claim(NAMES, 2)
+        held, expired = self.alive(), self.num_expired()
+        self.world.do(keep_clock(self.world.fleet))
+        self.world.clock.advance(jump_s)
+        reconcile(self.world.fleet)
+        extend_leases(self.world.fleet)
+        self.world.closer = RoundCloser(self.world.fleet)
+        self.world.sweep()
+        assert self.num_expired() == expired
+        self.happened["restarted with a lease out"] += held
+
+    def alive(self) -> int:
+        """Return how many leases there are; those that are over end first."""
+        self.world.sweep()
+        return len(self.world.read(all_leased))
+
+    def num_expired(self) -> int:
+        """Return how many leases have ever run out."""
+        query = select(events).where(events.c.kind == "lease.expired")
+        return len(self.world.read(lambda c: c.execute(query).all()))
+
+    def one_held(self, which: int) -> tuple[str, Task]:
+        """Return one of the workers that think they hold a task, and the task."""
+        return sorted(self.held.items())[which % len(self.held)]
+
+    def is_late(self, what: str, act) -> bool:
+        """Return whether it was refused, as its lease is lost."""
+        try:
+            act()
+        except RefusedError as error:
+            if error.code is not ErrorCode.LEASE_LOST:
+                raise
+            self.happened[f"{what} too late"] += 1
+            return True
+        return False
 
 
-@pytest.mark.parametrize(
-    ("seed", "quorum"),
-    [
-        (0, 1.0),
-        (1, 1.0),
-        (2, 1.0),
-        (3, 1.0),
-        (1, 0.3),
-        (3, 0.3),
-    ],
-)
-def test_every_token_of_an_epoch_is_accounted_for_once(tmp_path: Path, seed, quorum):
-    story = tell(tmp_path, seed, quorum)
+ALLOWED = moves_allowed()
+#: What must have happened in some history, or they would prove little.
+DUE = {
+    "submission.accepted",
+    "submission.filtered",
+    "lease.expired",
+    "lease.released",
+    "lease.failed",
+    "lease.late",
+    "version.published",
+    "submission too late",
+    "return too late",
+    "given-back work divided",
+    "part",
+    "slept with a lease out",
+    "restarted with a lease out",
+    ("tasks", "leased", "done"),
+    ("tasks", "leased", "pending"),
+    ("rounds", "closing", "closed"),
+    ("submissions", "accepted", "applied"),
+    ("submissions", "accepted", "filtered"),
+}
 
-    # Guards the story: it would prove nothing if nothing happened in it.
-    assert story.happened["claimed"] > 10
-    for what in ("submitted", "part", "reported", "expired", "closed", "lost"):
-        assert story.happened[what] > 0
-    assert (story.happened["late"] > 0) == (quorum < 1)
+
+def test_every_token_of_an_epoch_is_accounted_for_once() -> None:
+    happened = Counter()
+    run_state_machine_as_test(
+        lambda: Histories(happened),
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize=True,
+            # Making a history shorter takes minutes: each has a database of its own.
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+    assert {what for what in DUE if not happened[what]} == set()
+
+
+def test_the_diagrams_of_states_are_understood() -> None:
+    states = {what: {one for move in ALLOWED[what] for one in move} for what in ALLOWED}
+
+    assert states["tasks"] == {"[*]", *TaskState}
+    assert states["submissions"] == {"[*]", *SubmissionState}
+    assert states["rounds"] == {"[*]", "open", "closing", "closed"}
+    assert states["runs"] == {"[*]", "running", "finished"}
+    assert ("leased", "done") in ALLOWED["tasks"]
+    assert ("done", "pending") not in ALLOWED["tasks"]
