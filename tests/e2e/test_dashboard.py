@@ -251,7 +251,8 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
 def test_who_is_stuck_is_news_and_who_is_gone_leaves_the_table(server, tmp_path):
     async def watch() -> None:
         async with chromium_page(tmp_path / "profile") as page:
-            await log_in(page, server)
+            await log_in(page, server.port, PASSWORD)
+            await page.until("document.querySelector('.workers tbody tr')")
             stuck = FleetUpdate(workers=[worker("birch", "stuck")])
             publish(server, "fleet.updated", stuck)
             await page.until("document.title === '1 stuck: tiny'")
