@@ -34,6 +34,9 @@ def facts_of(
             predicted_s=None,
             progress_age_s=None,
             cpu_s_since_progress=None,
+            lease_lost_s=None
+            if worker.lease_lost_at is None
+            else now - worker.lease_lost_at,
             back_in_round=back_in_round,
             quarantine=worker.quarantine_reason,
             draining=worker.draining,
@@ -53,6 +56,7 @@ def facts_of(
         predicted_s=task.predicted_s,
         progress_age_s=now - (task.progress_at or now),
         cpu_s_since_progress=_cpu_s_since_progress(task),
+        lease_lost_s=None,
         back_in_round=back_in_round,
         quarantine=worker.quarantine_reason,
         draining=worker.draining,

@@ -239,7 +239,7 @@ def _workers(
     held: dict[str, TaskRow],
     now: float,
 ) -> list[WorkerView]:
-    back = {claim.worker_id for claim in claims if claim.ended_at is not None}
+    back = {claim.worker_id for claim in claims if claim.outcome == "back"}
     return [
         _worker(
             worker,

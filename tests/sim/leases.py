@@ -288,6 +288,7 @@ class Fleet:
         if box.num_done >= 3 and held.predicted_s:
             self.seen.ratios.append(actual_s / held.predicted_s)
         box.num_done += 1
+        box.token_s.appendleft(held.work.compute_s / lease.num_tokens)
         box.tokens_per_s = sizing.measured_speed(
             box.tokens_per_s,
             lease.num_tokens,
@@ -362,7 +363,9 @@ class Fleet:
             self._said(held, sent),
             ttl_s=leases.ttl_s(HEARTBEAT_S),
             now=now,
-            usual_step_s=sizing.step_s(box.tokens_per_s, batch_tokens=STEP_TOKENS),
+            usual_step_s=leases.measured_step_s(
+                box.token_s, step_tokens=min(STEP_TOKENS, held.lease.num_tokens)
+            ),
         )
         if held.fault is None:
             word = self._verdict(box, held, gap_s)
@@ -392,6 +395,7 @@ class Fleet:
                 num_tokens=None if held.over else lease.num_tokens,
                 progress_age_s=now - lease.progress_at,
                 cpu_s_since_progress=None,
+                lease_lost_s=0.0 if held.over else None,
                 back_in_round=False,
                 quarantine=None,
                 draining=False,

@@ -218,3 +218,18 @@ def test_what_is_stored_of_a_lease_id_does_not_show_it():
     assert len(leases.lease_hash(lease)) == 64
     assert lease not in leases.lease_hash(lease)
     assert leases.lease_hash(lease) == leases.lease_hash(lease)
+
+
+@pytest.mark.parametrize(
+    ("recent", "due"),
+    [
+        ([], None),
+        ([0.5], 8.0),
+        ([0.5, 9.0], 76.0),
+        ([9.0, 0.5, 0.6], 9.6),
+        ([0.5, 0.5, 0.5, 9.0, 9.0, 9.0, 9.0, 9.0], 8.0),
+    ],
+    ids=["none", "one", "two", "one of three is odd", "only the newest five"],
+)
+def test_the_middle_one_of_recent_tasks_tells_how_long_a_step_is(recent, due):
+    assert leases.measured_step_s(recent, step_tokens=16) == due

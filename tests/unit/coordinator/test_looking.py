@@ -120,6 +120,44 @@ def test_a_worker_that_is_back_waits_and_its_lane_is_full(running: World):
     assert (view.tasks.done, view.tasks.leased) == (1, 1)
 
 
+def test_a_worker_that_hangs_on_without_its_lease_is_stuck_until_it_lets_go(
+    running: World,
+):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()
+    for _ in range(12):
+        running.clock.advance(25.0)
+        running.heartbeat(task, cpu_s=running.clock.monotonic())
+        running.sweep()
+
+    row = worker(looked(running), "w1")
+    assert (row.verdict, row.task_id) == ("stuck", None)
+    assert row.evidence.endswith("ago, and has not let go of the task.")
+
+    running.heartbeat(phase="idle")
+    assert worker(looked(running), "w1").verdict == "idle"
+
+
+def test_a_process_that_starts_anew_has_let_go_of_its_task(running: World):
+    running.claimed()
+    running.clock.advance(31.0)
+    running.sweep()
+    running.heartbeat()
+
+    running.claimed()
+    running.clock.advance(31.0)
+    running.sweep()
+    running.register("w1")
+
+    assert worker(looked(running), "w1").verdict == "idle"
+
+
+def test_who_gave_its_task_back_does_not_wait_for_its_round(running: World):
+    running.release(running.claimed())
+
+    assert worker(looked(running), "w1").verdict == "idle"
+
+
 def test_a_silent_worker_is_lost(running: World):
     running.clock.advance(31.0)
 
