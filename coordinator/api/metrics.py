@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from bitnet_ext.wire.verdicts import Verdict
-from coordinator.service.view import FleetView, TasksView, WorkerView
+from coordinator.service.view import FleetView, TallyView, TasksView, WorkerView
 
 #: Name, kind, and the samples: labels as they are written, and the value.
 Figure = tuple[str, str, Sequence[tuple[str, float]]]
@@ -29,6 +29,7 @@ def _figures(view: FleetView, worst_lag_s: float) -> Iterator[Figure]:
     if view.run is not None:
         accepted = view.run.tokens_accepted
         yield "fleet_tokens_accepted_total", "counter", [("", accepted)]
+        yield from _tokens(view.run.tally)
         yield _gauge("fleet_version_newest", view.run.newest_version)
         yield _gauge("fleet_tokens_per_second", view.run.tokens_per_s or 0.0)
     if view.tasks is not None:
@@ -37,6 +38,13 @@ def _figures(view: FleetView, worst_lag_s: float) -> Iterator[Figure]:
         newest = view.evaluations[-1]
         yield _gauge("fleet_heldout_loss_nats", newest.loss)
         yield _gauge("fleet_heldout_bits_per_byte", newest.bits_per_byte)
+
+
+def _tokens(tally: TallyView) -> Iterator[Figure]:
+    yield "fleet_tokens_trained_total", "counter", [("", tally.trained)]
+    yield "fleet_tokens_applied_total", "counter", [("", tally.applied)]
+    wasted = [(f'{{cause="{cause}"}}', n) for cause, n in tally.wasted.items()]
+    yield "fleet_tokens_wasted_total", "counter", wasted
 
 
 def _tasks(tasks: TasksView) -> Iterator[Figure]:
@@ -61,6 +69,8 @@ def _workers(rows: Sequence[WorkerView]) -> Iterator[Figure]:
     held = [row for row in fleet if row.task_id is not None]
     elapsed = {row.worker_id: row.facts.elapsed_s for row in held}
     yield _of_workers("fleet_worker_task_elapsed_seconds", elapsed)
+    ratios = {row.worker_id: row.books.duration_ratio for row in fleet}
+    yield _of_workers("fleet_worker_duration_ratio", ratios)
     predicted = {row.worker_id: row.facts.predicted_s for row in held}
     yield _of_workers("fleet_worker_task_predicted_seconds", predicted)
 

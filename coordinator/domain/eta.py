@@ -1,9 +1,25 @@
-"""When will it be done: a guess with its window, or an honest reason why not."""
+"""When will it be done: a guess with its window, or an honest reason why not.
+
+The guess goes by the last rounds, so its window is as long as rounds are. Where they
+say too little, or things that no longer hold, there is none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+#: Rounds that the guess is made from: at least, and at most.
+MIN_ROUNDS: Final = 5
+NUM_ROUNDS: Final = 20
+#: The speed of the fleet has changed where the newer half of these differs so much.
+MOST_CHANGE: Final = 1.5
+#: No guess where a fast round is so many times as fast as a slow one ...
+MOST_SPREAD: Final = 4.0
+#: ... or none was closed for so many usual rounds, and at least a minute.
+MOST_SILENCE: Final = 5.0
+MIN_SILENCE_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +32,19 @@ class Eta:
     reason: str
 
 
-def _unknown(reason: str) -> Eta:
-    return Eta(at=None, earliest_at=None, latest_at=None, reason=reason)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """A round that became a version, at `at` (Unix seconds)."""
+
+    at: float
+    tokens: int
+    #: Since its first claim.
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Return its tokens per second."""
+        return self.tokens / max(self.seconds, 1e-3)
 
 
 def estimate(
@@ -25,27 +52,19 @@ def estimate(
     now: float,
     tokens_left: int | None,
     stop_at: float | None,
-    rates: Sequence[float],
+    rounds: Sequence[Closed],
 ) -> Eta:
     """Return when the run ends by tokens or by time, whichever comes first.
 
-    `rates` are recent tokens per second, oldest first; their spread is the window.
+    `rounds` are the last ones, oldest first; the spread of their rates is the window.
     """
-    moving = sorted(rate for rate in rates if rate > 0)
-    if tokens_left is None or not moving:
-        if stop_at is not None:
-            return Eta(
-                at=stop_at,
-                earliest_at=stop_at,
-                latest_at=stop_at,
-                reason="Stops at a set time.",
-            )
-        return _unknown(
-            "No token budget is set." if moving else "Needs one measured round."
-        )
-    slow = moving[len(moving) // 10]
-    middle = moving[len(moving) // 2]
-    fast = moving[-1 - len(moving) // 10]
+    if tokens_left is None:
+        return _unknown("No token budget is set.", stop_at)
+    window = _steady(rounds[-NUM_ROUNDS:])
+    reason = _doubt(now, window)
+    if reason is not None:
+        return _unknown(reason, stop_at)
+    slow, middle, fast = _rates(window)
     due = [now + tokens_left / rate for rate in (middle, fast, slow)]
     if stop_at is not None and stop_at < due[0]:
         return Eta(
@@ -58,5 +77,59 @@ def estimate(
         at=due[0],
         earliest_at=due[1],
         latest_at=due[2],
-        reason=f"{tokens_left} tokens left at {middle:.0f} tokens/s.",
+        reason=f"{tokens_left} tokens left at {middle:.0f} tokens/s, by the last "
+        f"{len(window)} rounds ({slow:.0f} to {fast:.0f}).",
     )
+
+
+def _unknown(reason: str, stop_at: float | None) -> Eta:
+    if stop_at is not None:
+        reason = f"Stops at a set time. {reason}"
+    return Eta(at=stop_at, earliest_at=stop_at, latest_at=stop_at, reason=reason)
+
+
+def _steady(rounds: Sequence[Closed]) -> Sequence[Closed]:
+    """Return the rounds since the speed of the fleet changed last, if it did."""
+    while len(rounds) >= 2 * MIN_ROUNDS and _change(rounds) > MOST_CHANGE:
+        rounds = rounds[len(rounds) // 2 :]
+    return rounds
+
+
+def _change(rounds: Sequence[Closed]) -> float:
+    """Return how many times as fast one half of the rounds is as the other."""
+    half = len(rounds) // 2
+    before, after = (_rates(part)[1] for part in (rounds[:half], rounds[half:]))
+    return max(before / after, after / before)
+
+
+def _rates(rounds: Sequence[Closed]) -> tuple[float, float, float]:
+    """Return the rates of a slow, the middle and a fast one of the rounds."""
+    rates = sorted(one.rate for one in rounds)
+    tenth = len(rates) // 10
+    return rates[tenth], rates[len(rates) // 2], rates[-1 - tenth]
+
+
+def _doubt(now: float, rounds: Sequence[Closed]) -> str | None:
+    """Return why these rounds do not tell when the run ends; None: they do."""
+    if len(rounds) < MIN_ROUNDS:
+        return f"Needs {MIN_ROUNDS} closed rounds, there are {len(rounds)}."
+    usual_s = sorted(one.seconds for one in rounds)[len(rounds) // 2]
+    silence_s = now - rounds[-1].at
+    if silence_s > max(MIN_SILENCE_S, MOST_SILENCE * usual_s):
+        return (
+            f"No round was closed for {silence_s:.0f} s, and one takes {usual_s:.0f} s."
+        )
+    slow, _middle, fast = _rates(rounds)
+    if _change(rounds) > MOST_CHANGE:
+        half = len(rounds) // 2
+        before, after = _rates(rounds[:half])[1], _rates(rounds[half:])[1]
+        return (
+            f"The fleet has changed: {before:.0f} tokens/s some rounds ago, "
+            f"{after:.0f} in the last {len(rounds) - half}."
+        )
+    if fast > MOST_SPREAD * slow:
+        return (
+            f"The last {len(rounds)} rounds are too far apart: {slow:.0f} to "
+            f"{fast:.0f} tokens/s."
+        )
+    return None

@@ -22,6 +22,8 @@ MAX_BACKOFF_S: Final = 60.0
 #: `hard_at` = claim + this many times the prediction + slack.
 HARD_FACTOR: Final = 3.0
 HARD_SLACK_S: Final = 60.0
+#: A lease is hopeless where the rest, at so many times its pace so far, comes too late.
+HOPE: Final = 2.0
 #: A task is cut to last a round: where its prediction is so many, the speed is wrong.
 MAX_ROUNDS: Final = 4.0
 #: The most that an unmeasured worker gets by what it says of its own speed. Its first
@@ -91,6 +93,8 @@ class Lease:
     expires_at: float
     hard_at: float
     reported: Reported
+    #: For how long the coordinator stood still since the claim.
+    paused_s: float = 0.0
 
 
 def ends_at(expires_at: float, hard_at: float | None) -> float:
@@ -105,11 +109,13 @@ def renewed(
     ttl_s: float,
     now: float,
     usual_step_s: float | None,
+    head_room: float = HARD_FACTOR,
 ) -> Lease:
     """Return a live lease after a heartbeat at `now`.
 
-    `usual_step_s` is how long a local step takes by accepted tasks of this worker; None
-    before the first, where its own speed decides how long the task may take.
+    `usual_step_s` is how long a local step takes by earlier tasks of this worker; None
+    before the first, where its own speed decides how long the task may take. Where it
+    was measured, a hopeless lease ends after `head_room` times the prediction.
     """
     before = lease.reported
     # More tokens than there are would be progress without end.
@@ -125,13 +131,15 @@ def renewed(
         expires_at = max(expires_at, now + ttl_s)
     if advanced(before, after):
         progress_at = now
+    if usual_step_s is None:
+        limit = _own_limit(lease, after, now)
+    else:
+        limit = _limit(replace(lease, progress_at=progress_at), after, now, head_room)
     return replace(
         lease,
         progress_at=progress_at,
         expires_at=expires_at,
-        hard_at=_own_limit(lease, after, now)
-        if usual_step_s is None
-        else lease.hard_at,
+        hard_at=limit,
         # A count that went back is noise, such as a heartbeat that was overtaken.
         reported=Reported(
             tokens_done=max(before.tokens_done, after.tokens_done),
@@ -165,6 +173,7 @@ def resumed(lease: Lease, *, ttl_s: float, now: float, away_s: float) -> Lease:
         progress_at=max(lease.progress_at, min(lease.progress_at + away_s, now)),
         expires_at=max(lease.expires_at, now + ttl_s),
         hard_at=lease.hard_at + max(0.0, away_s),
+        paused_s=lease.paused_s + max(0.0, away_s),
     )
 
 
@@ -191,6 +200,31 @@ def _own_limit(lease: Lease, after: Reported, now: float) -> float:
     # Where pauses have moved the limit on, they still count for nothing.
     most = max(lease.claimed_at + MAX_UNMEASURED_S, lease.hard_at)
     return min(hard_at(lease.claimed_at, predicted), most)
+
+
+def _limit(lease: Lease, after: Reported, now: float, head_room: float) -> float:
+    """Return when the lease of a measured worker ends for good: at once, if hopeless.
+
+    Not before it has taken `head_room` times its prediction, and the slack.
+    """
+    began_at = lease.claimed_at + lease.paused_s + HARD_SLACK_S
+    patience_s = (lease.hard_at - began_at) * head_room / HARD_FACTOR
+    if now < began_at + patience_s or not _is_hopeless(lease, after.tokens_done):
+        return lease.hard_at
+    return min(lease.hard_at, now)
+
+
+def _is_hopeless(lease: Lease, tokens_done: int) -> bool:
+    """Return whether a task can't be done in time, not even at `HOPE` times its pace.
+
+    Before its first token nobody knows; once all are done, only the upload is left.
+    The slack is for the download, which is no part of the pace.
+    """
+    if not 0 < tokens_done < lease.num_tokens:
+        return False
+    spent_s = lease.progress_at - lease.claimed_at - lease.paused_s - HARD_SLACK_S
+    left_s = spent_s / tokens_done * (lease.num_tokens - tokens_done) / HOPE
+    return lease.progress_at + left_s > lease.hard_at
 
 
 def shows_progress(

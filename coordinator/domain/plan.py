@@ -7,6 +7,7 @@ tokens, never by the clock, so that a longer budget of time changes nothing.
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Final
 
@@ -20,6 +21,14 @@ from coordinator.domain.muon import StepSizes
 Positive = Annotated[float, Meta(gt=0.0, le=1e9)]
 Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Count = Annotated[int, Meta(ge=1)]
+
+
+class AcceptLate(StrEnum):
+    """When a result is still taken whose lease has ended."""
+
+    NEVER = "never"
+    ROUND = "round"  #: as long as its round is open: nothing is stale
+    STALE = "stale"  #: up to two rounds later too, with a lower weight
 
 
 class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,6 +64,8 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     round_s: Positive = 60.0
     #: Share of a round's tokens after which it waits a grace period only; 1: for all.
     quorum: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    #: Whether a result counts that comes after its lease, and nobody else has its task.
+    accept_late: AcceptLate = AcceptLate.ROUND
     #: Codec of pseudo-gradients: `ternary`, `int8` or `fp32`.
     codec: Annotated[str, Meta(pattern=r"^(ternary|int8|fp32)\Z")] = "int8"
     #: What workers download: `exact` for whole versions that equal the master weights,

@@ -10,10 +10,9 @@ from typing import Final
 PROBE_STEPS: Final = 4
 #: A task claimed late in a round still gets this share of the round time.
 MIN_ROUND_SHARE: Final = 0.3
-#: Weight of the newest task in a worker's moving average of tokens per second.
-EWMA_WEIGHT: Final = 0.3
-#: A task holds at most so many times the tokens of the last accepted one. A probe is
-#: too short to trust its speed, and a clock or a worker may be wrong.
+#: A task holds at most so many times the tokens of the largest one that its worker
+#: trained lately. A probe is too short to trust its speed, and a clock or a worker may
+#: be wrong.
 MAX_GROWTH: Final = 4
 #: Sequences in a block of a shard, within which their order is shuffled. A worker
 #: fetches whole blocks: half a megabyte, of 128 tokens a sequence.
@@ -26,33 +25,25 @@ STOP_SHARE: Final = 0.7
 DIVIDE_FACTOR: Final = 2
 
 
-def measured_speed(
-    before: float | None, tokens: int, seconds: float, *, round_s: float
-) -> float:
-    """Return the moving average of tokens per second after one accepted task.
-
-    It never rises above what makes a task of a whole round `MAX_GROWTH` times as
-    large as this one.
-    """
-    latest = tokens / max(seconds, 1e-3)
-    most = MAX_GROWTH * tokens / round_s
-    if before is None:
-        return min(latest, most)
-    average = before + EWMA_WEIGHT * (latest - before)
-    # A crumb from the end of a stretch takes nothing back.
-    return min(average, max(before, most))
-
-
 def task_tokens(
-    tokens_per_s: float | None, *, seconds: float, batch_tokens: int, seq_len: int
+    tokens_per_s: float | None,
+    *,
+    seconds: float,
+    batch_tokens: int,
+    seq_len: int,
+    largest: int | None = None,
 ) -> int:
     """Return the size of a task that should take `seconds` on this worker.
 
     A multiple of `seq_len`, at least one sequence. Without a measurement: a probe.
+    `largest` is what the worker trained at most in one of its recent tasks.
     """
     if tokens_per_s is None:
         return PROBE_STEPS * batch_tokens
-    return max(1, round(tokens_per_s * seconds / seq_len)) * seq_len
+    num_sequences = round(tokens_per_s * seconds / seq_len)
+    if largest is not None:
+        num_sequences = min(num_sequences, MAX_GROWTH * largest // seq_len)
+    return max(1, num_sequences) * seq_len
 
 
 def predicted_s(

@@ -13,12 +13,15 @@ from sqlalchemy import Connection
 
 from bitnet_ext.codecs import Codec
 from bitnet_ext.wire.messages import SubmissionAnswer, SubmissionMeta
-from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind
+from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind, TaskState
 from coordinator.domain import sizing
+from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
+from coordinator.service.bookkeeping import book_end
 from coordinator.service.fleet import no_run
-from coordinator.service.returning import held_task, lease_lost, settle_round
-from coordinator.service.roster import known_worker, plan_of, seq_len_of
+from coordinator.service.late import leased_task
+from coordinator.service.returning import is_held, lease_lost, settle_round
+from coordinator.service.roster import plan_of, seq_len_of
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.blobs import Written
 from coordinator.store.rows import RunRow, TaskRow
@@ -33,6 +36,8 @@ class Arrived:
     kept: Written | None
     codec: Codec
     body_sha256: str
+    #: When its body began to arrive.
+    began_at: float
 
 
 def acceptable(
@@ -46,7 +51,7 @@ def acceptable(
     run = runs.newest_run(connection)
     if run is None:
         raise no_run()
-    task = held_task(connection, meta.task_id, meta.lease_id, now)
+    task = leased_task(connection, run, meta, now)
     if task.run_id != run.run_id or task.kind != TaskKind.TRAIN:
         raise lease_lost(meta.task_id)
     if task.lease_worker_id != meta.worker_id:
@@ -110,21 +115,16 @@ def accept(
         round_id=task.round_id,
     )
     _record(connection, arrived, arrived.kept, task, answer, now)
-    trained = _shortened(connection, task, answer.round_id, meta.tokens)
-    _count(connection, run, trained, meta.worker_id, now)
+    trained = _shortened(connection, task, meta.tokens)
+    _count(connection, run, trained, meta, now)
     return answer, True
 
 
-def _shortened(
-    connection: Connection, task: TaskRow, round_id: int, tokens: int
-) -> TaskRow:
+def _shortened(connection: Connection, task: TaskRow, tokens: int) -> TaskRow:
     """Return the task as far as it was trained; the rest becomes a range."""
     if tokens == task.num_tokens:
         return task
     tasks.shorten_task(connection, task.task_id, tokens)
-    rounds.shorten_claim(
-        connection, round_id=round_id, task_id=task.task_id, num_tokens=tokens
-    )
     runs.add_range(
         connection,
         run_id=task.run_id,
@@ -166,6 +166,7 @@ def _record(
         compute_s=meta.compute_s,
         download_s=meta.download_s,
         download_bytes=meta.download_bytes,
+        upload_s=max(0.0, now - arrived.began_at),
         cpu_s=meta.cpu_s,
         codec=arrived.codec,
         payload_file=kept.name,
@@ -176,31 +177,34 @@ def _record(
 
 
 def _count(
-    connection: Connection, run: RunRow, task: TaskRow, worker_id: str, now: float
+    connection: Connection, run: RunRow, task: TaskRow, meta: SubmissionMeta, now: float
 ) -> None:
     """Finish the task, and count it for run, worker and round."""
-    round_id = task.round_id or 0
-    tasks.finish_task(connection, task.task_id, now)
-    rounds.end_claim(
-        connection, round_id=round_id, task_id=task.task_id, outcome="back", now=now
-    )
-    runs.add_accepted_tokens(connection, run.run_id, task.num_tokens)
-    worker = known_worker(connection, worker_id)
+    live = rounds.find_round(connection, task.round_id or 0)
+    if task.state == TaskState.PENDING:
+        tasks.finish_late(connection, task.task_id, now)
+    else:
+        tasks.finish_task(connection, task.task_id, now)
+    runs.add_accepted_tokens(connection, run.run_id, meta.tokens)
+    workers.count_task(connection, meta.worker_id, tokens=meta.tokens)
     # From claim to acceptance, by our own clock: what a round really waits for.
-    speed = sizing.measured_speed(
-        worker.tokens_per_s,
-        task.num_tokens,
-        now - (task.claimed_at or now),
-        round_s=plan_of(run).round_s,
-    )
-    workers.count_task(
-        connection, worker_id, tokens=task.num_tokens, tokens_per_s=speed
-    )
-    rounds.note_first_submission(connection, round_id, now)
+    done = msgspec.structs.replace(task, tokens_done=meta.tokens, progress_at=now)
+    book_end(connection, done, outcome="back", fate=Fate.ACCEPTED, now=now)
+    staleness = live.base_version - meta.base_version
     workers.add_event(
         connection,
         at=now,
         kind="submission.accepted",
-        body={"task_id": task.task_id, "worker_id": worker_id, "round_id": round_id},
+        body={
+            "task_id": task.task_id,
+            "worker_id": meta.worker_id,
+            "round_id": live.round_id,
+            "late": not is_held(task, meta.lease_id, now),
+            "staleness": staleness,
+        },
     )
-    settle_round(connection, round_id)
+    # What is stale only goes along: it neither ends the claims of a round nor closes
+    # it, or those that it is open for would find nothing to do.
+    if staleness == 0:
+        rounds.note_first_submission(connection, live.round_id, now)
+        settle_round(connection, live.round_id)

@@ -52,7 +52,7 @@ def facts_of(
             ttl_s=leases.ttl_s(interval_s),
             heartbeat_at=worker.heartbeat_at,
         ),
-        elapsed_s=now - (task.claimed_at or now),
+        elapsed_s=now - (task.claimed_at or now) - task.paused_s,
         predicted_s=task.predicted_s,
         progress_age_s=now - (task.progress_at or now),
         cpu_s_since_progress=_cpu_s_since_progress(task),

@@ -21,6 +21,7 @@ from coordinator.domain import leases, sizing
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Shard
 from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.service.bookkeeping import recent_work
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
 from coordinator.service.returning import expire_overdue
@@ -168,11 +169,13 @@ class _Claim:
             if seconds < MIN_TASK_S:
                 return None
         seq_len = seq_len_of(run)
+        recent = recent_work(self._connection, run.run_id, worker.worker_id)
         return sizing.task_tokens(
             worker.tokens_per_s,
             seconds=seconds,
             batch_tokens=plan.batch_size * seq_len,
             seq_len=seq_len,
+            largest=max((one.tokens for one in recent), default=None),
         )
 
     def _seconds_left(self, plan: TrainingPlan, live: RoundRow) -> float:
@@ -267,7 +270,7 @@ class _Claim:
             predicted_s=predicted,
         )
         if live is not None:
-            self._join(live, worker, task, predicted)
+            self._join(live, worker, task, predicted, terms.lease_id)
         return terms
 
     def _join(
@@ -276,6 +279,7 @@ class _Claim:
         worker: WorkerRow,
         task: TaskRow,
         predicted_s: float | None,
+        lease_id: str,
     ) -> None:
         if live.first_claim_at is None:
             rounds.change_round(
@@ -289,6 +293,7 @@ class _Claim:
             num_tokens=task.num_tokens,
             claimed_at=self._now,
             predicted_s=predicted_s,
+            lease_hash=leases.lease_hash(lease_id),
         )
 
     def _predicted_s(self, worker: WorkerRow, task: TaskRow) -> float | None:

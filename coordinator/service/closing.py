@@ -18,6 +18,8 @@ from sqlalchemy import Connection
 from bitnet_ext.codecs import PayloadError
 from bitnet_ext.frames import FrameError
 from coordinator.domain import guards, leases
+from coordinator.domain.accounting import Fate
+from coordinator.service.bookkeeping import book_merge
 from coordinator.service.broadcast import publication
 from coordinator.service.fleet import Fleet
 from coordinator.service.judging import Judged, give_tokens_back, judge_round, record
@@ -236,6 +238,7 @@ def _commit(
     )
     record(connection, judged, now)
     rounds.apply_submissions(connection, live.round_id, closing.version)
+    book_merge(connection, closing.submissions, Fate.APPLIED)
     _open_next(connection, fleet, run, live, closing.version, now)
     return version_point(versions.points_of(connection, run.run_id, newest=1)[0])
 
@@ -271,6 +274,7 @@ def _filter(connection: Connection, closing: Closing, now: float) -> None:
     """Leave every submission of the round out; the round starts over."""
     live = closing.live
     rounds.filter_submissions(connection, live.round_id, "not finite after the step")
+    book_merge(connection, closing.submissions, Fate.FILTERED)
     give_tokens_back(connection, closing.submissions)
     rounds.void_claims(connection, live.round_id)
     tasks.forgive_returns(connection, live.round_id)

@@ -80,6 +80,7 @@ def _give_grace(
             progress_at=lease.progress_at,
             expires_at=lease.expires_at,
             hard_at=lease.hard_at,
+            paused_s=lease.paused_s,
         )
     for worker in by_id.values():
         heard = heard_at(worker.heartbeat_at, now=now, away_s=away_s)
@@ -106,4 +107,5 @@ def lease_of(task: TaskRow, now: float) -> Lease:
             cpu_s=task.cpu_s,
             step_s=task.step_s,
         ),
+        paused_s=task.paused_s,
     )

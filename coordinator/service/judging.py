@@ -19,7 +19,9 @@ from bitnet_ext.frames import decode_frame
 from bitnet_ext.fused import norm_of
 from bitnet_ext.layout import num_params, shape_from_json
 from coordinator.domain import guards
+from coordinator.domain.accounting import Fate
 from coordinator.domain.guards import Candidate, Ruling
+from coordinator.service.bookkeeping import book_merge
 from coordinator.service.stepping import Closing, num_cores
 from coordinator.store import rounds, runs, workers
 from coordinator.store.blobs import BlobKind, Blobs
@@ -129,6 +131,7 @@ def _leave_out(
 ) -> None:
     reason = ruling.reason or ""
     rounds.filter_one(connection, row.submission_id, reason)
+    book_merge(connection, [row], Fate.FILTERED)
     give_tokens_back(connection, [row])
     log.warning(
         "a submission of %s is left out: %s",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version as package_version
 from typing import Final
 
@@ -11,15 +11,18 @@ from sqlalchemy import Connection
 
 from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskState, Verdict
-from coordinator.domain.eta import estimate
+from coordinator.domain.accounting import tally
+from coordinator.domain.eta import NUM_ROUNDS, Closed, estimate
 from coordinator.domain.verdicts import verdict
 from coordinator.service.assessing import facts_of
+from coordinator.service.bookkeeping import duration_alarm
 from coordinator.service.closing import version_point
 from coordinator.service.evaluating import evaluation_point, loss_alarm
 from coordinator.service.fleet import FINISHED, RUNNING, Known
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
 from coordinator.service.view import (
+    BooksView,
     EtaView,
     EvaluationPoint,
     FailedTaskView,
@@ -28,15 +31,16 @@ from coordinator.service.view import (
     RoundView,
     RunView,
     ServerView,
+    TallyView,
     TasksView,
     VersionPoint,
     WorkerView,
 )
-from coordinator.store import rounds, runs, tasks, versions, workers
+from coordinator.store import rounds, runs, tallies, tasks, versions, workers
 from coordinator.store.rows import ClaimRow, RunRow, TaskRow, WorkerRow
 
-#: Closed rounds that the speed of the fleet and the ETA are drawn from.
-RECENT_ROUNDS: Final = 20
+#: Closed rounds that the speed of the fleet is the mean of.
+SPEED_ROUNDS: Final = 5
 #: Failed tasks that are named.
 NUM_FAILED: Final = 5
 
@@ -75,7 +79,7 @@ def look(
         )
     held = {task.lease_worker_id or "": task for task in tasks.all_leased(connection)}
     lanes = _claims(connection, run)
-    seen = _workers(connection, fleet, lanes, held, now)
+    seen = _workers(connection, fleet, run, lanes, held, now)
     return FleetView(
         package_version=package_version("bitnet-fleet"),
         insecure_http=insecure_http,
@@ -112,14 +116,8 @@ def _missing(connection: Connection, fleet: Known, run: RunRow) -> str | None:
 def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunView:
     manifest = fleet.manifest
     newest = versions.newest_version(connection, run.run_id)
-    recent = [
-        point.tokens_per_s or 0.0
-        for point in map(
-            version_point,
-            versions.points_of(connection, run.run_id, newest=RECENT_ROUNDS),
-        )
-    ]
-    moving = [rate for rate in recent if rate > 0.0]
+    closed = _closed(connection, run)
+    moving = [one.rate for one in closed[-SPEED_ROUNDS:]]
     return RunView(
         run_id=run.run_id,
         state=run.state,
@@ -140,26 +138,50 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
         newest_version_at=newest.created_at,
         best_version=versions.best_version(connection, run.run_id),
         gzip_bits_per_byte=None if manifest is None else manifest.gzip_bits_per_byte(),
-        tokens_per_s=sum(moving[-5:]) / len(moving[-5:]) if moving else None,
-        eta=_eta(run, moving, now),
+        tokens_per_s=sum(moving) / len(moving) if moving else None,
+        eta=_eta(run, closed, now),
+        tally=_tally(tallies.tokens_of_run(connection, run.run_id)),
         loss_alarm=loss_alarm(versions.evaluations_of(connection, run.run_id)),
         reset_from_version=None if run.reset_acknowledged else run.reset_from_version,
     )
 
 
-def _eta(run: RunRow, rates: list[float], now: float) -> EtaView:
+def _closed(connection: Connection, run: RunRow) -> list[Closed]:
+    """Return the last rounds that became versions, oldest first."""
+    return [
+        Closed(
+            at=point.created_at,
+            tokens=point.tokens_total - point.tokens_before,
+            seconds=point.created_at - point.first_claim_at,
+        )
+        for point in versions.points_of(connection, run.run_id, newest=NUM_ROUNDS)
+        if point.tokens_before is not None and point.first_claim_at is not None
+    ]
+
+
+def _eta(run: RunRow, closed: list[Closed], now: float) -> EtaView:
     if run.state == FINISHED:
         return EtaView(
             at=None, earliest_at=None, latest_at=None, reason="The run is finished."
         )
     eta = estimate(
-        now=now, tokens_left=budget_left(run), stop_at=run.stop_at, rates=rates
+        now=now, tokens_left=budget_left(run), stop_at=run.stop_at, rounds=closed
     )
     return EtaView(
         at=eta.at,
         earliest_at=eta.earliest_at,
         latest_at=eta.latest_at,
         reason=eta.reason,
+    )
+
+
+def _tally(tokens: Mapping[str, int]) -> TallyView:
+    found = tally(tokens)
+    return TallyView(
+        trained=found.trained,
+        accepted=found.accepted,
+        applied=found.applied,
+        wasted=dict(found.wasted),
     )
 
 
@@ -235,10 +257,12 @@ def _tasks(
 def _workers(
     connection: Connection,
     fleet: Known,
+    run: RunRow,
     claims: list[ClaimRow],
     held: dict[str, TaskRow],
     now: float,
 ) -> list[WorkerView]:
+    tallied = tallies.tokens_by_worker(connection, run.run_id)
     back = {claim.worker_id for claim in claims if claim.outcome == "back"}
     return [
         _worker(
@@ -246,6 +270,12 @@ def _workers(
             held.get(worker.worker_id),
             back_in_round=worker.worker_id in back,
             interval_s=heartbeat_s(fleet, worker),
+            books=BooksView(
+                spread=worker.spread,
+                duration_ratio=worker.duration_ratio,
+                duration_alarm=duration_alarm(connection, run.run_id, worker),
+                tally=_tally(tallied.get(worker.worker_id, {})),
+            ),
             now=now,
         )
         for worker in workers.all_workers(connection)
@@ -258,6 +288,7 @@ def _worker(
     *,
     back_in_round: bool,
     interval_s: float,
+    books: BooksView,
     now: float,
 ) -> WorkerView:
     facts = facts_of(
@@ -287,6 +318,7 @@ def _worker(
         tokens_accepted=worker.tokens_accepted,
         tasks_done=worker.tasks_done,
         tasks_failed=worker.tasks_failed,
+        books=books,
     )
 
 

@@ -7,7 +7,7 @@ from sqlalchemy import Connection
 
 from bitnet_ext.wire.messages import HeartbeatAnswer, HeartbeatRequest, Task
 from bitnet_ext.wire.verdicts import LeaseState
-from coordinator.domain import leases, sizing
+from coordinator.domain import leases, sizing, throughput
 from coordinator.domain.leases import Lease, Reported
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake, lease_of
@@ -81,6 +81,7 @@ def _renew(
         ttl_s=ttl_s,
         now=now,
         usual_step_s=_usual_step_s(connection, task, worker),
+        head_room=throughput.head_room(worker.spread),
     )
     tasks.renew_lease(
         connection,

@@ -12,14 +12,15 @@ from sqlalchemy import Connection
 
 from bitnet_ext.wire.messages import FailRequest, ReleaseRequest, TaskAnswer
 from bitnet_ext.wire.verdicts import ErrorCode, FailCode, TaskState
-from coordinator.domain import leases, sizing
+from coordinator.domain import leases
+from coordinator.domain.accounting import Fate, fate_of_expired
 from coordinator.domain.errors import RefusedError
-from coordinator.domain.plan import TrainingPlan
 from coordinator.domain.rounds import ClaimedWork, stops_waiting_at
+from coordinator.service.bookkeeping import book_end
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
 from coordinator.service.own_files import look_after
-from coordinator.service.roster import plan_of
+from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.rows import TaskRow
@@ -138,8 +139,7 @@ def end_lease(
 def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
     """End the leases that the open round no longer waits for; return how many.
 
-    That is nobody's failure: it does not count as an attempt. Where only heartbeats
-    tell how fast the worker is, they count, or it would be late again.
+    That is nobody's failure: it does not count as an attempt.
     """
     run = runs.newest_run(connection)
     live = None if run is None else rounds.live_round(connection, run.run_id)
@@ -156,7 +156,6 @@ def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
         if task.round_id == live.round_id
     ]
     for task in out:
-        _measure(connection, task, plan, now)
         tasks.return_task(
             connection,
             task.task_id,
@@ -182,22 +181,6 @@ def _claimed_work(connection: Connection, round_id: int) -> list[ClaimedWork]:
             )
         )
     return found
-
-
-def _measure(
-    connection: Connection, task: TaskRow, plan: TrainingPlan, now: float
-) -> None:
-    """Let what a late worker did up to its last progress count for its speed."""
-    worker = workers.find_worker(connection, task.lease_worker_id or "")
-    if worker is None or task.claimed_at is None or not task.tokens_done:
-        return
-    speed = sizing.measured_speed(
-        worker.tokens_per_s,
-        task.tokens_done,
-        (task.progress_at or now) - task.claimed_at,
-        round_s=plan.round_s,
-    )
-    workers.change_worker(connection, worker.worker_id, tokens_per_s=speed)
 
 
 def held_task(
@@ -291,25 +274,43 @@ def _attempt_lost(
     return TaskState.PENDING
 
 
+def _fate(
+    connection: Connection, fleet: Fleet, task: TaskRow, outcome: str, now: float
+) -> Fate:
+    """Return what became of the tokens of a lease that ended without a submission."""
+    if outcome != "expired":
+        return Fate(outcome)
+    worker = workers.find_worker(connection, task.lease_worker_id or "")
+    if worker is None:
+        return Fate.SILENT
+    return fate_of_expired(
+        expires_at=task.expires_at or 0.0,
+        hard_at=task.hard_at,
+        heartbeat_at=worker.heartbeat_at,
+        ttl_s=leases.ttl_s(heartbeat_s(fleet, worker)),
+        now=now,
+    )
+
+
 def _after(
     connection: Connection, fleet: Fleet, task: TaskRow, outcome: str, now: float
 ) -> None:
-    """Tell the round, the epoch and the story that a lease has ended."""
+    """Tell the books, the round, the epoch and the story that a lease has ended."""
+    fate = _fate(connection, fleet, task, outcome, now)
     workers.add_event(
         connection,
         at=now,
         kind=f"lease.{outcome}",
-        body={"task_id": task.task_id, "worker_id": task.lease_worker_id},
+        body={
+            "task_id": task.task_id,
+            "worker_id": task.lease_worker_id,
+            "fate": fate,
+            "tokens": task.tokens_done,
+        },
     )
     if task.round_id is None:
         return
-    rounds.end_claim(
-        connection,
-        round_id=task.round_id,
-        task_id=task.task_id,
-        outcome=outcome,
-        now=now,
-    )
+    book_end(connection, task, outcome=outcome, fate=fate, now=now)
     settle_round(connection, task.round_id)
     run = runs.newest_run(connection)
     if run is not None and run.state == RUNNING:

@@ -30,6 +30,7 @@ from coordinator.domain.errors import EXIT_DAMAGED, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan
+from coordinator.service.bookkeeping import book_reset
 from coordinator.service.corpus import tokenized_folder
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
 from coordinator.service.seeding import add_evaluation
@@ -237,11 +238,13 @@ def _add_root(
 
 def _end_run(connection: Connection, run: RunRow, now: float) -> None:
     """Finish a run whose weights no longer fit; its blobs and rows stay."""
+    book_reset(connection, run.run_id)
     tasks.cancel_unfinished(connection, run.run_id, reason="hard reset", now=now)
     rounds.filter_run(connection, run.run_id, "reset")
     rounds.close_rounds(connection, run.run_id, now)
     runs.drop_ranges(connection, run.run_id)
     runs.change_run(connection, run.run_id, state=FINISHED)
+    workers.forget_speeds(connection)
     workers.add_event(connection, at=now, kind="run.reset", body={"run_id": run.run_id})
 
 

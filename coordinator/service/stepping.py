@@ -20,6 +20,7 @@ from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain.muon import OptimiserState, merged_step
 from coordinator.domain.outer_step import merge_weights, outer_step
 from coordinator.domain.plan import TrainingPlan, step_sizes
+from coordinator.domain.staleness import staleness_weight
 from coordinator.service.roster import plan_of
 from coordinator.service.version_blobs import ServerState
 from coordinator.store.blobs import BlobKind, Blobs
@@ -126,7 +127,7 @@ def _parts(blobs: Blobs, closing: Closing) -> Iterator[Part]:
     """Yield the submissions in order, each with its share of the tokens, clipped.
 
     Shares are normalised before anything is multiplied, so that one submission
-    alone has a share of exactly 1.
+    alone has a share of exactly 1. What was made for an earlier version counts less.
     """
     rows = closing.submissions
     shares = merge_weights([row.tokens for row in rows])
@@ -134,4 +135,6 @@ def _parts(blobs: Blobs, closing: Closing) -> Iterator[Part]:
         header, payload = decode_frame(
             blobs.read(BlobKind.PAYLOAD, row.payload_file or "")
         )
-        yield Part(header.codec, payload, share * factor)
+        staleness = closing.live.base_version - row.base_version
+        weight = share * factor * staleness_weight(staleness)
+        yield Part(header.codec, payload, weight)

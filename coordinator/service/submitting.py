@@ -37,6 +37,7 @@ from coordinator.service.accepting import Arrived, accept, acceptable
 from coordinator.service.bodies import parse
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
+from coordinator.service.late import book_refused
 from coordinator.service.roster import plan_of
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind, Spool, Written
@@ -63,6 +64,7 @@ class Intake:
         #: None where the same submission is known already: then only its hash counts.
         self._spool: Spool | None = None
         self._kept: Written | None = None
+        self._began_at = fleet.clock.now()
         # A connection may break, and `close` be called, while a piece is written.
         self._busy = asyncio.Lock()
 
@@ -126,7 +128,12 @@ class Intake:
             run, _task = acceptable(connection, meta, now)
             return _Expected.of(run)
 
-        self._expected = await self._fleet.store.read(look)
+        try:
+            self._expected = await self._fleet.store.read(look)
+        except RefusedError as refused:
+            if refused.code is ErrorCode.LEASE_LOST:
+                await self._fleet.store.write(lambda c: book_refused(c, meta, now))
+            raise
         if self._expected is not None:
             blobs = self._fleet.blobs
             self._spool = await self._on_disk(lambda: blobs.spool(BlobKind.PAYLOAD))
@@ -184,7 +191,11 @@ class Intake:
         kept, expected = self._kept, self._expected
         codec = Codec.FP32 if expected is None else expected.codec
         arrived = Arrived(
-            meta=meta, kept=kept, codec=codec, body_sha256=self._body_hash.hexdigest()
+            meta=meta,
+            kept=kept,
+            codec=codec,
+            body_sha256=self._body_hash.hexdigest(),
+            began_at=self._began_at,
         )
         return await self._fleet.store.write(
             lambda connection: accept(connection, arrived, now)

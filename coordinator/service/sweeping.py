@@ -97,6 +97,11 @@ def _finish(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> bo
         return False
     if tasks.count_leased_in_round(connection, live.round_id):
         return False
+    if rounds.accepted_in_round(connection, live.round_id):
+        # Only what came late from rounds before: nobody else will close this one.
+        rounds.change_round(connection, live.round_id, state="closing")
+        fleet.round_ready.ring()
+        return False
     newest = versions.newest_version(connection, run.run_id).version
     scored = tasks.evaluation_of(connection, run.run_id, newest)
     if scored is None:

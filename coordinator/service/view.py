@@ -30,6 +30,18 @@ class EtaView(View, frozen=True, kw_only=True):
     reason: str
 
 
+class TallyView(View, frozen=True, kw_only=True):
+    """Tokens trained, by what became of them (`coordinator.domain.accounting`)."""
+
+    trained: int
+    #: Handed in; their round is not closed yet.
+    accepted: int
+    #: Part of a version.
+    applied: int
+    #: For nothing, by cause; without those that are zero.
+    wasted: dict[str, int]
+
+
 class RunView(View, frozen=True, kw_only=True):
     """The run, and how far it is."""
 
@@ -54,6 +66,8 @@ class RunView(View, frozen=True, kw_only=True):
     #: Of the whole fleet, over the last closed rounds; None before the first.
     tokens_per_s: float | None
     eta: EtaView
+    #: Of all workers.
+    tally: TallyView
     #: Why held-out loss needs a look; None while it falls, or rises little.
     loss_alarm: str | None
     #: Not null after a hard reset that no operator has acknowledged.
@@ -92,6 +106,18 @@ class RoundView(View, frozen=True, kw_only=True):
     lanes: list[LaneView]
 
 
+class BooksView(View, frozen=True, kw_only=True):
+    """How a worker has done in this run."""
+
+    #: Mean deviation of its recent tasks from `tokens_per_s`, as a share.
+    spread: float | None
+    #: Actual over predicted time of its last tasks; None before three.
+    duration_ratio: float | None
+    #: What is wrong with that, in a sentence; None: nothing.
+    duration_alarm: str | None
+    tally: TallyView
+
+
 class WorkerView(View, frozen=True, kw_only=True):
     """One worker, and what to think of it."""
 
@@ -115,12 +141,13 @@ class WorkerView(View, frozen=True, kw_only=True):
     num_tokens: int | None
     claimed_at: float | None
     predicted_s: float | None
-    #: Moving average over accepted tasks; None before the first.
+    #: Measured by its recent tasks; None before the first.
     tokens_per_s: float | None
     calibrated_tokens_per_s: float | None
     tokens_accepted: int
     tasks_done: int
     tasks_failed: int
+    books: BooksView
 
 
 class FailedTaskView(View, frozen=True, kw_only=True):

@@ -30,6 +30,12 @@ def live_round(connection: Connection, run_id: str) -> RoundRow | None:
     return None if row is None else typed(RoundRow, row)
 
 
+def find_round(connection: Connection, round_id: int) -> RoundRow:
+    """Return a round that has claims."""
+    row = connection.execute(select(rounds).where(rounds.c.round_id == round_id)).one()
+    return typed(RoundRow, row)
+
+
 def change_round(connection: Connection, round_id: int, **columns: Any) -> None:
     """Set columns of a round."""
     connection.execute(
@@ -51,33 +57,29 @@ def add_claim(connection: Connection, **columns: Any) -> None:
     connection.execute(insert(claims).values(**columns))
 
 
-def end_claim(
-    connection: Connection, *, round_id: int, task_id: str, outcome: str, now: float
-) -> None:
-    """Record how the open claim of a task ended."""
-    connection.execute(
-        update(claims)
-        .where(
-            claims.c.round_id == round_id,
-            claims.c.task_id == task_id,
-            claims.c.ended_at.is_(None),
-        )
-        .values(ended_at=now, outcome=outcome)
-    )
+def claim_of_lease(connection: Connection, lease_hash: str) -> ClaimRow | None:
+    """Return the claim that a lease was given out for, while that may still count."""
+    row = connection.execute(
+        select(claims).where(claims.c.lease_hash == lease_hash)
+    ).first()
+    return None if row is None else typed(ClaimRow, row)
 
 
-def shorten_claim(
-    connection: Connection, *, round_id: int, task_id: str, num_tokens: int
-) -> None:
-    """Let the open claim of a task count for fewer tokens."""
+def newest_claim_of(connection: Connection, task_id: str) -> ClaimRow | None:
+    """Return the last claim of a task."""
+    row = connection.execute(
+        select(claims)
+        .where(claims.c.task_id == task_id)
+        .order_by(claims.c.claim_seq.desc())
+        .limit(1)
+    ).first()
+    return None if row is None else typed(ClaimRow, row)
+
+
+def change_claim(connection: Connection, claim_seq: int, **columns: Any) -> None:
+    """Set columns of a claim."""
     connection.execute(
-        update(claims)
-        .where(
-            claims.c.round_id == round_id,
-            claims.c.task_id == task_id,
-            claims.c.ended_at.is_(None),
-        )
-        .values(num_tokens=num_tokens)
+        update(claims).where(claims.c.claim_seq == claim_seq).values(**columns)
     )
 
 
@@ -97,6 +99,28 @@ def claims_of(connection: Connection, round_id: int) -> list[ClaimRow]:
             claims.c.outcome.is_(None) | (claims.c.outcome != "void"),
         )
         .order_by(claims.c.claim_seq)
+    )
+    return [typed(ClaimRow, row) for row in rows]
+
+
+def recent_claims(
+    connection: Connection, run_id: str, worker_id: str, *, newest: int
+) -> list[ClaimRow]:
+    """Return the last claims in which a worker trained something, newest first.
+
+    Those that have ended, of one run.
+    """
+    rows = connection.execute(
+        select(claims)
+        .join(rounds, rounds.c.round_id == claims.c.round_id)
+        .where(
+            claims.c.worker_id == worker_id,
+            rounds.c.run_id == run_id,
+            claims.c.ended_at.is_not(None),
+            claims.c.tokens_done > 0,
+        )
+        .order_by(claims.c.claim_seq.desc())
+        .limit(newest)
     )
     return [typed(ClaimRow, row) for row in rows]
 
@@ -321,10 +345,12 @@ def payload_files(connection: Connection) -> set[str]:
 
 def forget_payloads(connection: Connection, up_to_version: int) -> list[str]:
     """Let go of payloads that only lead to pruned versions; return their names."""
+    # A late one was merged into a version that is not the next after its base.
+    before = func.coalesce(submissions.c.version - 1, submissions.c.base_version)
     gone = (
         submissions.c.payload_file.is_not(None),
         submissions.c.state != SubmissionState.ACCEPTED,
-        submissions.c.base_version < up_to_version,
+        before < up_to_version,
     )
     names = [
         name

@@ -95,12 +95,14 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     cpu_s: float
     step_s: float
     progress_at: float | None
+    paused_s: float
     progress_cpu_s: float | None
 
 
 class ClaimRow(Struct, frozen=True, kw_only=True):
     """A row of `claims`."""
 
+    claim_seq: int
     round_id: int
     worker_id: str
     task_id: str
@@ -109,6 +111,9 @@ class ClaimRow(Struct, frozen=True, kw_only=True):
     predicted_s: float | None
     ended_at: float | None
     outcome: str | None
+    tokens_done: int
+    progress_at: float | None
+    fate: str | None
 
 
 class SubmissionRow(Struct, frozen=True, kw_only=True):
@@ -136,6 +141,7 @@ class SubmissionRow(Struct, frozen=True, kw_only=True):
     compute_s: float
     download_s: float
     download_bytes: int
+    upload_s: float | None
     cpu_s: float
     codec: str
     payload_file: str | None
@@ -212,6 +218,8 @@ class WorkerRow(Struct, frozen=True, kw_only=True):
     phase: str
     draining: bool
     tokens_per_s: float | None
+    spread: float | None
+    duration_ratio: float | None
     tasks_done: int
     tasks_failed: int
     tokens_accepted: int

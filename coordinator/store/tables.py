@@ -155,6 +155,8 @@ tasks: Final = Table(
     Column("cpu_s", Float, nullable=False, server_default="0"),
     Column("step_s", Float, nullable=False, server_default="0"),
     Column("progress_at", Float),
+    # How long the coordinator itself stood still meanwhile.
+    Column("paused_s", Float, nullable=False, server_default="0"),
     # CPU seconds that had been reported when tokens or bytes rose last.
     Column("progress_cpu_s", Float),
     CheckConstraint("state IN ('pending','leased','done','failed')", name="task_state"),
@@ -200,8 +202,28 @@ claims: Final = Table(
     Column("ended_at", Float),
     # back, expired, released, failed; void once the round starts over.
     Column("outcome", String(16)),
+    # What was trained, as of the last progress or of the submission, and when.
+    Column("tokens_done", BigInteger, nullable=False, server_default="0"),
+    Column("progress_at", Float),
+    # What became of it (`coordinator.domain.accounting`).
+    Column("fate", String(16)),
+    # Of the lease; none where a result that comes late would be of no use.
+    Column("lease_hash", String(64)),
 )
 Index("ix_claims_round", claims.c.round_id, claims.c.worker_id)
+Index("ix_claims_worker", claims.c.worker_id, claims.c.claim_seq)
+Index("ix_claims_task", claims.c.task_id, claims.c.claim_seq)
+Index("ix_claims_lease", claims.c.lease_hash)
+
+#: Tokens that a worker has trained in a run, by what became of them.
+tallies: Final = Table(
+    "tallies",
+    metadata,
+    Column("run_id", String(64), ForeignKey("runs.run_id"), primary_key=True),
+    Column("worker_id", String(64), primary_key=True),
+    Column("fate", String(16), primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
+)
 
 #: A pseudo-gradient: accepted, then applied to a version or filtered.
 submissions: Final = Table(
@@ -231,6 +253,8 @@ submissions: Final = Table(
     Column("compute_s", Float, nullable=False),
     Column("download_s", Float, nullable=False),
     Column("download_bytes", BigInteger, nullable=False),
+    # From the first bytes of the body to its acceptance, by our own clock.
+    Column("upload_s", Float),
     Column("cpu_s", Float, nullable=False),
     Column("codec", String(16), nullable=False),
     Column("payload_file", Text),
@@ -313,6 +337,10 @@ workers: Final = Table(
     Column("phase", String(16), nullable=False),
     Column("draining", Boolean, nullable=False, server_default=text("0")),
     Column("tokens_per_s", Float),
+    # Mean deviation of its tasks from that, as a share.
+    Column("spread", Float),
+    # Actual over predicted time of its recent tasks; empty before there are some.
+    Column("duration_ratio", Float),
     Column("tasks_done", Integer, nullable=False, server_default="0"),
     Column("tasks_failed", Integer, nullable=False, server_default="0"),
     Column("tokens_accepted", BigInteger, nullable=False, server_default="0"),

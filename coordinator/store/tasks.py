@@ -82,6 +82,7 @@ def lease_task(connection: Connection, task_id: str, **lease: Any) -> None:
             bytes_done=0,
             cpu_s=0.0,
             step_s=0.0,
+            paused_s=0.0,
             returned_round_id=None,
             **lease,
         )
@@ -150,6 +151,17 @@ def renew_lease(connection: Connection, task_id: str, **columns: Any) -> None:
 def finish_task(connection: Connection, task_id: str, now: float) -> None:
     """Mark a leased task done and end its lease."""
     _leave(connection, task_id, state=TaskState.DONE, done_at=now)
+
+
+def finish_late(connection: Connection, task_id: str, now: float) -> None:
+    """Mark a pending task done: its result has come after its lease had ended."""
+    done = connection.execute(
+        update(tasks)
+        .where(tasks.c.task_id == task_id, tasks.c.state == TaskState.PENDING)
+        .values(state=TaskState.DONE, done_at=now)
+    )
+    if done.rowcount != 1:
+        raise LookupError(f"task {task_id} is not pending")
 
 
 def return_task(

@@ -50,17 +50,14 @@ def change_worker(connection: Connection, worker_id: str, **columns: Any) -> Non
     )
 
 
-def count_task(
-    connection: Connection, worker_id: str, *, tokens: int, tokens_per_s: float
-) -> None:
-    """Count one accepted training task of a worker and its new speed."""
+def count_task(connection: Connection, worker_id: str, *, tokens: int) -> None:
+    """Count one accepted training task of a worker."""
     connection.execute(
         update(workers)
         .where(workers.c.worker_id == worker_id)
         .values(
             tasks_done=workers.c.tasks_done + 1,
             tokens_accepted=workers.c.tokens_accepted + tokens,
-            tokens_per_s=tokens_per_s,
         )
     )
 
@@ -71,6 +68,13 @@ def count_failure(connection: Connection, worker_id: str) -> None:
         update(workers)
         .where(workers.c.worker_id == worker_id)
         .values(tasks_failed=workers.c.tasks_failed + 1)
+    )
+
+
+def forget_speeds(connection: Connection) -> None:
+    """Count every worker as never measured: another model takes another time."""
+    connection.execute(
+        update(workers).values(tokens_per_s=None, spread=None, duration_ratio=None)
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 from coordinator.domain.verdicts import WorkerFacts
 from coordinator.live.hub import BACKLOG_MESSAGES
 from coordinator.service.view import (
+    BooksView,
     EtaView,
     EvaluationPoint,
     FleetUpdate,
@@ -22,6 +23,7 @@ from coordinator.service.view import (
     RoundView,
     RunView,
     ServerView,
+    TallyView,
     TasksView,
     VersionPoint,
     WorkerView,
@@ -32,6 +34,7 @@ from tests.integration.page_server import PASSWORD, PageServer, page_server
 
 WEBUI = Path(__file__).parents[2] / "webui"
 NOW = time.time()
+TALLY = TallyView(trained=5000, accepted=500, applied=4000, wasted={"silent": 500})
 
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="chromium is not installed: the page is not tried out"
@@ -77,6 +80,9 @@ def worker(name: str, verdict: str) -> WorkerView:
         tokens_accepted=2000,
         tasks_done=2,
         tasks_failed=0,
+        books=BooksView(
+            spread=0.1, duration_ratio=1.0, duration_alarm=None, tally=TALLY
+        ),
     )
 
 
@@ -121,6 +127,7 @@ def fleet() -> FleetView:
             gzip_bits_per_byte=2.5,
             tokens_per_s=20.0,
             eta=eta,
+            tally=TALLY,
             loss_alarm=None,
             reset_from_version=None,
         ),

@@ -9,6 +9,7 @@ what workers get. Every byte, every second and every optimiser's FLOP is counted
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -29,6 +30,7 @@ from coordinator.domain.muon import OptimiserState, merged_step
 from coordinator.domain.outer_step import merge_weights, outer_step
 from coordinator.domain.plan import TrainingPlan, hyper_parameters, step_sizes
 from coordinator.domain.rounds import ClaimedWork, stops_waiting_at
+from coordinator.domain.throughput import NUM_RECENT, Trained, measured
 from tests.sim import setting as costs
 from tests.sim.net import SEQ_LEN, Net
 from tests.sim.setting import Setting
@@ -72,6 +74,8 @@ class Worker:
     speed: float
     moments: Moments
     tokens_per_s: float | None = None
+    #: What its last tasks came to, newest first.
+    recent: deque[Trained] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     residual: Vector | None = None
     #: The version it has the weights of; None: none.
     held: int | None = None
@@ -259,6 +263,7 @@ class Fleet:
             seconds=sizing.seconds_left(plan.round_s, round_age_s=round_age_s),
             batch_tokens=plan.batch_size * SEQ_LEN,
             seq_len=SEQ_LEN,
+            largest=max((one.tokens for one in worker.recent), default=None),
         )
         if self._given_back and may_retry:
             found = self._given_back.pop(0)
@@ -359,12 +364,12 @@ class Fleet:
         worker = claim.worker
         if is_back and claim.back_at is not None:
             seconds = claim.back_at - claim.claimed_at
-            worker.tokens_per_s = sizing.measured_speed(
-                worker.tokens_per_s,
-                claim.stretch.num * SEQ_LEN,
-                seconds,
-                round_s=self._recipe.plan.round_s,
+            num_tokens = claim.stretch.num * SEQ_LEN
+            worker.recent.appendleft(
+                Trained(tokens=num_tokens, seconds=seconds, num_tokens=num_tokens)
             )
+            found = measured(worker.recent)
+            worker.tokens_per_s = found.tokens_per_s if found else None
             worker.free_at = claim.back_at
             self.counts.useful_s += seconds
             return

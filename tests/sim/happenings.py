@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Final
 
 from coordinator.domain.leases import Lease
+from coordinator.domain.throughput import NUM_RECENT, Trained, measured
 from tests.sim.boxes import Link, Work
 
 
@@ -80,6 +81,9 @@ class Box:
     speed: float
     link: Link
     tokens_per_s: float | None = None
+    spread: float | None = None
+    #: What its last leases came to, newest first.
+    recent: deque[Trained] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     heartbeat_at: float = 0.0
     held: Held | None = None
     joined: int = -1  #: the last round that it has claimed in
@@ -91,6 +95,14 @@ class Box:
     beats: int = 0
     fault: Fault | None = None
     fault_at: float = 0.0
+
+    def learn(self, trained: Trained) -> None:
+        """Measure its speed anew after a lease has ended."""
+        if trained.tokens:
+            self.recent.appendleft(trained)
+            found = measured(self.recent)
+            if found is not None:
+                self.tokens_per_s, self.spread = found.tokens_per_s, found.spread
 
 
 @dataclass(frozen=True, slots=True)

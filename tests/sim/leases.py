@@ -17,6 +17,7 @@ import numpy as np
 from bitnet_ext.wire.verdicts import Verdict
 from coordinator.domain import leases, sizing
 from coordinator.domain.leases import Lease, Reported
+from coordinator.domain.throughput import Trained, head_room
 from coordinator.domain.verdicts import WorkerFacts, heard_at, verdict
 from coordinator.service.sweeping import CLOCK_S, SWEEP_S
 from coordinator.store.system import LeaseClock
@@ -119,6 +120,7 @@ class Fleet:
             seconds=sizing.seconds_left(ROUND_S, round_age_s=now - started),
             batch_tokens=STEP_TOKENS,
             seq_len=SEQ_LEN,
+            largest=max((one.tokens for one in box.recent), default=None),
         )
         num_tokens, attempt = self._take(size)
         self._first_claim_at = started
@@ -200,6 +202,7 @@ class Fleet:
     def _expire(self, held: Held) -> None:
         box = held.box
         self._count_lost(held)
+        self._learn(held, held.lease.reported.tokens_done, held.lease.progress_at)
         killed_at = held.fault_at if held.fault is Fault.KILL else None
         if killed_at is not None:
             after_s = self.t - killed_at
@@ -289,14 +292,20 @@ class Fleet:
             self.seen.ratios.append(actual_s / held.predicted_s)
         box.num_done += 1
         box.token_s.appendleft(held.work.compute_s / lease.num_tokens)
-        box.tokens_per_s = sizing.measured_speed(
-            box.tokens_per_s,
-            lease.num_tokens,
-            now - lease.claimed_at,
-            round_s=ROUND_S,
-        )
+        self._learn(held, lease.num_tokens, now)
         self._closed_to_claims = True
         self._end(held)
+
+    @staticmethod
+    def _learn(held: Held, tokens: int, progress_at: float) -> None:
+        held.box.learn(
+            Trained(
+                tokens=tokens,
+                seconds=progress_at - held.lease.claimed_at,
+                num_tokens=held.lease.num_tokens,
+                predicted_s=held.predicted_s,
+            )
+        )
 
     def _busy(self, act: Callable[..., None], *arguments: Any) -> bool:
         """Put off what reaches a coordinator that stands still."""
@@ -347,9 +356,11 @@ class Fleet:
 
     def _beat(self, box: Box, life: int, sent: float) -> None:
         held = box.held
-        if life != box.life or held is None or held.dropped:
+        # What was on its way when the process stopped arrives all the same.
+        on_its_way = box.fault in (Fault.NAP, Fault.STOP) and sent <= box.fault_at
+        if life != box.life and not on_its_way:
             return
-        if self._busy(self._beat, box, life, sent):
+        if held is None or held.dropped or self._busy(self._beat, box, life, sent):
             return
         self.seen.heartbeats += 1
         box.beats += 1
@@ -363,9 +374,8 @@ class Fleet:
             self._said(held, sent),
             ttl_s=leases.ttl_s(HEARTBEAT_S),
             now=now,
-            usual_step_s=leases.measured_step_s(
-                box.token_s, step_tokens=min(STEP_TOKENS, held.lease.num_tokens)
-            ),
+            usual_step_s=self._usual_step_s(held),
+            head_room=head_room(box.spread),
         )
         if held.fault is None:
             word = self._verdict(box, held, gap_s)
@@ -373,7 +383,15 @@ class Fleet:
             self.seen.slow_called_stuck += word is Verdict.STUCK
             self.seen.alive_called_lost += word is Verdict.LOST
         held.own_end = max(held.own_end, sent + held.lease.expires_at - now)
-        self._beat_later(box, HEARTBEAT_S + self._delay(box))
+        if life == box.life:
+            self._beat_later(box, HEARTBEAT_S + self._delay(box))
+
+    @staticmethod
+    def _usual_step_s(held: Held) -> float | None:
+        box, step_tokens = held.box, min(STEP_TOKENS, held.lease.num_tokens)
+        return leases.measured_step_s(
+            box.token_s, step_tokens=step_tokens
+        ) or sizing.step_s(box.tokens_per_s, batch_tokens=step_tokens)
 
     def _said(self, held: Held, at: float) -> Reported:
         box = held.box
@@ -405,7 +423,7 @@ class Fleet:
                     ttl_s=leases.ttl_s(HEARTBEAT_S),
                     heartbeat_at=box.heartbeat_at,
                 ),
-                elapsed_s=now - lease.claimed_at,
+                elapsed_s=now - lease.claimed_at - lease.paused_s,
                 predicted_s=held.predicted_s,
             )
         )[0]

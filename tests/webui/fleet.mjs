@@ -23,8 +23,23 @@ export function run(given = {}) {
     gzip_bits_per_byte: 2.5,
     tokens_per_s: 1700,
     eta: { at: null, earliest_at: null, latest_at: null, reason: "Needs a round." },
+    tally: tally(),
     loss_alarm: null,
     reset_from_version: null,
+    ...given,
+  };
+}
+
+export function tally(given = {}) {
+  return { trained: 0, accepted: 0, applied: 0, wasted: {}, ...given };
+}
+
+export function books(given = {}) {
+  return {
+    spread: null,
+    duration_ratio: null,
+    duration_alarm: null,
+    tally: tally(),
     ...given,
   };
 }
@@ -73,6 +88,7 @@ export function worker(name, given = {}) {
     tokens_accepted: 0,
     tasks_done: 0,
     tasks_failed: 0,
+    books: books(),
     ...given,
   };
 }

@@ -95,7 +95,7 @@ def test_variants_and_threads_give_the_same_bits(shape):
     assert len(found) == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 39), st.integers(0, 5), st.sampled_from(list(SHAPES.values())))
 def test_a_prompt_that_is_read_at_once_is_as_one_that_is_read_in_steps(
     length, seed, shape

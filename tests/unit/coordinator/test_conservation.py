@@ -25,10 +25,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, func, select, text
 
 from bitnet_ext.wire.messages import Task
 from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskState
+from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
 from coordinator.service.closing import RoundCloser
@@ -44,7 +45,16 @@ from coordinator.service.tending import (
     requeue_failed,
     resume_worker,
 )
-from coordinator.store.tables import events, ranges, rounds, runs, submissions, tasks
+from coordinator.store.tables import (
+    claims,
+    events,
+    ranges,
+    rounds,
+    runs,
+    submissions,
+    tallies,
+    tasks,
+)
 from coordinator.store.tasks import all_leased
 from tests.unit.coordinator.fleets import World, body, frame, open_world
 
@@ -150,6 +160,18 @@ def check_rows(connection: Connection) -> None:
     assert {row.round_id for row in leased} <= {live.round_id}
     assert {row.base_version for row in leased} <= {live.base_version}
     assert sum(tokens for (tokens,) in counted) == accepted
+    check_tallies(connection, accepted)
+
+
+def check_tallies(connection: Connection, accepted: int) -> None:
+    """Every trained token of a claim that has ended has one fate."""
+    trained = connection.execute(select(func.sum(claims.c.tokens_done))).scalar_one()
+    fates = dict.fromkeys(Fate, 0)
+    for row in connection.execute(select(tallies)):
+        assert row.tokens >= 0
+        fates[Fate(row.fate)] += row.tokens
+    assert sum(fates.values()) == (trained or 0)
+    assert fates[Fate.ACCEPTED] + fates[Fate.APPLIED] == accepted
 
 
 def half_of(task: Task) -> dict[str, int]:

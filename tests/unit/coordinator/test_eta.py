@@ -6,64 +6,120 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.domain.eta import estimate
+from coordinator.domain.eta import Closed, estimate
 
 NOW = 1000.0
 
 
-def test_without_a_measured_round_nobody_knows():
-    eta = estimate(now=NOW, tokens_left=100, stop_at=None, rates=[])
+def rounds(*rates, seconds=10.0):
+    """Return rounds of 10 s with these rates, the last of them closed just now."""
+    return [
+        Closed(
+            at=NOW - seconds * (len(rates) - place - 1),
+            tokens=round(rate * seconds),
+            seconds=seconds,
+        )
+        for place, rate in enumerate(rates)
+    ]
 
-    assert eta.at is None
-    assert eta.reason == "Needs one measured round."
+
+def guess(*rates, now=NOW, tokens_left=1000, stop_at=None):
+    return estimate(
+        now=now, tokens_left=tokens_left, stop_at=stop_at, rounds=rounds(*rates)
+    )
+
+
+STEADY = [10.0] * 5
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_without_enough_rounds_nobody_knows(count):
+    eta = guess(*STEADY[:count])
+
+    assert (eta.at, eta.earliest_at, eta.latest_at) == (None, None, None)
+    assert eta.reason == f"Needs 5 closed rounds, there are {count}."
 
 
 def test_without_budget_and_time_it_never_ends():
-    eta = estimate(now=NOW, tokens_left=None, stop_at=None, rates=[10.0])
+    eta = guess(*STEADY, tokens_left=None)
 
     assert eta.at is None
     assert eta.reason == "No token budget is set."
 
 
-def test_a_set_time_is_certain():
-    eta = estimate(now=NOW, tokens_left=None, stop_at=1500.0, rates=[10.0])
+@pytest.mark.parametrize(("tokens_left", "rates"), [(None, STEADY), (1000, [])])
+def test_a_set_time_is_certain(tokens_left, rates):
+    eta = guess(*rates, tokens_left=tokens_left, stop_at=1500.0)
 
     assert (eta.earliest_at, eta.at, eta.latest_at) == (1500.0, 1500.0, 1500.0)
+    assert eta.reason.startswith("Stops at a set time.")
 
 
 def test_the_middle_rate_decides_and_the_others_are_the_window():
-    eta = estimate(
-        now=NOW, tokens_left=1000, stop_at=None, rates=[10.0, 0.0, 5.0, 20.0]
-    )
+    eta = guess(10.0, 5.0, 20.0, 10.0, 10.0)
 
     assert eta.at == NOW + 100.0
     assert eta.earliest_at == NOW + 50.0
     assert eta.latest_at == NOW + 200.0
-    assert "1000 tokens left at 10 tokens/s" in eta.reason
+    assert eta.reason == (
+        "1000 tokens left at 10 tokens/s, by the last 5 rounds (5 to 20)."
+    )
 
 
 @pytest.mark.parametrize(("stop_at", "due"), [(1050.0, 1050.0), (1200.0, 1100.0)])
 def test_time_or_tokens_whichever_comes_first(stop_at, due):
-    eta = estimate(now=NOW, tokens_left=1000, stop_at=stop_at, rates=[10.0])
-
-    assert eta.at == due
+    assert guess(*STEADY, stop_at=stop_at).at == due
 
 
 def test_one_outlier_among_many_rounds_does_not_widen_the_window():
-    rates = [10.0] * 19 + [1000.0]
-
-    eta = estimate(now=NOW, tokens_left=1000, stop_at=None, rates=rates)
+    eta = guess(*[10.0] * 19, 1000.0)
 
     assert eta.earliest_at == eta.at == eta.latest_at
+
+
+def test_only_the_last_rounds_count():
+    assert guess(*[1.0] * 100, *[10.0] * 20) == guess(*[10.0] * 20)
+
+
+def test_after_a_change_only_the_rounds_since_then_count():
+    eta = guess(*[10.0] * 5, *[40.0] * 5)
+
+    assert eta.at == NOW + 25.0
+    assert "by the last 5 rounds" in eta.reason
+
+
+def test_a_change_that_is_too_young_gives_no_guess():
+    eta = guess(*[10.0] * 4, *[40.0] * 4)
+
+    assert eta.at is None
+    assert eta.reason == (
+        "The fleet has changed: 10 tokens/s some rounds ago, 40 in the last 4."
+    )
+
+
+def test_rounds_that_are_too_far_apart_give_no_guess():
+    eta = guess(10.0, 45.0, 20.0, 10.0, 20.0, 45.0)
+
+    assert eta.at is None
+    assert eta.reason == "The last 6 rounds are too far apart: 10 to 45 tokens/s."
+
+
+@pytest.mark.parametrize(("silence_s", "known"), [(60.0, True), (61.0, False)])
+def test_a_fleet_that_stands_still_gives_no_guess(silence_s, known):
+    eta = guess(*STEADY, now=NOW + silence_s)
+
+    assert (eta.at is not None) is known
+    if not known:
+        assert eta.reason == "No round was closed for 61 s, and one takes 10 s."
 
 
 @given(
     tokens_left=st.integers(0, 10**9),
     stop_at=st.none() | st.floats(NOW, 1e6),
-    rates=st.lists(st.floats(0.0, 1e6), max_size=30),
+    rates=st.lists(st.integers(1, 10**6), max_size=30),
 )
 def test_the_window_holds_the_moment(tokens_left, stop_at, rates):
-    eta = estimate(now=NOW, tokens_left=tokens_left, stop_at=stop_at, rates=rates)
+    eta = guess(*rates, tokens_left=tokens_left, stop_at=stop_at)
 
     if eta.at is not None:
         assert NOW <= eta.earliest_at <= eta.at <= eta.latest_at

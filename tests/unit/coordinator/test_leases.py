@@ -233,3 +233,53 @@ def test_what_is_stored_of_a_lease_id_does_not_show_it():
 )
 def test_the_middle_one_of_recent_tasks_tells_how_long_a_step_is(recent, due):
     assert leases.measured_step_s(recent, step_tokens=16) == due
+
+
+def beaten(*, tokens, now, num_tokens=1000, head_room=1.5, paused_s=0.0, **fields):
+    """Return a lease of 100 s, predicted, after a heartbeat with so many tokens."""
+    lease = leases.Lease(
+        num_tokens=num_tokens,
+        claimed_at=0.0,
+        progress_at=0.0,
+        expires_at=now + 30.0,
+        hard_at=leases.hard_at(0.0, 100.0) + paused_s,
+        reported=reported(),
+        paused_s=paused_s,
+    )
+    return leases.renewed(
+        lease,
+        reported(tokens),
+        ttl_s=30.0,
+        now=now,
+        **{"usual_step_s": 1.0, "head_room": head_room} | fields,
+    )
+
+
+def test_a_hopeless_lease_ends_once_its_head_room_is_used_up():
+    # One and a half times the prediction, and the slack; at twice its pace since the
+    # slack it would need 450 s more.
+    assert beaten(tokens=100, now=209.0).hard_at == 360.0
+    assert beaten(tokens=100, now=211.0).hard_at == 211.0
+    assert beaten(tokens=100, now=211.0, head_room=leases.HARD_FACTOR).hard_at == 360.0
+
+
+@pytest.mark.parametrize("tokens", [0, 400, 1000])
+def test_who_may_still_be_in_time_keeps_its_lease(tokens):
+    assert beaten(tokens=tokens, now=220.0).hard_at == 360.0
+
+
+def test_a_pause_of_the_coordinator_makes_nobody_hopeless():
+    def after(own_s, tokens=90):
+        return beaten(tokens=tokens, now=3600.0 + own_s, paused_s=3600.0).hard_at
+
+    assert after(100.0, tokens=20) == 3960.0
+    assert after(220.0, tokens=400) == 3960.0
+    assert after(220.0) == 3820.0
+
+
+def test_pauses_add_up_on_a_lease():
+    lease = beaten(tokens=1, now=10.0)
+    for _ in range(2):
+        lease = leases.resumed(lease, ttl_s=30.0, now=50.0, away_s=15.0)
+
+    assert (lease.paused_s, lease.hard_at) == (30.0, 390.0)

@@ -6,7 +6,9 @@ import msgspec
 import pytest
 
 from bitnet_ext.layout import num_params
+from coordinator.service.grace import extend_leases
 from coordinator.service.looking import look
+from coordinator.service.sweeping import keep_clock
 from coordinator.service.view import FleetView
 from coordinator.store import runs, workers
 from tests.fakes import START
@@ -80,7 +82,7 @@ def test_a_fresh_run(running: World):
     assert (run.state, run.preset, run.epoch) == ("running", "tiny", 1)
     assert (run.epoch_tokens, run.epoch_tokens_accepted) == (1504, 0)
     assert (run.newest_version, run.best_version, run.tokens_per_s) == (1, None, None)
-    assert run.eta.reason == "Needs one measured round."
+    assert run.eta.reason == "No token budget is set."
     # 200 bytes of gzip for 300 bytes of text
     assert run.gzip_bits_per_byte == pytest.approx(8 * 200 / 300)
     assert view.tasks.range_tokens == 1504
@@ -138,6 +140,20 @@ def test_a_worker_that_hangs_on_without_its_lease_is_stuck_until_it_lets_go(
     assert worker(looked(running), "w1").verdict == "idle"
 
 
+def test_a_clock_that_jumps_ahead_over_a_restart_makes_nobody_slow(running: World):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()  # 60 s
+    running.do(keep_clock(running.fleet))
+    running.clock.advance(3600.0)
+    extend_leases(running.fleet)
+    running.clock.advance(20.0)
+    running.heartbeat(task, tokens_done=120)
+
+    row = worker(looked(running), "w1")
+
+    assert (row.verdict, row.facts.elapsed_s) == ("computing", 20.0)
+
+
 def test_a_process_that_starts_anew_has_let_go_of_its_task(running: World):
     running.claimed()
     running.clock.advance(31.0)
@@ -167,14 +183,52 @@ def test_a_silent_worker_is_lost(running: World):
 
 
 def test_speed_and_end_come_from_closed_rounds(running: World):
-    running.change_run(token_budget=64 + 640)
-    running.train_round(0.5)  # 64 tokens in 10 s
+    running.change_run(token_budget=320 + 640)
+    for _ in range(4):
+        running.set_speed("w1", 64 / 60)
+        running.train_round(0.5)  # 64 tokens in 10 s
+    few = looked(running).run
+    running.set_speed("w1", 64 / 60)
+    running.train_round(0.5)
 
     run = looked(running).run
 
-    assert run.newest_version == 2
+    assert few.eta.reason == "Needs 5 closed rounds, there are 4."
+    assert run.newest_version == 6
     assert run.tokens_per_s == pytest.approx(6.4)
-    assert run.eta.at - START == pytest.approx(10.0 + 100.0)
+    assert run.eta.at - START == pytest.approx(50.0 + 100.0)
+
+
+def test_what_became_of_tokens_is_shown_for_worker_and_fleet(running: World):
+    running.train_round(0.5)
+    running.register("w2")
+    lost = running.claimed("w2")
+    running.clock.advance(5.0)
+    running.heartbeat(lost, "w2", tokens_done=16)
+    running.release(lost, "w2")
+
+    view = looked(running)
+
+    first, second = (worker(view, name).books.tally for name in ("w1", "w2"))
+    assert (first.trained, first.applied, first.wasted) == (64, 64, {})
+    assert (second.trained, second.wasted) == (16, {"released": 16})
+    whole = view.run.tally
+    assert (whole.trained, whole.applied, whole.wasted) == (80, 64, {"released": 16})
+
+
+def test_predictions_that_are_wrong_are_an_alarm_with_the_figures(running: World):
+    for _ in range(3):
+        running.set_speed("w1", 64 / 60)
+        running.train_round(0.5)  # predicted 60 s, took 10 s
+
+    row = worker(looked(running), "w1")
+
+    assert row.books.duration_ratio == pytest.approx(1 / 6)
+    assert row.books.duration_alarm.startswith(
+        "Its tasks take 0.17 times as long as predicted"
+    )
+    assert "10 s, predicted 60 s" in row.books.duration_alarm
+    assert row.books.spread == pytest.approx(0.7**3)
 
 
 def test_history_is_left_out_of_updates(running: World):

@@ -78,3 +78,26 @@ def test_before_a_run_there_are_figures_too(world: World):
     assert found["fleet_loop_lag_worst_seconds"] == 0.25
     assert found['fleet_workers{verdict="lost"}'] == 0
     assert "fleet_tasks_leased" not in found
+
+
+def test_tokens_are_counted_by_what_became_of_them(running: World):
+    running.train_round(0.5)
+    task = running.claimed()
+    running.heartbeat(task, tokens_done=16)
+    running.release(task)
+
+    found = samples(running)
+
+    assert found["fleet_tokens_trained_total"] == 80
+    assert found["fleet_tokens_applied_total"] == 64
+    assert found['fleet_tokens_wasted_total{cause="released"}'] == 16
+
+
+def test_a_worker_has_a_ratio_of_durations_once_there_are_three(running: World):
+    name = 'fleet_worker_duration_ratio{worker="w1"}'
+    assert name not in samples(running)
+    for _ in range(3):
+        running.set_speed("w1", 64 / 60)
+        running.train_round(0.5)
+
+    assert samples(running)[name] == pytest.approx(1 / 6)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, create_engine, inspect, text
 
 from coordinator.domain.errors import StartError
+from coordinator.store import tallies
 from coordinator.store.engine import Store
-from coordinator.store.schema import migrate, schema_revision
+from coordinator.store.schema import _config, migrate, schema_revision
 from coordinator.store.tables import metadata
 
 
@@ -110,3 +112,40 @@ def test_an_empty_database_has_no_revision(store):
     store.write_now(lambda c: None)
 
     assert store.read_now(schema_revision) is None
+
+
+def test_what_was_accepted_before_tallies_were_kept_is_in_them(tmp_path):
+    # Without foreign keys, so that a few rows are enough.
+    engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    with engine.begin() as connection:
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        for place, (worker_id, state, version) in enumerate(
+            [("w1", "applied", 2), ("w1", "applied", 2), ("w2", "filtered", None)]
+        ):
+            row = {"submission_id": f"s{place}", "task_id": f"t{place}", "run_id": "r"}
+            row |= {"worker_id": worker_id, "state": state, "version": version}
+            _insert(connection, "submissions", row | {"tokens": 64})
+        back = {"task_id": "t0", "worker_id": "w1", "num_tokens": 64}
+        back |= {"outcome": "back", "ended_at": 9.0}
+        _insert(connection, "claims", back)
+
+        migrate(connection)
+
+        found = tallies.tokens_by_worker(connection, "r")
+        claim = connection.execute(text("SELECT * FROM claims")).one()
+    engine.dispose()
+    assert found == {"w1": {"applied": 128}, "w2": {"filtered": 64}}
+    assert (claim.tokens_done, claim.progress_at) == (64, 9.0)
+
+
+def _insert(connection: Connection, table: str, row: dict[str, object]) -> None:
+    """Insert a row; what it does not name and must not be empty is 1."""
+    columns = inspect(connection).get_columns(table)
+    ones = {c["name"]: 1 for c in columns if not c["nullable"]}
+    given = ones | row
+    names = ", ".join(given)
+    values = ", ".join(f":{name}" for name in given)
+    statement = f"INSERT INTO {table} ({names}) VALUES ({values})"
+    connection.execute(text(statement), given)

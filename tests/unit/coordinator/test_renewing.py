@@ -276,6 +276,26 @@ def test_a_measured_speed_sets_the_hard_limit_once(running: World):
     assert limits(running, task)[1] == due
 
 
+def test_a_steady_worker_that_cannot_be_in_time_loses_its_task_early(running: World):
+    running.set_speed("w1", 2.0)
+    running.write(lambda c: workers.change_worker(c, "w1", spread=0.05))
+    task = running.claimed()  # 120 tokens, 60 s; its limit is 240 s
+
+    lost_after = next(
+        6.0 * done
+        for done in range(1, 40)
+        if beaten(running, task, done) is LeaseState.LOST
+    )
+
+    # One and a half times 60 s and a minute; it is noticed at the next heartbeat.
+    assert lost_after == 156.0
+
+
+def beaten(world: World, task, done):
+    world.clock.advance(6.0)
+    return world.heartbeat(task, tokens_done=done).lease
+
+
 def test_an_unmeasured_worker_is_predicted_by_the_fleet(running: World):
     running.register("w2")
     running.set_speed("w2", 3.2)

@@ -56,43 +56,26 @@ def test_a_late_claim_gets_less_but_never_under_its_least_share(age_s, due):
     assert sizing.seconds_left(60.0, round_age_s=age_s) == pytest.approx(due)
 
 
-def test_the_first_task_is_the_measurement_and_later_ones_move_it():
-    first = sizing.measured_speed(None, 1000, 10.0, round_s=10.0)
-    second = sizing.measured_speed(first, 2000, 10.0, round_s=10.0)
-    slow = sizing.measured_speed(None, 1000, 1e6, round_s=10.0)
+@given(speed=st.floats(0.01, 1e9), largest=st.integers(1, 10**6))
+def test_a_task_is_at_most_four_times_the_largest_of_late(speed, largest):
+    size = sizing.task_tokens(
+        speed, seconds=60.0, batch_tokens=64, seq_len=8, largest=largest
+    )
 
-    assert first == 100.0
-    assert second == pytest.approx(130.0)
-    assert slow == pytest.approx(1e-3)
-
-
-@given(
-    before=st.none() | st.floats(0.01, 1e6),
-    tokens=sizes,
-    seconds=st.floats(0.0, 1e5),
-    round_s=st.floats(1.0, 600.0),
-)
-def test_a_task_is_at_most_four_times_the_last_accepted_one(
-    before, tokens, seconds, round_s
-):
-    speed = sizing.measured_speed(before, tokens, seconds, round_s=round_s)
-
-    assert speed * round_s <= max((before or 0.0) * round_s, 4 * tokens) * (1 + 1e-9)
-
-
-def test_a_crumb_that_takes_no_time_makes_nobody_slower():
-    assert sizing.measured_speed(100.0, 8, 0.01, round_s=60.0) == 100.0
+    assert size % 8 == 0
+    assert 8 <= size <= max(8, 4 * largest)
 
 
 def test_a_fast_worker_gets_there_in_a_few_tasks():
-    tokens, speed, sizes_given = 4096, None, []
+    largest, sizes_given = 4096, []
     for _ in range(6):
-        speed = sizing.measured_speed(speed, tokens, tokens / 10_000.0, round_s=60.0)
-        tokens = round(60.0 * speed)
-        sizes_given.append(tokens)
+        largest = sizing.task_tokens(
+            10_000.0, seconds=60.0, batch_tokens=1024, seq_len=128, largest=largest
+        )
+        sizes_given.append(largest)
 
     assert sizes_given[:2] == [4 * 4096, 16 * 4096]
-    assert sizes_given[-1] > 0.75 * 600_000
+    assert sizes_given[-1] == 600_064
 
 
 @given(

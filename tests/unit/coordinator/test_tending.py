@@ -256,7 +256,9 @@ def test_a_stuck_worker_is_kicked_and_told(running: World):
     (claim,) = running.read(lambda c: list(c.execute(select(claims))))
     assert claim.ended_at == running.clock.now()
     told = story(running)[-1]
-    assert told == ("lease.kicked", {"task_id": task.task_id, "worker_id": "w1"})
+    assert told[0] == "lease.kicked"
+    due = {"task_id": task.task_id, "worker_id": "w1", "fate": "kicked", "tokens": 0}
+    assert told[1] == due
 
 
 def test_a_kicked_task_is_pending_at_once_for_others(running: World):

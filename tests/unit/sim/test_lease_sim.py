@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coordinator.domain import leases, sizing, verdicts
+from coordinator.domain import leases, verdicts
+from coordinator.domain.throughput import Throughput
+from tests.sim import happenings, reference
 from tests.sim import leases as sim
-from tests.sim import reference
 from tests.sim.bench_leases import bars, figures
 from tests.sim.boxes import FAST, Work
 from tests.sim.happenings import RATES, Fault
@@ -111,7 +112,8 @@ def test_stuck_and_silent_workers_need_a_limit_to_be_found(monkeypatch):
 
 
 def test_speeds_that_are_never_measured_make_tasks_of_the_wrong_length(monkeypatch):
-    monkeypatch.setattr(sizing, "EWMA_WEIGHT", 0.0)
+    same = Throughput(tokens_per_s=100.0, spread=1.0)
+    monkeypatch.setattr(happenings, "measured", lambda recent: same)
 
     assert figures([seen(hours=6.0)])["predicted_within_2x"] < 0.7
 

@@ -10,6 +10,7 @@ import { ExportsPanel } from "./exports.js";
 import { LossPanel } from "./loss.js";
 import { Command } from "./parts.js";
 import { RoundPanel } from "./round.js";
+import { TokenTally } from "./tally.js";
 import { WorkersPanel } from "./workers.js";
 
 /** Draw all there is to see. */
@@ -44,6 +45,7 @@ function Proof({ view }) {
       <div class="span4"><${RoundPanel} /></div>
       <div class="span3"><${Speed} view=${view} /></div>
       <div class="span9"><${TaskCounts} tasks=${view.tasks} /></div>
+      <div class="span12"><${TokenTally} tally=${view.run.tally} /></div>
     </div>
   `;
 }

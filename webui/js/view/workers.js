@@ -3,6 +3,7 @@
 import { age, count, duration, number, percent, short } from "../format.js";
 import { html, useRef, useState } from "../lib.js";
 import { fleet, now } from "../store.js";
+import { wastedTokens } from "../tally.js";
 import { factWords, needsLook, orderRows, taskProgress } from "../workers.js";
 import { Icon } from "./icons.js";
 import { Rich, WorkBar } from "./parts.js";
@@ -116,13 +117,17 @@ function Cells({ rows }) {
 
 function Row({ worker }) {
   const { verdict } = worker;
+  const wasted = wastedTokens(worker.books.tally);
   return html`
     <tr>
       <td class="verdict ${verdict}">
         <${Icon} name=${verdict} /> ${verdict[0].toUpperCase() + verdict.slice(1)}
       </td>
       <td class="name" title=${worker.worker_id}>${worker.name}</td>
-      <td class="why" title=${factWords(worker, now.value)}>${worker.evidence}</td>
+      <td class="why" title=${factWords(worker, now.value)}>
+        ${worker.evidence}
+        ${worker.books.duration_alarm !== null && ` ${worker.books.duration_alarm}`}
+      </td>
       <td class="cpu" title=${worker.cpu_model}>
         ${worker.isa}<span>${count(worker.threads, "thread")}</span>
       </td>
@@ -136,7 +141,10 @@ function Row({ worker }) {
           ${number(worker.tasks_failed)} failed</span>`
         }
       </td>
-      <td class="num accepted">${short(worker.tokens_accepted)}</td>
+      <td class="num accepted">
+        ${short(worker.tokens_accepted)}
+        ${wasted > 0 && html`<span class="bad">${short(wasted)} wasted</span>`}
+      </td>
       <${Heartbeat} worker=${worker} />
     </tr>
   `;
@@ -144,8 +152,10 @@ function Row({ worker }) {
 
 function Speed({ worker }) {
   const { tokens_per_s: measured, calibrated_tokens_per_s: calibrated } = worker;
+  const { spread } = worker.books;
   return html`
-    <td class="num" data-name="tok/s">
+    <td class="num" data-name="tok/s"
+      title=${spread === null ? "" : `spread ${percent(spread)}`}>
       ${measured === null ? "–" : number(measured)}
       ${calibrated !== null && html`<span>of ${number(calibrated)}</span>`}
     </td>

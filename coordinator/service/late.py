@@ -1,0 +1,144 @@
+"""A result that comes after its lease has ended: still of use, or only a measurement.
+
+Nobody is waiting for it any more, and its task is free again. Where the plan allows it
+and nobody else has claimed the task meanwhile, it is taken all the same: into its own
+round, or with a lower weight into a later one. Its lease id is still the only right.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from sqlalchemy import Connection
+
+from bitnet_ext.wire.messages import SubmissionMeta
+from bitnet_ext.wire.verdicts import TaskState
+from coordinator.domain import leases
+from coordinator.domain.errors import RefusedError
+from coordinator.domain.plan import AcceptLate
+from coordinator.domain.staleness import MAX_STALENESS
+from coordinator.service.bookkeeping import measure
+from coordinator.service.fleet import RUNNING
+from coordinator.service.returning import held_task
+from coordinator.service.roster import plan_of
+from coordinator.service.seeding import budget_left
+from coordinator.store import rounds, tallies, tasks, workers
+from coordinator.store.rows import ClaimRow, RoundRow, RunRow, TaskRow
+
+
+def leased_task(
+    connection: Connection, run: RunRow, meta: SubmissionMeta, now: float
+) -> TaskRow:
+    """Return the task of a submission, as it is or was leased to its sender.
+
+    Raises RefusedError: unknown_task, or lease_lost where the lease has ended and the
+    result may not be taken.
+    """
+    try:
+        return held_task(connection, meta.task_id, meta.lease_id, now)
+    except RefusedError:
+        late = _late_task(connection, run, meta)
+        if late is None:
+            raise
+        return late
+
+
+def _late_task(
+    connection: Connection, run: RunRow, meta: SubmissionMeta
+) -> TaskRow | None:
+    """Return the task of an ended lease as part of the open round; None: too late."""
+    lease_hash = leases.lease_hash(meta.lease_id)
+    claim = rounds.claim_of_lease(connection, lease_hash)
+    task = tasks.find_task(connection, meta.task_id)
+    live = rounds.live_round(connection, run.run_id)
+    if claim is None or task is None or live is None or live.state != "open":
+        return None
+    if run.state != RUNNING:
+        return None
+    if not _is_untouched(connection, task, claim, lease_hash):
+        return None
+    began = rounds.find_round(connection, claim.round_id)
+    if not _may_join(run, live, began) or not _fits_budget(connection, run, task):
+        return None
+    return msgspec.structs.replace(
+        task,
+        lease_hash=lease_hash,
+        lease_worker_id=claim.worker_id,
+        base_version=began.base_version,
+        round_id=live.round_id,
+        claimed_at=claim.claimed_at,
+    )
+
+
+def _is_untouched(
+    connection: Connection, task: TaskRow, claim: ClaimRow, lease_hash: str
+) -> bool:
+    """Return whether nobody has claimed the task since this lease."""
+    if claim.task_id != task.task_id:
+        return False
+    if task.state == TaskState.LEASED:  # run out, and not yet noticed
+        return task.lease_hash == lease_hash
+    newest = rounds.newest_claim_of(connection, task.task_id)
+    return task.state == TaskState.PENDING and newest == claim
+
+
+def _may_join(run: RunRow, live: RoundRow, began: RoundRow) -> bool:
+    """Return whether the plan lets a result of round `began` into the open one."""
+    if began.run_id != run.run_id:
+        return False
+    match plan_of(run).accept_late:
+        case AcceptLate.NEVER:
+            return False
+        case AcceptLate.ROUND:
+            return began.round_id == live.round_id
+        case AcceptLate.STALE:
+            return live.base_version - began.base_version <= MAX_STALENESS
+
+
+def _fits_budget(connection: Connection, run: RunRow, task: TaskRow) -> bool:
+    """Return whether the token budget is not given out to others already."""
+    left = budget_left(run)
+    if left is None or task.state == TaskState.LEASED:
+        return True
+    return task.num_tokens <= left - tasks.leased_tokens(connection, run.run_id)
+
+
+def book_refused(connection: Connection, meta: SubmissionMeta, now: float) -> None:
+    """Count a result that came too late for its worker's speed, and as waste; once."""
+    claim = rounds.claim_of_lease(connection, leases.lease_hash(meta.lease_id))
+    if claim is None or claim.ended_at is None or claim.outcome == "back":
+        return
+    if (claim.task_id, claim.worker_id) != (meta.task_id, meta.worker_id):
+        return
+    run_id = rounds.find_round(connection, claim.round_id).run_id
+    tokens = min(meta.tokens, claim.num_tokens)
+    rounds.change_claim(
+        connection,
+        claim.claim_seq,
+        tokens_done=tokens,
+        progress_at=now,
+        lease_hash=None,
+    )
+    if claim.fate is not None:
+        tallies.add_tokens(
+            connection,
+            run_id=run_id,
+            worker_id=claim.worker_id,
+            fate=claim.fate,
+            tokens=tokens - claim.tokens_done,
+        )
+    measure(connection, run_id, claim.worker_id)
+    workers.add_event(
+        connection,
+        at=now,
+        kind="submission.refused",
+        body={
+            "task_id": meta.task_id,
+            "worker_id": meta.worker_id,
+            "reason": "late",
+            "fate": claim.fate,
+            "tokens": tokens,
+            "compute_s": meta.compute_s,
+            "download_s": meta.download_s,
+            "download_bytes": meta.download_bytes,
+        },
+    )
