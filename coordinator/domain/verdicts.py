@@ -27,8 +27,8 @@ class WorkerFacts:
     num_tokens: int | None
     #: How long heartbeats have come that did not renew the lease.
     no_progress_s: float
-    #: How long it has held the task, without what the coordinator was away, and how long
-    #: that should take; None: unknown.
+    #: How long it has held the task, less what the coordinator was away, and how
+    #: long that should take; None: unknown.
     elapsed_s: float
     predicted_s: float | None
     #: How long ago tokens or bytes of the task rose last, and the CPU seconds that its
