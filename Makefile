@@ -16,7 +16,7 @@ STATE ?= demo-state
 PORT ?= 0
 QUICK ?= 0
 
-.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning bench-leases wheel lock vendor clean format
+.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning bench-leases bench-fleet wheel lock vendor clean format
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -84,6 +84,12 @@ bench-learning: setup ## Simulate a fleet next to one worker: SEEDS="100 101" CO
 
 bench-leases: setup ## Simulate leases, task sizes and verdicts of a fleet: QUICK=1
 	@$(BIN)/python -m tests.sim.bench_leases $(BENCH_OPTIONS)
+
+# Without MINUTES the benchmark takes its own default, not the demo's.
+bench-fleet: setup ## Train with 1 and 2 workers next to plain loops: MINUTES=10 CORPUS=folder QUICK=1
+	@$(BIN)/python -m tests.bench.bench_fleet $(BENCH_OPTIONS) \
+	    $(if $(filter-out file,$(origin MINUTES)),--minutes $(MINUTES)) \
+	    $(if $(CORPUS),--corpus $(CORPUS))
 
 wheel: setup ## Build the wheel into dist/
 	bash ci/wheel.sh

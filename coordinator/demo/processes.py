@@ -43,6 +43,11 @@ class Child:
             )
 
     @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         """Whether it still runs."""
         return self._process.poll() is None
@@ -104,9 +109,14 @@ class StatusClient:
 def start_coordinator(env: Mapping[str, str], logs: Path) -> tuple[Child, int]:
     """Start the coordinator; return it and its port once it listens."""
     child = Child("coordinator", "coordinator", "serve", env, logs)
-    line = child.first_line()
-    if not line.startswith(_READY):
-        raise StartError(f"the coordinator said {line!r} instead of its address")
+    try:
+        line = child.first_line()
+        if not line.startswith(_READY):
+            raise StartError(f"the coordinator said {line!r} instead of its address")
+    except BaseException:  # a Ctrl-C too: nobody else knows of it yet
+        child.ask_to_stop()
+        child.wait()
+        raise
     return child, int(line.rsplit(":", 1)[1].split("/", 1)[0])
 
 
@@ -123,6 +133,21 @@ def start_worker(
         "BITNET_DATA": str(folder),
     }
     return Child(name, "worker", "run", env, folder)
+
+
+def end_properly_when_told() -> None:
+    """Let the signals that end a process end ours the way an error does.
+
+    Its children have sessions of their own: nobody else would stop them.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    # A shell that starts us in the background has this one ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _clean_environment() -> dict[str, str]:

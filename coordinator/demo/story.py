@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from coordinator.demo.killing import Killing
 from coordinator.demo.processes import (
     Child,
     StatusClient,
+    end_properly_when_told,
     pause,
     start_coordinator,
     start_worker,
@@ -115,7 +115,7 @@ def run_demo(options: DemoOptions) -> int:
     print(f"State folder: {folder}")
     manifest = prepare(folder / "corpus", options.corpus)
     report.print_corpus(manifest)
-    _end_properly_when_told()
+    end_properly_when_told()
     started_at = time.time()
     with _running(options, folder) as demo:
         _print_door(demo, folder)
@@ -181,21 +181,6 @@ def _print_door(demo: Demo, folder: Path) -> None:
         _write_secret(path, demo.tell(ResetPassword()).rpartition(" ")[2])
     print(f"Dashboard:    http://127.0.0.1:{demo.port}/admin/dashboard")
     print(f"Password:     {path.read_text()}", flush=True)
-
-
-def _end_properly_when_told() -> None:
-    """Let the signals that end a process end ours the way an error does.
-
-    Its children have sessions of their own: nobody else would stop them.
-    """
-
-    def end(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
-    # A shell that starts us in the background has this one ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _wait_for_workers(demo: Demo, started_at: float) -> None:

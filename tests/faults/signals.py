@@ -41,10 +41,10 @@ def throttled(process: Process, cpus: float) -> Iterator[None]:
     is_over = threading.Event()
 
     def throttle() -> None:
-        began, had_s = time.monotonic(), cpu_s(process)
+        began, had_s = time.monotonic(), cpu_s(process.pid)
         while not is_over.wait(TICK_S):
             may_s = had_s + cpus * (time.monotonic() - began)
-            is_due = cpu_s(process) <= may_s
+            is_due = cpu_s(process.pid) <= may_s
             process.send_signal(signal.SIGCONT if is_due else signal.SIGSTOP)
         process.send_signal(signal.SIGCONT)
 
@@ -57,7 +57,7 @@ def throttled(process: Process, cpus: float) -> Iterator[None]:
         thread.join()
 
 
-def cpu_s(process: Process) -> float:
+def cpu_s(pid: int) -> float:
     """Return the CPU seconds that a process has used."""
-    times = psutil.Process(process.pid).cpu_times()
+    times = psutil.Process(pid).cpu_times()
     return times.user + times.system

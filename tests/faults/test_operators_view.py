@@ -175,13 +175,13 @@ async def tell(
         await log_in(page, process.port, password)
         await page.run(WATCH)
         process.tell(Seed())
-        began, had_s = time.monotonic(), cpu_s(to_throttle)
+        began, had_s = time.monotonic(), cpu_s(to_throttle.pid)
         for name in NAMES:
             await watch.until_shown(name, "Computing")
         mid_task = partial(watch.task_in_hand, THROTTLED, 0.6)
         held = {THROTTLED: await watch.wait_for("a task to throttle", mid_task)}
         num_before = len(await watch.seen())
-        a_tenth = (cpu_s(to_throttle) - had_s) / (time.monotonic() - began) / 10.0
+        a_tenth = (cpu_s(to_throttle.pid) - had_s) / (time.monotonic() - began) / 10.0
         with throttled(to_throttle, a_tenth):
             mid_task = partial(watch.task_in_hand, STOPPED, 1.0)
             held[STOPPED] = await watch.wait_for("a task to stop in", mid_task)

@@ -10,7 +10,7 @@ export function TokenTally({ tally }) {
     .map(({ words, tokens }) => `${words}: ${short(tokens)}`)
     .join("\n");
   return html`
-    <section class="panel counts" aria-label="Trained tokens by what became of them"
+    <section class="panel counts tokens" aria-label="Trained tokens by what became of them"
       title=${causes}>
       ${tallyTiles(tally).map(
         ([name, value, side]) => html`
