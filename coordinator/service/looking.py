@@ -263,7 +263,7 @@ def _workers(
     now: float,
 ) -> list[WorkerView]:
     tallied = tallies.tokens_by_worker(connection, run.run_id)
-    back = {claim.worker_id for claim in claims if claim.ended_at is not None}
+    back = {claim.worker_id for claim in claims if claim.outcome == "back"}
     return [
         _worker(
             worker,

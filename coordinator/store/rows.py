@@ -228,6 +228,7 @@ class WorkerRow(Struct, frozen=True, kw_only=True):
     quarantine_reason: str | None
     judged_from: float
     gone_at: float | None
+    lease_lost_at: float | None
 
 
 class EventRow(Struct, frozen=True, kw_only=True):

@@ -352,6 +352,8 @@ workers: Final = Table(
     Column("judged_from", Float, nullable=False, server_default="0"),
     # When an operator put it away; empty again once it has come back.
     Column("gone_at", Float),
+    # When its lease ended against its will; empty once a heartbeat names it no more.
+    Column("lease_lost_at", Float),
 )
 
 #: What happened, in order: the story behind every number on the page.

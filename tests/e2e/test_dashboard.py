@@ -57,6 +57,7 @@ def worker(name: str, verdict: str) -> WorkerView:
             predicted_s=100.0,
             progress_age_s=1.0,
             cpu_s_since_progress=0.5,
+            lease_lost_s=None,
             back_in_round=False,
             quarantine=None,
             draining=False,

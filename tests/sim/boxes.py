@@ -66,6 +66,11 @@ class Work:
         self._done = [0, *np.cumsum(sizes).astype(int).tolist()]
         self.total_s = float(self._ends[-1]) + link.up_s
 
+    @property
+    def compute_s(self) -> float:
+        """Return how long all steps take, as a worker measures it."""
+        return float(sum(self._step_s))
+
     def tokens(self, work_s: float) -> int:
         """Return the tokens of all steps that have ended."""
         return int(self._done[bisect_right(self._ends, work_s)])

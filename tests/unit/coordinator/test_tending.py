@@ -184,6 +184,8 @@ def test_a_lost_worker_comes_back_with_its_next_heartbeat(running: World):
 
     assert running.claim() is None
     assert running.heartbeat(task).lease is LeaseState.LOST
+    assert word(running) is Verdict.STUCK
+    running.heartbeat()
 
     assert word(running) is Verdict.IDLE
     assert running.claim() is not None
