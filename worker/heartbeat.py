@@ -26,6 +26,18 @@ FIRST_INTERVAL_S: Final = 5.0
 MIN_INTERVAL_S: Final = 0.1
 
 
+#: A task whose rest takes less than this share of `stop_after_s` is finished: nobody
+#: wants the crumb.
+CRUMB_SHARE: Final = 0.25
+
+
+def is_out_of_time(elapsed_s: float, left_s: float, stop_after_s: float | None) -> bool:
+    """Return whether a task is to be handed in as it is; its rest takes `left_s`."""
+    if stop_after_s is None or elapsed_s < stop_after_s:
+        return False
+    return left_s > CRUMB_SHARE * stop_after_s
+
+
 class Lease:
     """The right to one task and how far it is. The work itself writes progress."""
 

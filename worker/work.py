@@ -27,7 +27,7 @@ from bitnet_ext.wire.verdicts import (
 )
 from worker.client import Client, Download, submission_body
 from worker.errors import TaskError
-from worker.heartbeat import Heartbeat, Lease
+from worker.heartbeat import Heartbeat, Lease, is_out_of_time
 from worker.memory import Learned, Memory
 from worker.order import TOKEN_BYTES
 from worker.registration import Run
@@ -44,9 +44,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: A task whose rest takes less than this share of `stop_after_s` is finished: nobody
-#: wants the crumb.
-CRUMB_SHARE: Final = 0.25
 #: Left of the grace period for giving a task back that could not be handed in.
 GIVE_BACK_S: Final = 2.0
 #: How often a result is sent after a heartbeat learnt that the lease is lost: what
@@ -224,7 +221,7 @@ class Work:
 
     def _training_hooks(self, lease: Lease) -> Hooks:
         """Return the hooks of a task that may be handed in after any of its steps."""
-        started_s = self._kit.clock()
+        started_s, task = self._kit.clock(), lease.task
 
         def check() -> None:
             lease.check()
@@ -236,7 +233,7 @@ class Work:
             return (
                 self._kit.heartbeat.draining
                 or not self._kit.shutdown.fits(left_s)
-                or _is_out_of_time(lease, left_s or 0.0)
+                or is_out_of_time(lease.elapsed_s, left_s or 0.0, task.stop_after_s)
             )
 
         return Hooks(
@@ -291,14 +288,6 @@ class Work:
             download_bytes=fetched.download_bytes,
             cpu_s=max(0.0, cpu_s),
         )
-
-
-def _is_out_of_time(lease: Lease, left_s: float) -> bool:
-    """Return whether a task is to be handed in as it is; its rest takes `left_s`."""
-    limit_s = lease.task.stop_after_s
-    if limit_s is None or lease.elapsed_s < limit_s:
-        return False
-    return left_s > CRUMB_SHARE * limit_s
 
 
 def _codec(task: Task) -> Codec:

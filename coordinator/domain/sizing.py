@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 #: Local steps of the first task of a worker that nobody has measured yet.
@@ -11,9 +13,9 @@ PROBE_STEPS: Final = 4
 #: A task claimed late in a round still gets this share of the round time.
 MIN_ROUND_SHARE: Final = 0.3
 #: A task holds at most so many times the tokens of the largest one that its worker
-#: trained lately. A probe is too short to trust its speed, and a clock or a worker may
-#: be wrong.
-MAX_GROWTH: Final = 4
+#: trained lately: a clock or a worker may be wrong. One that was too large after all is
+#: handed in as far as it came.
+MAX_GROWTH: Final = 100
 #: Sequences in a block of a shard, within which their order is shuffled. A worker
 #: fetches whole blocks: half a megabyte, of 128 tokens a sequence.
 BLOCK_SIZE: Final = 1024
@@ -21,6 +23,11 @@ BLOCK_SIZE: Final = 1024
 STOP_FACTOR: Final = 1.25
 #: ... and in good time before its lease ends for good.
 STOP_SHARE: Final = 0.7
+#: Given-back work goes to a worker for which it is between so much and so much of the
+#: size that it should get ...
+FITTING: Final = (0.8, 1.25)
+#: ... for so many rounds, then to whoever claims.
+MAX_WAIT_ROUNDS: Final = 3
 #: Given-back work that exceeds the claimer's size by this factor is divided.
 DIVIDE_FACTOR: Final = 2
 
@@ -101,6 +108,31 @@ def is_part(tokens: int, num_tokens: int, *, batch_tokens: int) -> bool:
     return tokens == num_tokens or (
         0 < tokens < num_tokens and tokens % batch_tokens == 0
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenBack:
+    """Work that came back untrained, or was made with a size that stays."""
+
+    num_tokens: int
+    #: Rounds since it came back; None: it is not to wait for anybody.
+    num_rounds: int | None
+
+
+def chosen(waiting: Sequence[GivenBack], size: int, *, quorum: float) -> int | None:
+    """Return which piece goes to a claimer that should get `size` tokens; None: none.
+
+    The oldest that has waited long enough, or is of about that size, by itself or
+    divided. So hardly a round waits for a task that was cut for a faster worker, and
+    hardly anybody idles for want of work, having had a crumb.
+    """
+    low, high = FITTING
+    for place, piece in enumerate(waiting):
+        head = divided(piece.num_tokens, size, quorum=quorum)
+        is_due = piece.num_rounds is None or piece.num_rounds >= MAX_WAIT_ROUNDS
+        if is_due or low * size <= head <= high * size:
+            return place
+    return None
 
 
 def num_steps(num_tokens: int, *, seq_len: int, batch_size: int) -> int:

@@ -1,7 +1,8 @@
 """A claim: one task for one worker, cut to its measured speed, in one transaction.
 
 - a round takes claims until its first submission arrives, one from each worker
-- work that came back goes first, then what is cut from the ranges of the epoch
+- work that came back goes first where it fits or has waited, then what is cut from the
+  ranges of the epoch
 - an evaluation goes to a worker that has nothing to train, or to anyone once it
   has waited for a whole round
 """
@@ -33,6 +34,8 @@ from coordinator.store.rows import RoundRow, RunRow, TaskRow, WorkerRow
 
 #: Less than this before the end of the run is not worth a task.
 MIN_TASK_S: Final = 1.0
+#: So much of the work that came back is looked through for what suits a claimer.
+MAX_WAITING: Final = 100
 #: Below this the disk counts as full: versions, payloads and logs still have room.
 MIN_FREE_BYTES: Final = 2**30
 
@@ -153,11 +156,33 @@ class _Claim:
         size, most = self._size(run, plan, live, worker), self._allowed(run)
         if size is None or most == 0:
             return None
-        given_back = self._next_pending(run, TaskKind.TRAIN, live.round_id)
-        if given_back is not None:
-            head = sizing.divided(given_back.num_tokens, size, quorum=plan.quorum)
-            return self._divide(given_back, min(head, most))
-        return self._cut(run, size, most)
+        given_back = self._in_corpus(run, lambda: self._given_back(plan, live, size))
+        if given_back is None:
+            fresh = self._cut(run, size, most)
+            if fresh is not None:
+                return fresh
+            # Nobody idles beside work that would suit another better.
+            given_back = self._next_pending(run, TaskKind.TRAIN, live.round_id)
+        if given_back is None:
+            return None
+        head = sizing.divided(given_back.num_tokens, size, quorum=plan.quorum)
+        return self._divide(given_back, min(head, most))
+
+    def _given_back(
+        self, plan: TrainingPlan, live: RoundRow, size: int
+    ) -> TaskRow | None:
+        """Return the pending task that suits a claimer of `size` tokens."""
+        waiting = tasks.all_pending(
+            self._connection,
+            run_id=live.run_id,
+            kind=TaskKind.TRAIN,
+            now=self._now,
+            round_id=live.round_id,
+            limit=MAX_WAITING,
+        )
+        pieces = [_piece(task, live.round_id) for task in waiting]
+        place = sizing.chosen(pieces, size, quorum=plan.quorum)
+        return None if place is None else waiting[place]
 
     def _size(
         self, run: RunRow, plan: TrainingPlan, live: RoundRow, worker: WorkerRow
@@ -353,6 +378,15 @@ class _Claim:
             ),
             text_bytes=shard.text_bytes if scores else 0,
         )
+
+
+def _piece(task: TaskRow, round_id: int) -> sizing.GivenBack:
+    """Return a pending task as a claimer sees it; one of a fixed size never waits."""
+    came_back = None if task.fixed_size else task.returned_round_id
+    return sizing.GivenBack(
+        num_tokens=task.num_tokens,
+        num_rounds=None if came_back is None else round_id - came_back,
+    )
 
 
 def _shard(fleet: Fleet, task: TaskRow) -> Shard:

@@ -79,6 +79,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     reason: str | None
     attempt: int
     num_leases: int
+    returned_round_id: int | None
     created_at: float
     done_at: float | None
     lease_hash: str | None

@@ -51,11 +51,27 @@ def next_pending(
     now: float,
     round_id: int | None = None,
 ) -> TaskRow | None:
-    """Return the pending task to claim next, or None.
+    """Return the pending task to claim next, or None."""
+    found = all_pending(
+        connection, run_id=run_id, kind=kind, now=now, round_id=round_id, limit=1
+    )
+    return found[0] if found else None
+
+
+def all_pending(
+    connection: Connection,
+    *,
+    run_id: str,
+    kind: TaskKind,
+    now: float,
+    round_id: int | None,
+    limit: int,
+) -> list[TaskRow]:
+    """Return the pending tasks to claim, the one to claim next first.
 
     Work that came back in round `round_id` waits for the next one.
     """
-    row = connection.execute(
+    rows = connection.execute(
         select(tasks)
         .where(
             tasks.c.state == TaskState.PENDING,
@@ -68,9 +84,9 @@ def next_pending(
             ),
         )
         .order_by(tasks.c.epoch, tasks.c.created_at, tasks.c.task_id)
-        .limit(1)
-    ).first()
-    return None if row is None else typed(TaskRow, row)
+        .limit(limit)
+    )
+    return [typed(TaskRow, row) for row in rows]
 
 
 def lease_task(connection: Connection, task_id: str, **lease: Any) -> None:

@@ -68,6 +68,7 @@ def figures(runs: Sequence[Seen]) -> Figures:
         "reissue_s_max": _most([s for seen in runs for s in seen.free_again_s]),
         "reissue_after_pause_s_max": _most([s for seen in runs for s in seen.graced_s]),
         "leased_again_s_max": _most([s for seen in runs for s in seen.leased_again_s]),
+        "tasks_handed_in_early": sum(seen.parts for seen in runs),
         "tasks_given_up": sum(seen.given_up for seen in runs),
     }
 

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from coordinator.domain.leases import Reported
+from worker.heartbeat import is_out_of_time
 
 STEP_TOKENS: Final = 1024
 SEQ_LEN: Final = 128
@@ -52,6 +53,7 @@ class Work:
         tokens_per_s: float,
         link: Link,
         slowed: bool,
+        stop_after_s: float,
     ) -> None:
         num_full, rest = divmod(num_tokens, STEP_TOKENS)
         sizes = np.array([STEP_TOKENS] * num_full + [rest] * (rest > 0), dtype=float)
@@ -64,12 +66,29 @@ class Work:
         self._step_s = seconds.tolist()
         self._ends = (link.down_s + np.cumsum(seconds)).tolist()
         self._done = [0, *np.cumsum(sizes).astype(int).tolist()]
+        self._end_early(stop_after_s)
         self.total_s = float(self._ends[-1]) + link.up_s
 
     @property
     def compute_s(self) -> float:
         """Return how long all steps take, as a worker measures it."""
         return float(sum(self._step_s))
+
+    def _end_early(self, stop_after_s: float) -> None:
+        """Leave out the steps that the worker will not make, by the worker's rule."""
+        first = bisect_right(self._ends, stop_after_s)
+        for step in range(first, len(self._ends) - 1):
+            end, done = self._ends[step], self._done[step + 1]
+            left_s = (end - self._link.down_s) * (self._done[-1] / done - 1.0)
+            if is_out_of_time(end, left_s, stop_after_s):
+                del self._ends[step + 1 :], self._step_s[step + 1 :]
+                del self._done[step + 2 :]
+                return
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are handed in."""
+        return int(self._done[-1])
 
     def tokens(self, work_s: float) -> int:
         """Return the tokens of all steps that have ended."""

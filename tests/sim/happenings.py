@@ -67,6 +67,8 @@ class Held:
     #: What befell the worker while it held this.
     fault: Fault | None = None
     fault_at: float = 0.0
+    #: A pause or gap under a TTL befell it since its last heartbeat.
+    gap: bool = False
     #: 1 for new work, more for what came back.
     attempt: int = 1
     #: The coordinator paused after the fault.
@@ -153,4 +155,6 @@ class Seen:
     graced_s: list[float] = field(default_factory=list)
     leased_again_s: list[float] = field(default_factory=list)
     given_up: int = 0
+    #: Tasks that were handed in before their end.
+    parts: int = 0
     faults: dict[str, int] = field(default_factory=dict)

@@ -115,9 +115,10 @@ class Fleet:
         if self._closed_to_claims or box.joined == self._round:
             return
         started = now if self._first_claim_at is None else self._first_claim_at
+        seconds = sizing.seconds_left(ROUND_S, round_age_s=now - started)
         size = sizing.task_tokens(
             box.tokens_per_s,
-            seconds=sizing.seconds_left(ROUND_S, round_age_s=now - started),
+            seconds=seconds,
             batch_tokens=STEP_TOKENS,
             seq_len=SEQ_LEN,
             largest=max((one.tokens for one in box.recent), default=None),
@@ -125,37 +126,44 @@ class Fleet:
         num_tokens, attempt = self._take(size)
         self._first_claim_at = started
         box.joined = self._round
-        self._lease(box, num_tokens, attempt, now)
+        self._lease(box, num_tokens, attempt, now, seconds)
 
     def _take(self, size: int) -> tuple[int, int]:
-        """Return tokens of a task and its attempt: given-back work goes first."""
-        if not self._back or self._back[0].round_number == self._round:
+        """Return tokens of a task and its attempt: given-back work that fits first."""
+        waiting = [b for b in self._back if b.round_number != self._round]
+        pieces = [
+            sizing.GivenBack(
+                num_tokens=b.num_tokens,
+                num_rounds=None if b.round_number < 0 else self._round - b.round_number,
+            )
+            for b in waiting
+        ]
+        place = sizing.chosen(pieces, size, quorum=1.0)
+        if place is None:
             return size, 1
-        back = self._back.popleft()
+        back = waiting[place]
+        self._back.remove(back)
         if back.killed_at is not None:
             self.seen.leased_again_s.append(self.t - back.killed_at)
         # The tail becomes a range again; ranges never run out here.
         return sizing.divided(back.num_tokens, size), back.attempt + 1
 
-    def _lease(self, box: Box, num_tokens: int, attempt: int, now: float) -> None:
+    def _lease(
+        self, box: Box, num_tokens: int, attempt: int, now: float, meant_s: float
+    ) -> None:
         known = [b.tokens_per_s for b in self._boxes if b.tokens_per_s]
         predicted = sizing.predicted_s(
             num_tokens,
             box.tokens_per_s,
             fleet=sum(known) / len(known) if known else None,
         )
-        ttl_s = leases.ttl_s(HEARTBEAT_S)
+        ttl_s, own = leases.ttl_s(HEARTBEAT_S), predicted if box.tokens_per_s else None
         lease = Lease(
             num_tokens=num_tokens,
             claimed_at=now,
             progress_at=now,
             expires_at=now + ttl_s,
-            hard_at=leases.first_hard_at(
-                now,
-                predicted if box.tokens_per_s else None,
-                round_s=ROUND_S,
-                fixed_size=False,
-            ),
+            hard_at=leases.first_hard_at(now, own, round_s=ROUND_S, fixed_size=False),
             reported=Reported(tokens_done=0, bytes_done=0, cpu_s=0.0, step_s=0.0),
         )
         work = Work(
@@ -164,6 +172,12 @@ class Fleet:
             tokens_per_s=box.speed,
             link=box.link,
             slowed=bool(self._rng.random() < SLOWED),
+            stop_after_s=sizing.stop_after_s(
+                meant_s=meant_s,
+                predicted_s=own,
+                limit_s=lease.hard_at - now,
+                fixed_size=False,
+            ),
         )
         held = Held(
             box=box,
@@ -219,6 +233,8 @@ class Fleet:
             self._ask(box, box.life)
 
     def _count_lost(self, held: Held) -> None:
+        if held.fault is None and self._was_out_of_touch(held):
+            held.fault = Fault.PARTITION
         cause = "alive" if held.fault is None else str(held.fault)
         if held.fault is Fault.PARTITION:
             self.seen.partitions_lost += 1
@@ -231,6 +247,11 @@ class Fleet:
                 f"{lease.reported.tokens_done} of {lease.num_tokens} tokens"
             )
         self._waste(held, cause)
+
+    def _was_out_of_touch(self, held: Held) -> bool:
+        """Return whether a pause or gap and a slow network outlasted a TTL."""
+        silent_s = self._clock.now() - held.box.heartbeat_at
+        return held.gap and silent_s >= leases.ttl_s(HEARTBEAT_S)
 
     def _waste(self, held: Held, cause: str) -> None:
         until = held.fault_at if held.fault in (Fault.KILL, *FROZEN) else self.t
@@ -282,17 +303,21 @@ class Fleet:
                 self._expire(held)
             self._ask(box, box.life)
             return
-        lease = held.lease
+        lease, num_tokens = held.lease, held.work.num_tokens
         actual_s = self.t - held.started
         self.seen.task_s.append(actual_s)
-        self.seen.trained += lease.num_tokens
+        self.seen.trained += num_tokens
+        # What is left of the task becomes a range; ranges never run out here.
+        self.seen.parts += num_tokens < lease.num_tokens
         if box.num_done >= SETTLED:
             self.seen.settled_task_s.append(actual_s)
         if box.num_done >= 3 and held.predicted_s:
-            self.seen.ratios.append(actual_s / held.predicted_s)
+            self.seen.ratios.append(
+                actual_s * lease.num_tokens / num_tokens / held.predicted_s
+            )
         box.num_done += 1
-        box.token_s.appendleft(held.work.compute_s / lease.num_tokens)
-        self._learn(held, lease.num_tokens, now)
+        box.token_s.appendleft(held.work.compute_s / num_tokens)
+        self._learn(held, num_tokens, now)
         self._closed_to_claims = True
         self._end(held)
 
@@ -365,7 +390,7 @@ class Fleet:
         self.seen.heartbeats += 1
         box.beats += 1
         now = self._clock.now()
-        gap_s, box.heartbeat_at = now - box.heartbeat_at, now
+        gap_s, box.heartbeat_at, held.gap = now - box.heartbeat_at, now, False
         if held.over or self._ends_at(held) <= now:
             self._lose(held)
             return
@@ -455,6 +480,8 @@ class Fleet:
         busy = held is not None and not held.over and not held.dropped
         if busy and held is not None and kind not in (Fault.NAP, Fault.GAP):
             held.fault, held.fault_at = kind, self.t
+        elif busy and held is not None:
+            held.gap = True
         if kind in FROZEN:
             self._freeze(box, held if busy else None)
             return

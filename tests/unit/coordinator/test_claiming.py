@@ -33,9 +33,8 @@ def range_tokens(world):
     return world.read(lambda c: runs.range_tokens(c, "r-1"))
 
 
-def test_an_absurdly_fast_probe_makes_the_next_task_four_times_as_large(
-    running: World,
-):
+def test_an_absurdly_fast_probe_makes_no_absurd_task(running: World, monkeypatch):
+    monkeypatch.setattr(sizing, "MAX_GROWTH", 4)  # the corpus is so small
     probe = running.claimed()
     running.submit(probe)  # at once: by the clock 64,000 tokens/s
     assert running.close_round()
@@ -306,6 +305,47 @@ def test_given_back_work_over_twice_the_size_is_divided(running: World, speed, d
     assert stretch(head) == ("train-00000", 0, due)
     assert head.num_steps == due // 16 + (due % 16 > 0)
     assert range_tokens(running) == before + size(whole) - due
+
+
+def given_back(running: World) -> str:
+    """Let w1 give back 120 tokens in a round that goes on; return the task."""
+    running.register("w2")
+    running.set_speed("w1", 2.0)
+    running.set_speed("w2", 4.0)
+    task = running.claimed("w1")
+    other = running.claimed("w2")
+    running.release(task, "w1")
+    running.submit(other, "w2")
+    assert running.close_round()
+    running.set_speed("w2", 4.0)
+    return task.task_id
+
+
+def test_given_back_work_waits_for_whom_it_fits(running: World):
+    task_id = given_back(running)
+
+    assert running.claimed("w2").task_id != task_id  # 240 tokens would suit it
+    assert running.claimed("w1").task_id == task_id
+
+
+def test_given_back_work_waits_for_two_rounds_at_most(running: World):
+    task_id, claimed = given_back(running), []
+
+    for _ in range(3):
+        running.set_speed("w2", 4.0)
+        task = running.claimed("w2")
+        claimed.append(task.task_id == task_id)
+        running.submit(task, "w2")
+        running.close_round()
+
+    assert claimed == [False, False, True]
+
+
+def test_nobody_idles_beside_work_that_would_suit_another(running: World):
+    task_id = given_back(running)
+    running.write(lambda c: runs.drop_ranges(c, "r-1"))
+
+    assert running.claimed("w2").task_id == task_id
 
 
 def test_a_task_of_a_fixed_size_is_never_divided(world: World):

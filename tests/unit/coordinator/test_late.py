@@ -61,7 +61,7 @@ def test_what_was_late_is_refused_and_its_stretch_goes_first(world: World):
         world.submit(late, "w2")
     world.close_round()
 
-    again = world.claimed("w1")
+    again = world.claimed("w2")
     assert (again.task_id, again.byte_offset) == (late.task_id, late.byte_offset)
     assert again.base_version == 2
 

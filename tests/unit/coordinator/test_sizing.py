@@ -57,25 +57,45 @@ def test_a_late_claim_gets_less_but_never_under_its_least_share(age_s, due):
 
 
 @given(speed=st.floats(0.01, 1e9), largest=st.integers(1, 10**6))
-def test_a_task_is_at_most_four_times_the_largest_of_late(speed, largest):
+def test_no_task_is_beyond_the_limit_of_growth(speed, largest):
     size = sizing.task_tokens(
         speed, seconds=60.0, batch_tokens=64, seq_len=8, largest=largest
     )
 
     assert size % 8 == 0
-    assert 8 <= size <= max(8, 4 * largest)
+    assert 8 <= size <= max(8, sizing.MAX_GROWTH * largest)
 
 
-def test_a_fast_worker_gets_there_in_a_few_tasks():
-    largest, sizes_given = 4096, []
-    for _ in range(6):
-        largest = sizing.task_tokens(
-            10_000.0, seconds=60.0, batch_tokens=1024, seq_len=128, largest=largest
-        )
-        sizes_given.append(largest)
+def piece(num_tokens: int, num_rounds: int | None = 1) -> sizing.GivenBack:
+    return sizing.GivenBack(num_tokens=num_tokens, num_rounds=num_rounds)
 
-    assert sizes_given[:2] == [4 * 4096, 16 * 4096]
-    assert sizes_given[-1] == 600_064
+
+@pytest.mark.parametrize(
+    ("waiting", "due"),
+    [
+        ([], None),
+        ([piece(100)], 0),
+        ([piece(79)], None),
+        ([piece(80)], 0),
+        ([piece(125)], 0),
+        # Neither its size nor worth dividing.
+        ([piece(126)], None),
+        ([piece(201)], 0),
+        # For whom it fits, the oldest that does.
+        ([piece(20), piece(110), piece(100)], 1),
+        # It has waited for long enough, whoever comes.
+        ([piece(20), piece(100, 1), piece(20, 3)], 1),
+        ([piece(20), piece(20, 3), piece(100)], 1),
+        ([piece(500, None)], 0),
+        ([piece(1, None)], 0),
+    ],
+)
+def test_work_that_came_back_goes_to_whom_it_fits_or_who_comes_later(waiting, due):
+    assert sizing.chosen(waiting, 100, quorum=1.0) == due
+
+
+def test_in_a_round_with_a_quorum_all_that_is_larger_fits_its_head():
+    assert sizing.chosen([piece(126)], 100, quorum=0.5) == 0
 
 
 @given(

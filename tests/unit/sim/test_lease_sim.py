@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coordinator.domain import leases, verdicts
+from coordinator.domain import leases, sizing, verdicts
 from coordinator.domain.throughput import Throughput
 from tests.sim import happenings, reference
 from tests.sim import leases as sim
 from tests.sim.bench_leases import bars, figures
-from tests.sim.boxes import FAST, Work
+from tests.sim.boxes import FAST, STEP_TOKENS, Work
 from tests.sim.happenings import RATES, Fault
 from tests.sim.leases import Fleet
 
@@ -43,6 +43,9 @@ def test_an_hour_for_a_probe_is_too_short_for_one_token_a_second(
     monkeypatch,
 ):
     monkeypatch.setattr(leases, "MAX_UNMEASURED_S", 3600.0)
+    # Or it would hand in what it has.
+    monkeypatch.setattr(sizing, "STOP_FACTOR", 1e9)
+    monkeypatch.setattr(sizing, "STOP_SHARE", 1e9)
 
     assert seen().alive_lost
 
@@ -118,14 +121,29 @@ def test_speeds_that_are_never_measured_make_tasks_of_the_wrong_length(monkeypat
     assert figures([seen(hours=6.0)])["predicted_within_2x"] < 0.7
 
 
+def test_a_worker_of_one_token_a_second_hands_in_the_step_that_it_has():
+    found = seen(rates={})
+
+    assert not found.alive_lost
+    assert found.parts > 0
+    assert max(found.task_s) < 2 * STEP_TOKENS
+
+
+def some_work(**changes):
+    fields = {"num_tokens": 2500, "tokens_per_s": 100.0, "stop_after_s": 1e9}
+    return Work(np.random.default_rng(1), link=FAST, slowed=False, **(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("stop_after_s", "tokens"), [(1e9, 2500), (8.0, 1024), (14.0, 2048), (20.0, 2500)]
+)
+def test_a_worker_stops_at_the_first_step_after_its_time(stop_after_s, tokens):
+    # Steps of about 10 s, after a download of 2 s; the last one of 5 s is a crumb.
+    assert some_work(stop_after_s=stop_after_s).num_tokens == tokens
+
+
 def test_work_time_stands_still_with_the_process():
-    work = Work(
-        np.random.default_rng(1),
-        num_tokens=2500,
-        tokens_per_s=100.0,
-        link=FAST,
-        slowed=False,
-    )
+    work = some_work()
 
     assert work.tokens(0.0) == 0
     assert work.tokens(work.total_s - FAST.up_s) == 2500
