@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
+from statistics import median
 from typing import Final
 
 HEARTBEATS_PER_TTL: Final = 6
@@ -32,6 +35,8 @@ MAX_UNMEASURED_S: Final = 7200.0
 CPU_GRACE_STEPS: Final = 5.0
 #: ... at least so long before the first step of a task, which needs some preparing ...
 CPU_GRACE_FIRST_S: Final = 60.0
+#: ... by the middle one of so many tasks ...
+NUM_RECENT_TASKS: Final = 5
 #: ... and before any step was measured.
 CPU_GRACE_UNMEASURED_S: Final = 3600.0
 
@@ -143,6 +148,17 @@ def renewed(
             step_s=after.step_s,
         ),
     )
+
+
+def measured_step_s(recent: Iterable[float], *, step_tokens: int) -> float | None:
+    """Return how long a local step of a worker takes; None before any is known.
+
+    `recent` is what a token took in each of its tasks, in seconds, newest first; what
+    was downloaded and sent is no part of it. The middle one counts: a busy neighbour
+    now and then does not.
+    """
+    newest = list(islice(recent, NUM_RECENT_TASKS))
+    return step_tokens * median(newest) if newest else None
 
 
 def resumed(lease: Lease, *, ttl_s: float, now: float, away_s: float) -> Lease:

@@ -19,6 +19,7 @@ STUCK_SHARE: Final = 0.5
 class WorkerFacts:
     """All that a verdict is drawn from."""
 
+    #: How long it has been silent, as far as there was a coordinator to hear it.
     heartbeat_age_s: float
     #: How often heartbeats are due.
     heartbeat_s: float
@@ -27,13 +28,16 @@ class WorkerFacts:
     num_tokens: int | None
     #: How long heartbeats have come that did not renew the lease.
     no_progress_s: float
-    #: How long it has held the task, and how long that should take; None: unknown.
+    #: How long it has held the task, less what the coordinator was away, and how
+    #: long that should take; None: unknown.
     elapsed_s: float
     predicted_s: float | None
     #: How long ago tokens or bytes of the task rose last, and the CPU seconds that its
     #: process has used since, by its heartbeats; None: no task, or not known.
     progress_age_s: float | None
     cpu_s_since_progress: float | None
+    #: How long ago the lease ended that its heartbeats still name; None: they do not.
+    lease_lost_s: float | None
     #: It has a finished claim in the round that is still open.
     back_in_round: bool
     #: Why it gets no work; None where it does.
@@ -84,6 +88,11 @@ def _of_the_fleet(facts: WorkerFacts) -> tuple[Verdict, str]:
         return Verdict.QUARANTINED, f"Gets no work: {facts.quarantine}."
     if facts.tokens_done is not None and facts.num_tokens:
         return _at_work(facts, facts.tokens_done, facts.num_tokens)
+    if facts.lease_lost_s is not None:
+        return Verdict.STUCK, (
+            f"Lost its lease {facts.lease_lost_s:.0f} s ago, and has not let go of the "
+            "task."
+        )
     if facts.draining:
         return Verdict.DRAINING, "Holds no task, and gets none."
     if facts.back_in_round:

@@ -132,6 +132,8 @@ def _shortened(connection: Connection, task: TaskRow, tokens: int) -> TaskRow:
         shard_id=task.shard_id,
         start_token=task.start_token + tokens,
         num_tokens=task.num_tokens - tokens,
+        # What was not trained can't have been at fault in this attempt.
+        attempt=max(0, task.attempt - 1),
     )
     return msgspec.structs.replace(task, num_tokens=tokens)
 

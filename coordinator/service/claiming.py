@@ -231,6 +231,7 @@ class _Claim:
             shard_id=task.shard_id,
             start_token=task.start_token + head,
             num_tokens=task.num_tokens - head,
+            attempt=task.attempt,
         )
         return msgspec.structs.replace(task, num_tokens=head)
 
@@ -253,6 +254,7 @@ class _Claim:
             shard_id=piece.shard_id,
             start_token=piece.start_token,
             num_tokens=taken,
+            attempt=piece.attempt,
             fixed_size=False,
             created_at=self._now,
         )

@@ -166,7 +166,7 @@ class RoundCloser:
         )
         now = self._fleet.clock.now()
         await self._fleet.store.write(
-            lambda connection: _filter(connection, closing, now)
+            lambda connection: _filter(connection, self._fleet, closing, now)
         )
 
 
@@ -236,7 +236,7 @@ def _commit(
         state_sha256=blobs.state.sha256,
         state_bytes=blobs.state.num_bytes,
     )
-    record(connection, judged, now)
+    record(connection, judged, now=now, rng=fleet.rng)
     rounds.apply_submissions(connection, live.round_id, closing.version)
     book_merge(connection, closing.submissions, Fate.APPLIED)
     _open_next(connection, fleet, run, live, closing.version, now)
@@ -270,12 +270,14 @@ def _open_next(
     add_epoch_if_done(connection, run, manifest, now)
 
 
-def _filter(connection: Connection, closing: Closing, now: float) -> None:
+def _filter(connection: Connection, fleet: Fleet, closing: Closing, now: float) -> None:
     """Leave every submission of the round out; the round starts over."""
-    live = closing.live
-    rounds.filter_submissions(connection, live.round_id, "not finite after the step")
+    live, reason = closing.live, "not finite after the step"
+    rounds.filter_submissions(connection, live.round_id, reason)
     book_merge(connection, closing.submissions, Fate.FILTERED)
-    give_tokens_back(connection, closing.submissions)
+    give_tokens_back(
+        connection, closing.submissions, reason=reason, now=now, rng=fleet.rng
+    )
     rounds.void_claims(connection, live.round_id)
     tasks.forgive_returns(connection, live.round_id)
     rounds.change_round(
@@ -291,3 +293,7 @@ def _filter(connection: Connection, closing: Closing, now: float) -> None:
         kind="round.filtered",
         body={"round_id": live.round_id, "reason": "not finite"},
     )
+    run = runs.newest_run(connection)
+    if run is not None:
+        # Where the last stretches were given up, nothing else begins the next epoch.
+        add_epoch_if_done(connection, run, fleet.the_manifest(), now)

@@ -42,7 +42,7 @@ class Feed:
 
     async def telemetry(self) -> Telemetry:
         """Return all that an expert may want to see."""
-        now = self._fleet.clock.now()
+        now = await awake(self._fleet)
         lag_ms = 1000.0 * self._lag.worst_s()
         return await self._fleet.store.read(
             lambda connection: collect(

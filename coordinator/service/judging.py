@@ -18,12 +18,15 @@ from bitnet_ext.codecs import Bytes, Codec, Vector, decode
 from bitnet_ext.frames import decode_frame
 from bitnet_ext.fused import norm_of
 from bitnet_ext.layout import num_params, shape_from_json
-from coordinator.domain import guards
+from bitnet_ext.wire.verdicts import TaskKind
+from coordinator.domain import guards, leases
 from coordinator.domain.accounting import Fate
 from coordinator.domain.guards import Candidate, Ruling
+from coordinator.domain.seams import Rng
 from coordinator.service.bookkeeping import book_merge
+from coordinator.service.seeding import task_id
 from coordinator.service.stepping import Closing, num_cores
-from coordinator.store import rounds, runs, workers
+from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.blobs import BlobKind, Blobs
 from coordinator.store.rows import SubmissionRow
 
@@ -91,7 +94,7 @@ def _candidate(
     return Candidate(tokens=row.tokens, norm=norm, size=size)
 
 
-def record(connection: Connection, judged: Judged, now: float) -> None:
+def record(connection: Connection, judged: Judged, *, now: float, rng: Rng) -> None:
     """Store the rulings; what is left out goes back, and who sent it is looked at."""
     for row, candidate, ruling in zip(
         judged.submissions, judged.candidates, judged.rulings, strict=True
@@ -105,21 +108,69 @@ def record(connection: Connection, judged: Judged, now: float) -> None:
             cosine=ruling.cosine,
         )
         if ruling.reason is not None:
-            _leave_out(connection, row, candidate, ruling, now)
+            _leave_out(connection, row, candidate, ruling, now, rng)
 
 
-def give_tokens_back(connection: Connection, rows: Iterable[SubmissionRow]) -> None:
-    """Make the stretches of submissions that are left out ranges again."""
+def give_tokens_back(
+    connection: Connection,
+    rows: Iterable[SubmissionRow],
+    *,
+    reason: str,
+    now: float,
+    rng: Rng,
+) -> None:
+    """Make the stretches of submissions that are left out ranges again.
+
+    The attempt is used up, whoever is to blame: after the last one the stretch is given
+    up, as a failed task, or it would be trained for nothing for ever.
+    """
     for row in rows:
-        runs.add_range(
-            connection,
-            run_id=row.run_id,
-            epoch=row.epoch,
-            shard_id=row.shard_id,
-            start_token=row.start_token,
-            num_tokens=row.tokens,
-        )
         runs.add_accepted_tokens(connection, row.run_id, -row.tokens)
+        task = tasks.find_task(connection, row.task_id)
+        attempt = 0 if task is None else task.attempt
+        if attempt < leases.MAX_ATTEMPTS:
+            runs.add_range(
+                connection,
+                run_id=row.run_id,
+                epoch=row.epoch,
+                shard_id=row.shard_id,
+                start_token=row.start_token,
+                num_tokens=row.tokens,
+                attempt=attempt,
+            )
+        else:
+            _give_up(connection, row, attempt, reason, now, rng)
+
+
+def _give_up(
+    connection: Connection,
+    row: SubmissionRow,
+    attempt: int,
+    reason: str,
+    now: float,
+    rng: Rng,
+) -> None:
+    fresh, why = task_id(rng), f"left out each time, last: {reason}"
+    log.error(
+        "a stretch is given up: %s",
+        why,
+        extra={"event": "task.failed", "task_id": fresh, "reason": why},
+    )
+    tasks.add_failed(
+        connection,
+        task_id=fresh,
+        run_id=row.run_id,
+        kind=TaskKind.TRAIN,
+        epoch=row.epoch,
+        shard_id=row.shard_id,
+        start_token=row.start_token,
+        num_tokens=row.tokens,
+        fixed_size=False,
+        attempt=attempt,
+        reason=why,
+        created_at=now,
+        done_at=now,
+    )
 
 
 def _leave_out(
@@ -128,11 +179,12 @@ def _leave_out(
     candidate: Candidate,
     ruling: Ruling,
     now: float,
+    rng: Rng,
 ) -> None:
     reason = ruling.reason or ""
     rounds.filter_one(connection, row.submission_id, reason)
     book_merge(connection, [row], Fate.FILTERED)
-    give_tokens_back(connection, [row])
+    give_tokens_back(connection, [row], reason=reason, now=now, rng=rng)
     log.warning(
         "a submission of %s is left out: %s",
         row.worker_id,

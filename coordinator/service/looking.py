@@ -263,7 +263,7 @@ def _workers(
     now: float,
 ) -> list[WorkerView]:
     tallied = tallies.tokens_by_worker(connection, run.run_id)
-    back = {claim.worker_id for claim in claims if claim.ended_at is not None}
+    back = {claim.worker_id for claim in claims if claim.outcome == "back"}
     return [
         _worker(
             worker,
@@ -292,7 +292,11 @@ def _worker(
     now: float,
 ) -> WorkerView:
     facts = facts_of(
-        worker, task, back_in_round=back_in_round, interval_s=interval_s, now=now
+        worker,
+        task,
+        back_in_round=back_in_round,
+        interval_s=interval_s,
+        now=now,
     )
     word, evidence = verdict(facts)
     return WorkerView(

@@ -13,7 +13,7 @@ from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake, lease_of
 from coordinator.service.returning import is_held
 from coordinator.service.roster import come_back, heartbeat_s, known_worker
-from coordinator.store import tasks, workers
+from coordinator.store import rounds, tasks, workers
 from coordinator.store.rows import TaskRow, WorkerRow
 
 
@@ -34,9 +34,6 @@ def _heartbeat(
     connection: Connection, fleet: Fleet, request: HeartbeatRequest, now: float
 ) -> HeartbeatAnswer:
     worker = known_worker(connection, request.worker_id)
-    workers.change_worker(
-        connection, worker.worker_id, heartbeat_at=now, phase=request.phase
-    )
     if worker.gone_at is not None and not worker.draining:
         # It was only out of reach. Its process never stopped, so it won't register.
         come_back(connection, worker.worker_id, now)
@@ -46,6 +43,13 @@ def _heartbeat(
         expires_at = _renew(connection, request, worker, leases.ttl_s(interval_s), now)
         state = LeaseState.LOST if expires_at is None else LeaseState.HELD
         lease_s = max(0.0, (expires_at or now) - now)
+    workers.change_worker(
+        connection,
+        worker.worker_id,
+        heartbeat_at=now,
+        phase=request.phase,
+        lease_lost_at=worker.lease_lost_at if state is LeaseState.LOST else None,
+    )
     return HeartbeatAnswer(
         lease=state,
         lease_s=lease_s,
@@ -76,7 +80,7 @@ def _renew(
         said,
         ttl_s=ttl_s,
         now=now,
-        usual_step_s=_usual_step_s(task, worker),
+        usual_step_s=_usual_step_s(connection, task, worker),
         head_room=throughput.head_room(worker.spread),
     )
     tasks.renew_lease(
@@ -104,10 +108,28 @@ def _progress_cpu_s(task: TaskRow, lease: Lease) -> float:
     return task.progress_cpu_s
 
 
-def _usual_step_s(task: TaskRow, worker: WorkerRow) -> float | None:
+def _usual_step_s(
+    connection: Connection, task: TaskRow, worker: WorkerRow
+) -> float | None:
+    """Return how long a step of this task should take; None for an unmeasured worker.
+
+    What a worker says that it computed counts up to the time from claim to acceptance.
+    """
     if worker.tokens_per_s is None:
         return None
     terms = msgspec.json.decode(task.lease_terms_json or "", type=Task)
-    return sizing.step_s(
-        worker.tokens_per_s, batch_tokens=terms.batch_size * terms.seq_len
+    step_tokens = min(terms.batch_size * terms.seq_len, task.num_tokens)
+    recent = rounds.recent_seconds(
+        connection,
+        task.run_id,
+        worker.worker_id,
+        newest=leases.NUM_RECENT_TASKS,
+    )
+    token_s = [
+        min(compute_s, total_s) / tokens for tokens, compute_s, total_s in recent
+    ]
+    return leases.measured_step_s(token_s, step_tokens=step_tokens) or sizing.step_s(
+        # Nothing of it was accepted yet: it was measured by heartbeats, when late.
+        worker.tokens_per_s,
+        batch_tokens=step_tokens,
     )

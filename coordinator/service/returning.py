@@ -131,6 +131,7 @@ def end_lease(
     now: float,
 ) -> None:
     """End the lease of a worker that has no say in it; its attempt is lost."""
+    workers.change_worker(connection, task.lease_worker_id or "", lease_lost_at=now)
     _attempt_lost(connection, task, outcome, reason, now, 0.0)
     _after(connection, fleet, task, outcome, now)
 

@@ -163,6 +163,7 @@ def _keep(connection: Connection, request: RegisterRequest, now: float) -> None:
         "own_heartbeat_s": request.heartbeat_s,
         "heartbeat_at": now,
         "phase": WorkerPhase.STARTING,
+        "lease_lost_at": None,
     }
     if request.calibrated_tokens_per_s is not None:
         said["calibrated_tokens_per_s"] = request.calibrated_tokens_per_s

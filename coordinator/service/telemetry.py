@@ -18,7 +18,7 @@ from coordinator.service.looking import look
 from coordinator.service.roster import plan_of
 from coordinator.service.view import FleetView, View
 from coordinator.store import rounds, runs, tasks, workers
-from coordinator.store.rows import ClaimRow, RoundRow, RunRow, WorkerRow
+from coordinator.store.rows import RoundRow, RunRow, WorkerRow
 
 R = TypeVar("R", bound=Struct)
 
@@ -72,6 +72,19 @@ class FailedRecord(View, frozen=True, kw_only=True):
     reason: str | None
 
 
+class ClaimRecord(View, frozen=True, kw_only=True):
+    """Who claimed what in a round, and how it ended; `void`: the round began anew."""
+
+    round_id: int
+    worker_id: str
+    task_id: str
+    num_tokens: int
+    claimed_at: float
+    predicted_s: float | None
+    ended_at: float | None
+    outcome: str | None
+
+
 class SubmissionRecord(View, frozen=True, kw_only=True):
     """A submission: what it took, what it brought, what the guards said."""
 
@@ -90,6 +103,7 @@ class SubmissionRecord(View, frozen=True, kw_only=True):
     compute_s: float
     download_s: float
     download_bytes: int
+    upload_s: float | None
     cpu_s: float
     codec: str
     payload_bytes: int
@@ -126,7 +140,7 @@ class Telemetry(View, frozen=True, kw_only=True):
     leases: list[LeaseRecord]
     failed: list[FailedRecord]
     rounds: list[RoundRow]
-    claims: list[ClaimRow]
+    claims: list[ClaimRecord]
     submissions: list[SubmissionRecord]
     events: list[EventRecord]
 
@@ -175,16 +189,17 @@ def collect(
 
 def _recent(
     connection: Connection, run: RunRow | None
-) -> tuple[list[RoundRow], list[ClaimRow], list[SubmissionRecord]]:
+) -> tuple[list[RoundRow], list[ClaimRecord], list[SubmissionRecord]]:
     """Return the last rounds of a run, their claims and their submissions."""
     if run is None:
         return [], [], []
     recent = rounds.newest_rounds(connection, run.run_id, NUM_ROUNDS)
     first = recent[0].round_id if recent else 0
+    claimed = rounds.claims_since(connection, run.run_id, first)
     sent = rounds.submissions_since(connection, run.run_id, first)
     return (
         recent,
-        rounds.claims_since(connection, run.run_id, first),
+        [_shown(row, ClaimRecord) for row in claimed],
         [_shown(row, SubmissionRecord) for row in sent],
     )
 

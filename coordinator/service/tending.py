@@ -135,7 +135,8 @@ async def kick_stuck(fleet: Fleet, worker_id: str | None) -> list[str]:
                     kicked.append(task.task_id)
             elif worker_id is not None:
                 due = "a worker that holds a task and is stuck or lost"
-                raise _refused(worker_id, due, word, evidence)
+                found = word if held else f"{word} and holds none"
+                raise _refused(worker_id, due, found, evidence)
         return kicked
 
     return await _write(fleet, change)
@@ -189,7 +190,7 @@ def _named(connection: Connection, worker_id: str) -> WorkerRow:
 
 
 def _refused(
-    worker_id: str, due: str, word: Verdict | None = None, evidence: str = ""
+    worker_id: str, due: str, word: str | None = None, evidence: str = ""
 ) -> RefusedError:
     found = "" if word is None else f", which is {word}: {evidence}"
     return RefusedError(

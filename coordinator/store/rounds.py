@@ -272,6 +272,26 @@ def recent_sizes(connection: Connection, run_id: str, *, newest: int) -> list[fl
     return [size for (size,) in rows]
 
 
+def recent_seconds(
+    connection: Connection, run_id: str, worker_id: str, *, newest: int
+) -> list[tuple[int, float, float]]:
+    """Return (tokens, seconds of computing, seconds from claim to acceptance).
+
+    One for each of the newest submissions of a worker in a run, newest first.
+    """
+    rows = connection.execute(
+        select(
+            submissions.c.tokens,
+            submissions.c.compute_s,
+            submissions.c.accepted_at - submissions.c.claimed_at,
+        )
+        .where(submissions.c.worker_id == worker_id, submissions.c.run_id == run_id)
+        .order_by(submissions.c.accepted_at.desc(), submissions.c.submission_id)
+        .limit(newest)
+    )
+    return [(tokens, compute_s, total_s) for tokens, compute_s, total_s in rows]
+
+
 def left_out_of(
     connection: Connection, worker_id: str, *, since: float, newest: int
 ) -> list[bool]:

@@ -46,6 +46,7 @@ class RangeRow(Struct, frozen=True, kw_only=True):
     shard_id: str
     start_token: int
     num_tokens: int
+    attempt: int
 
 
 class RoundRow(Struct, frozen=True, kw_only=True):
@@ -228,6 +229,7 @@ class WorkerRow(Struct, frozen=True, kw_only=True):
     quarantine_reason: str | None
     judged_from: float
     gone_at: float | None
+    lease_lost_at: float | None
 
 
 class EventRow(Struct, frozen=True, kw_only=True):

@@ -43,25 +43,9 @@ def add_accepted_tokens(connection: Connection, run_id: str, tokens: int) -> Non
     )
 
 
-def add_range(
-    connection: Connection,
-    *,
-    run_id: str,
-    epoch: int,
-    shard_id: str,
-    start_token: int,
-    num_tokens: int,
-) -> None:
-    """Insert a stretch to be trained."""
-    connection.execute(
-        insert(ranges).values(
-            run_id=run_id,
-            epoch=epoch,
-            shard_id=shard_id,
-            start_token=start_token,
-            num_tokens=num_tokens,
-        )
-    )
+def add_range(connection: Connection, **columns: Any) -> None:
+    """Insert a stretch to be trained; it has used up no attempt, unless said."""
+    connection.execute(insert(ranges).values(**columns))
 
 
 def next_range(connection: Connection, run_id: str) -> RangeRow | None:

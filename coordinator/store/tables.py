@@ -88,6 +88,8 @@ ranges: Final = Table(
     Column("shard_id", String(64), nullable=False),
     Column("start_token", BigInteger, nullable=False),
     Column("num_tokens", BigInteger, nullable=False),
+    # Attempts that tasks on this stretch have used up: guards left their work out.
+    Column("attempt", Integer, nullable=False, server_default="0"),
     CheckConstraint("num_tokens > 0", name="range_not_empty"),
 )
 Index("ix_ranges_next", ranges.c.run_id, ranges.c.epoch, ranges.c.range_id)
@@ -350,6 +352,8 @@ workers: Final = Table(
     Column("judged_from", Float, nullable=False, server_default="0"),
     # When an operator put it away; empty again once it has come back.
     Column("gone_at", Float),
+    # When its lease ended against its will; empty once a heartbeat names it no more.
+    Column("lease_lost_at", Float),
 )
 
 #: What happened, in order: the story behind every number on the page.

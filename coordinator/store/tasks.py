@@ -32,6 +32,11 @@ def add_task(connection: Connection, **columns: Any) -> None:
     connection.execute(insert(tasks).values(state=TaskState.PENDING, **columns))
 
 
+def add_failed(connection: Connection, **columns: Any) -> None:
+    """Insert a task that is given up before anybody could claim it."""
+    connection.execute(insert(tasks).values(state=TaskState.FAILED, **columns))
+
+
 def find_task(connection: Connection, task_id: str) -> TaskRow | None:
     """Return a task by its id."""
     row = connection.execute(select(tasks).where(tasks.c.task_id == task_id)).first()

@@ -57,6 +57,7 @@ def worker(name: str, verdict: str) -> WorkerView:
             predicted_s=100.0,
             progress_age_s=1.0,
             cpu_s_since_progress=0.5,
+            lease_lost_s=None,
             back_in_round=False,
             quarantine=None,
             draining=False,
@@ -244,6 +245,27 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
 
         await page.until("location.pathname === '/login'")
         assert await page.run("location.search") == "?next=%2Fadmin%2Fdashboard"
+
+    asyncio.run(watch())
+
+
+def test_who_is_stuck_is_news_and_who_is_gone_leaves_the_table(server, tmp_path):
+    async def watch() -> None:
+        async with chromium_page(tmp_path / "profile") as page:
+            await log_in(page, server.port, PASSWORD)
+            await page.until("document.querySelector('.workers tbody tr')")
+            stuck = FleetUpdate(workers=[worker("birch", "stuck")])
+            publish(server, "fleet.updated", stuck)
+            await page.until("document.title === '1 stuck: tiny'")
+            assert "Worker birch is stuck." in await page.run(text("#news"))
+            assert "CPU s" in await page.run("document.querySelector('.why').title")
+
+            gone = FleetUpdate(workers=[worker("birch", "gone")])
+            publish(server, "fleet.updated", gone)
+            rows = "document.querySelectorAll('.workers tbody tr').length"
+            await page.until(f"{rows} === 1")
+            assert "1 gone" in await page.run(text(".tally.gone"))
+            assert page.errors == []
 
     asyncio.run(watch())
 

@@ -69,6 +69,11 @@ class Work:
         self._end_early(stop_after_s)
         self.total_s = float(self._ends[-1]) + link.up_s
 
+    @property
+    def compute_s(self) -> float:
+        """Return how long all steps take, as a worker measures it."""
+        return float(sum(self._step_s))
+
     def _end_early(self, stop_after_s: float) -> None:
         """Leave out the steps that the worker will not make, by the worker's rule."""
         first = bisect_right(self._ends, stop_after_s)

@@ -90,6 +90,8 @@ class Box:
     held: Held | None = None
     joined: int = -1  #: the last round that it has claimed in
     num_done: int = 0
+    #: How long a token took in each of its tasks, the newest first.
+    token_s: deque[float] = field(default_factory=deque)
     #: Raised whenever what was planned for the process no longer holds.
     life: int = 0
     beats: int = 0

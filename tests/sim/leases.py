@@ -316,6 +316,7 @@ class Fleet:
                 actual_s * lease.num_tokens / num_tokens / held.predicted_s
             )
         box.num_done += 1
+        box.token_s.appendleft(held.work.compute_s / num_tokens)
         self._learn(held, num_tokens, now)
         self._closed_to_claims = True
         self._end(held)
@@ -398,7 +399,7 @@ class Fleet:
             self._said(held, sent),
             ttl_s=leases.ttl_s(HEARTBEAT_S),
             now=now,
-            usual_step_s=sizing.step_s(box.tokens_per_s, batch_tokens=STEP_TOKENS),
+            usual_step_s=self._usual_step_s(held),
             head_room=head_room(box.spread),
         )
         if held.fault is None:
@@ -409,6 +410,13 @@ class Fleet:
         held.own_end = max(held.own_end, sent + held.lease.expires_at - now)
         if life == box.life:
             self._beat_later(box, HEARTBEAT_S + self._delay(box))
+
+    @staticmethod
+    def _usual_step_s(held: Held) -> float | None:
+        box, step_tokens = held.box, min(STEP_TOKENS, held.lease.num_tokens)
+        return leases.measured_step_s(
+            box.token_s, step_tokens=step_tokens
+        ) or sizing.step_s(box.tokens_per_s, batch_tokens=step_tokens)
 
     def _said(self, held: Held, at: float) -> Reported:
         box = held.box
@@ -430,6 +438,7 @@ class Fleet:
                 num_tokens=None if held.over else lease.num_tokens,
                 progress_age_s=now - lease.progress_at,
                 cpu_s_since_progress=None,
+                lease_lost_s=0.0 if held.over else None,
                 back_in_round=False,
                 quarantine=None,
                 draining=False,
@@ -439,7 +448,7 @@ class Fleet:
                     ttl_s=leases.ttl_s(HEARTBEAT_S),
                     heartbeat_at=box.heartbeat_at,
                 ),
-                elapsed_s=now - lease.claimed_at,
+                elapsed_s=now - lease.claimed_at - lease.paused_s,
                 predicted_s=held.predicted_s,
             )
         )[0]

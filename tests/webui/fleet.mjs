@@ -55,6 +55,7 @@ export function facts(given = {}) {
     predicted_s: null,
     progress_age_s: null,
     cpu_s_since_progress: null,
+    lease_lost_s: null,
     back_in_round: false,
     quarantine: null,
     draining: false,

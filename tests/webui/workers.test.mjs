@@ -136,10 +136,12 @@ test("lanes say what became of each claim", () => {
     lane("late", { predicted_s: 20 }),
     lane("bare", { predicted_s: null }),
     lane("released", { outcome: "released", ended_at: NOW - 5 }),
+    lane("kicked", { outcome: "kicked", ended_at: NOW - 5 }),
+    lane("stuck"),
     lane("lost"),
   ];
   const names = lanes.map(({ worker_id: id }) => worker(id.slice(2)));
-  names.at(-1).verdict = "lost";
+  for (const still of names.slice(-2)) still.verdict = still.name;
 
   const laid = layOutRound(round(lanes), names, NOW);
 
@@ -151,6 +153,8 @@ test("lanes say what became of each claim", () => {
       ["late", "slow", "0:30 late"],
       ["bare", "ok", "0:50"],
       ["released", "idle", "released"],
+      ["kicked", "lost", "kicked"],
+      ["stuck", "lost", "stuck"],
       ["lost", "lost", "lost"],
     ],
   );
@@ -161,6 +165,8 @@ test("the time left is that of the last forecast", () => {
   const lanes = [lane("birch"), lane("alder", { predicted_s: 95 })];
 
   assert.equal(layOutRound(round(lanes), [], NOW).leftS, 45);
+  const stuck = [worker("birch", { verdict: "stuck" })];
+  assert.equal(layOutRound(round(lanes), stuck, NOW).leftS, null);
 });
 
 test("with very many lanes only those that need a look are listed", () => {

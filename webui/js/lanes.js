@@ -1,6 +1,7 @@
 // The open round as lanes on one time axis. Pure.
 
 import { duration } from "./format.js";
+import { isStandingStill } from "./workers.js";
 
 /** With more lanes than this, only those that need a look are drawn one by one. */
 const MANY = 40;
@@ -12,7 +13,7 @@ const AIR = 1.06;
  * Return {lanes, hidden, spanS, elapsedS, numBack, leftS} for drawing a `RoundView`.
  *
  * Times of lanes are seconds since the first claim. `leftS` is how long the forecasts
- * give the last open lane, or null where one of them has none or its worker is lost.
+ * give the last open lane, or null where one of them has none or its worker stands still.
  */
 export function layOutRound(round, workers, now) {
   const origin = round.first_claim_at ?? round.opened_at;
@@ -25,7 +26,7 @@ export function layOutRound(round, workers, now) {
   const lanes = all.length > MANY ? needLook.slice(0, MANY) : all;
   const ends = all.map(({ endS, dueS }) => Math.max(endS, dueS ?? 0));
   const out = all.filter(({ state }) => state === "out");
-  const isLost = all.some(({ state }) => state === "lost");
+  const isStill = all.some(({ state }) => isStandingStill(state));
   const hasForecast = out.length > 0 && out.every(({ dueS }) => dueS !== null);
   return {
     lanes,
@@ -34,7 +35,7 @@ export function layOutRound(round, workers, now) {
     elapsedS,
     numBack: all.filter(({ state }) => state === "back").length,
     leftS:
-      hasForecast && !isLost
+      hasForecast && !isStill
         ? Math.max(0, ...out.map(({ dueS }) => dueS - elapsedS))
         : null,
   };
@@ -47,30 +48,31 @@ function layOutLane(lane, worker, origin, elapsedS) {
   const endS =
     lane.ended_at === null ? elapsedS : Math.max(startS, lane.ended_at - origin);
   const dueS = lane.predicted_s === null ? null : startS + lane.predicted_s;
-  const isLost = isOut && worker?.verdict === "lost";
+  const isStill = isOut && isStandingStill(worker?.verdict);
   const lateS = dueS === null || !isOut ? 0 : Math.max(0, elapsedS - dueS);
   return {
     id: lane.task_id + lane.worker_id + lane.claimed_at,
     name: worker?.name ?? lane.worker_id,
     title: `${lane.task_id}: ${lane.tokens_done} of ${lane.num_tokens} tokens`,
-    state: isLost ? "lost" : state,
-    tone: laneTone(state, isLost, lateS),
-    note: laneNote(state, isLost, { dueS, lateS, elapsedS, startS, endS }),
+    state: isStill ? worker.verdict : state,
+    tone: laneTone(state, isStill, lateS),
+    note: isStill
+      ? worker.verdict
+      : laneNote(state, { dueS, lateS, elapsedS, startS, endS }),
     startS,
     endS,
-    dueS: isOut && !isLost ? dueS : null,
-    lateS: isLost ? 0 : lateS,
+    dueS: isOut && !isStill ? dueS : null,
+    lateS: isStill ? 0 : lateS,
   };
 }
 
-function laneTone(state, isLost, lateS) {
-  if (isLost || TAKEN.has(state)) return "lost";
+function laneTone(state, isStill, lateS) {
+  if (isStill || TAKEN.has(state)) return "lost";
   if (state === "released") return "idle";
   return lateS >= 1 ? "slow" : "ok";
 }
 
-function laneNote(state, isLost, { dueS, lateS, elapsedS, startS, endS }) {
-  if (isLost) return "lost";
+function laneNote(state, { dueS, lateS, elapsedS, startS, endS }) {
   if (state === "back") return `back, ${duration(endS - startS)}`;
   if (state !== "out") return state;
   if (dueS === null) return duration(elapsedS - startS);

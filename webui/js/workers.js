@@ -15,12 +15,15 @@ const WORST_FIRST = [
   "computing",
 ];
 
-/** What stands still while it holds a task, or may hold one. */
-const STILL = new Set(["lost", "stuck"]);
+/** Return whether a verdict means that nothing gets on. */
+export function isStandingStill(verdict) {
+  return verdict === "lost" || verdict === "stuck";
+}
 
 /** Return whether somebody should look after a worker. */
 export function needsLook(worker, now) {
-  if (STILL.has(worker.verdict) || worker.verdict === "quarantined") return true;
+  if (isStandingStill(worker.verdict)) return true;
+  if (worker.verdict === "quarantined") return true;
   return lateWorkers([worker], now).length > 0;
 }
 
@@ -65,7 +68,7 @@ export function taskProgress(worker, now) {
 /** Return the workers that compute past their forecast, latest first. */
 export function lateWorkers(workers, now) {
   return workers
-    .filter(({ verdict }) => !STILL.has(verdict))
+    .filter(({ verdict }) => !isStandingStill(verdict))
     .map((worker) => ({ worker, lateS: taskProgress(worker, now)?.lateS ?? 0 }))
     .filter(({ lateS }) => lateS >= 1)
     .sort((a, b) => b.lateS - a.lateS);

@@ -16,10 +16,11 @@ from bitnet_ext.layout import layout_hash
 from bitnet_ext.wire.verdicts import TaskKind
 from coordinator.service.closing import RoundCloser
 from coordinator.service.starting import reconcile
+from coordinator.service.tending import requeue_failed
 from coordinator.service.view import VersionPoint
 from coordinator.store import rounds, runs, tasks, versions
 from coordinator.store.blobs import BlobKind, version_blob
-from coordinator.store.tables import events, submissions
+from coordinator.store.tables import events, ranges, submissions
 from tests.fakes import START, MadeToFailError
 from tests.unit.coordinator.fleets import (
     NUM_PARAMS,
@@ -385,6 +386,79 @@ def test_filtered_tokens_are_trained_once_in_the_end(running: World):
     assert running.run_row().tokens_accepted == 1504
     accepted = running.read(lambda c: rounds.epoch_tokens_accepted(c, "r-1", 1))
     assert accepted == 1504
+
+
+def left_out_at(world: World, is_bad) -> int:
+    """Let w1 train the epoch; what is bad is not finite. Return how often it was."""
+    count = 0
+    for _ in range(40):
+        if world.run_row().epoch == 2 or (task := world.claim()) is None:
+            return count
+        world.clock.advance(10.0)
+        bad = is_bad(task)
+        count += bad
+        world.submit(task, value=3e38 if bad else 1e-3)
+        assert world.close_round()
+    raise AssertionError("it goes round for ever")
+
+
+def test_a_stretch_that_is_left_out_each_time_is_given_up(running: World):
+    running.set_speed("w1", 1000.0)
+
+    count = left_out_at(running, lambda task: task.shard_id == "train-00001")
+
+    assert count == 5
+    (given_up,) = running.read(lambda c: tasks.latest_failed(c, "r-1", 9))
+    assert (given_up.shard_id, given_up.start_token) == ("train-00001", 0)
+    assert (given_up.num_tokens, given_up.attempt) == (504, 5)
+    assert given_up.reason == "left out each time, last: not finite after the step"
+    # The epoch went on without it, and the next one has all.
+    assert running.run_row().tokens_accepted == 1000
+    assert running.read(lambda c: runs.range_tokens(c, "r-1")) == 1504
+
+
+def test_a_stretch_that_was_given_up_gets_another_try(running: World):
+    running.set_speed("w1", 1000.0)
+    left_out_at(running, lambda task: task.shard_id == "train-00001")
+
+    assert running.do(requeue_failed(running.fleet, None)) == 1
+
+    running.submit(task := running.claimed())
+    assert (task.shard_id, task.byte_length) == ("train-00001", 4 * 504)
+    assert running.close_round()
+    assert running.run_row().tokens_accepted == 1504
+
+
+def test_pieces_of_a_stretch_that_was_left_out_know_it(running: World):
+    running.set_speed("w1", 1000.0)
+    running.submit(running.claimed(), value=3e38)
+    running.close_round()
+    running.train_round(0.5)  # the other shard, which waited before it
+    running.set_speed("w1", 1.0)
+    piece = running.claimed()
+    running.release(piece)
+    running.set_speed("w1", 0.3)
+
+    head = running.claimed()
+
+    assert (head.shard_id, head.task_id) == ("train-00000", piece.task_id)
+    assert head.byte_length < piece.byte_length
+    assert running.task(head.task_id).attempt == 2
+    left = running.read(lambda c: list(c.execute(select(ranges))))
+    assert [row.attempt for row in left] == [1, 1]
+
+
+def test_an_epoch_of_which_all_is_left_out_stops_and_says_so(running: World):
+    running.set_speed("w1", 1000.0)
+
+    assert left_out_at(running, lambda _task: True) == 10
+
+    assert running.claim() is None
+    assert running.run_row().epoch == 1
+    kinds = [
+        row.kind for row in running.read(lambda c: list(c.execute(select(events))))
+    ]
+    assert kinds[-1] == "epoch.failed"
 
 
 def test_the_next_epoch_is_made_in_the_closing_transaction(two: World):

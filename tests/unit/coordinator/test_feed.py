@@ -73,6 +73,17 @@ def test_that_time_goes_by_is_no_news(running: World, feed: Feed):
     assert difference(before, after) is None
 
 
+def test_who_looks_first_after_a_sleep_finds_nobody_lost(running: World, feed: Feed):
+    running.claimed()
+    running.do(sweep_leases(running.fleet))
+    running.clock.advance(300.0)
+
+    view, dump = looked(running, feed), running.do(feed.telemetry())
+
+    assert [row.verdict for row in view.workers] == ["computing"]
+    assert [row.verdict for row in dump.fleet.workers] == ["computing"]
+
+
 def test_only_what_changed_is_sent_and_the_lag_goes_along(running: World, feed: Feed):
     running.register("w2")
     before = looked(running, feed)

@@ -17,7 +17,7 @@ from coordinator.service.looking import look
 from coordinator.service.starting import reconcile
 from coordinator.service.tending import readmit_worker
 from coordinator.store import rounds, runs, workers
-from coordinator.store.tables import events, submissions
+from coordinator.store.tables import events, ranges, submissions
 from tests.unit.coordinator.fleets import (
     NUM_PARAMS,
     PLAN,
@@ -207,6 +207,16 @@ def test_an_operator_readmits_a_worker_and_its_past_is_forgotten(four: World):
 def test_only_a_quarantined_worker_can_be_readmitted(four: World, worker_id):
     with pytest.raises(RefusedError, match=worker_id):
         four.do(readmit_worker(four.fleet, worker_id))
+
+
+def test_a_stretch_that_was_left_out_has_used_up_an_attempt(four: World):
+    sizes = handed_in(four, {"w2": -HONEST["w2"]})
+    four.close_round()
+
+    found = four.read(lambda c: list(c.execute(select(ranges))))
+
+    (back,) = [row for row in found if row.attempt]
+    assert (back.num_tokens, back.attempt) == (sizes["w2"], 1)
 
 
 def test_filtered_tokens_are_trained_once_by_somebody_in_the_end(four: World):

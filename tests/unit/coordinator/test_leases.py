@@ -220,6 +220,21 @@ def test_what_is_stored_of_a_lease_id_does_not_show_it():
     assert leases.lease_hash(lease) == leases.lease_hash(lease)
 
 
+@pytest.mark.parametrize(
+    ("recent", "due"),
+    [
+        ([], None),
+        ([0.5], 8.0),
+        ([0.5, 9.0], 76.0),
+        ([9.0, 0.5, 0.6], 9.6),
+        ([0.5, 0.5, 0.5, 9.0, 9.0, 9.0, 9.0, 9.0], 8.0),
+    ],
+    ids=["none", "one", "two", "one of three is odd", "only the newest five"],
+)
+def test_the_middle_one_of_recent_tasks_tells_how_long_a_step_is(recent, due):
+    assert leases.measured_step_s(recent, step_tokens=16) == due
+
+
 def beaten(*, tokens, now, num_tokens=1000, head_room=1.5, paused_s=0.0, **fields):
     """Return a lease of 100 s, predicted, after a heartbeat with so many tokens."""
     lease = leases.Lease(

@@ -6,7 +6,9 @@ import msgspec
 import pytest
 
 from bitnet_ext.layout import num_params
+from coordinator.service.grace import CLOCK_FACT, extend_leases
 from coordinator.service.looking import look
+from coordinator.service.sweeping import keep_clock
 from coordinator.service.view import FleetView
 from coordinator.store import runs, workers
 from tests.fakes import START
@@ -120,12 +122,80 @@ def test_a_worker_that_is_back_waits_and_its_lane_is_full(running: World):
     assert (view.tasks.done, view.tasks.leased) == (1, 1)
 
 
+def test_a_worker_that_hangs_on_without_its_lease_is_stuck_until_it_lets_go(
+    running: World,
+):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()
+    for _ in range(12):
+        running.clock.advance(25.0)
+        running.heartbeat(task, cpu_s=running.clock.monotonic())
+        running.sweep()
+
+    row = worker(looked(running), "w1")
+    assert (row.verdict, row.task_id) == ("stuck", None)
+    assert row.evidence.endswith("ago, and has not let go of the task.")
+
+    running.heartbeat(phase="idle")
+    assert worker(looked(running), "w1").verdict == "idle"
+
+
+def test_a_clock_that_jumps_ahead_over_a_restart_makes_nobody_slow(running: World):
+    running.set_speed("w1", 8.0)
+    task = running.claimed()  # 60 s
+    running.do(keep_clock(running.fleet))
+    running.clock.advance(3600.0)
+    extend_leases(running.fleet)
+    running.clock.advance(20.0)
+    running.heartbeat(task, tokens_done=120)
+
+    row = worker(looked(running), "w1")
+
+    assert (row.verdict, row.facts.elapsed_s) == ("computing", 20.0)
+
+
+def test_a_process_that_starts_anew_has_let_go_of_its_task(running: World):
+    running.claimed()
+    running.clock.advance(31.0)
+    running.sweep()
+    running.heartbeat()
+
+    running.claimed()
+    running.clock.advance(31.0)
+    running.sweep()
+    running.register("w1")
+
+    assert worker(looked(running), "w1").verdict == "idle"
+
+
+def test_who_gave_its_task_back_does_not_wait_for_its_round(running: World):
+    running.release(running.claimed())
+
+    assert worker(looked(running), "w1").verdict == "idle"
+
+
 def test_a_silent_worker_is_lost(running: World):
     running.clock.advance(31.0)
 
     row = worker(looked(running), "w1")
 
     assert (row.verdict, row.evidence) == ("lost", "No heartbeat for 31 s, limit 30 s.")
+
+
+def test_silence_while_nobody_could_hear_is_not_the_workers(running: World):
+    task = running.claimed()
+    ran_until = repr(running.clock.now())
+    running.write(lambda c: workers.set_fact(c, CLOCK_FACT, ran_until))
+    running.clock.advance(300.0)  # as long as no coordinator ran
+    extend_leases(running.fleet)
+    running.clock.advance(30.0)
+
+    row = worker(looked(running), "w1")
+
+    assert (row.verdict, row.facts.heartbeat_age_s) == ("computing", 30.0)
+    assert row.task_id == task.task_id
+    running.clock.advance(1.0)
+    assert worker(looked(running), "w1").verdict == "lost"
 
 
 def test_speed_and_end_come_from_closed_rounds(running: World):

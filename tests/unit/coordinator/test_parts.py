@@ -170,7 +170,11 @@ def test_a_part_that_is_left_out_gives_back_what_it_had(running: World):
     running.submit(task, num_steps=3)
 
     taken = submission_of(running, task.task_id)
-    running.write(lambda c: give_tokens_back(c, [taken]))
+    running.write(
+        lambda c: give_tokens_back(
+            c, [taken], reason="zeros", now=running.clock.now(), rng=running.rng
+        )
+    )
 
     assert all_ranges(running)[2:] == [("train-00000", 48, 16), ("train-00000", 0, 48)]
     assert running.run_row().tokens_accepted == 0

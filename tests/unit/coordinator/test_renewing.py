@@ -15,7 +15,7 @@ from coordinator.service.returning import sweep_leases
 from coordinator.service.seeding import add_fixed_tasks
 from coordinator.store import runs, workers
 from tests.fakes import START
-from tests.unit.coordinator.fleets import World
+from tests.unit.coordinator.fleets import World, body, frame
 
 
 def limits(world, task):
@@ -151,6 +151,30 @@ def test_more_tokens_than_the_task_has_are_no_progress(running: World):
 
     assert outlived_s(running, task, tokens_done=lambda n: 64 + n) <= 75.0
     assert running.task(task.task_id).tokens_done in (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("compute_s", "limit_s"), [(80.0, 100.0), (4.0, 60.0), (1e6, 150.0)]
+)
+def test_a_usual_step_is_without_transfers_and_no_longer_than_the_task(
+    running: World, compute_s, limit_s
+):
+    running.register("w1", heartbeat_s=1.0)
+    task = running.claimed()  # 4 steps of 16 tokens, in 120 s
+    for beats in range(1, 6):
+        running.clock.advance(24.0)
+        running.heartbeat(task, bytes_done=beats)
+    meta = running.meta(task, compute_s=compute_s)
+    running.send(body(meta, frame(task, 0.5)))
+    assert running.close_round()
+
+    task = running.claimed()
+    began = running.clock.now()
+    while running.heartbeat(task, cpu_s=running.clock.monotonic()).lease == "held":
+        running.clock.advance(1.0)
+
+    # The last renewal is just before five steps are over, or a minute.
+    assert running.clock.now() - began == limit_s - 1.0 + 30.0
 
 
 def test_once_all_tokens_are_done_the_limit_stays(running: World):

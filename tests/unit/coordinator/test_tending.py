@@ -184,6 +184,8 @@ def test_a_lost_worker_comes_back_with_its_next_heartbeat(running: World):
 
     assert running.claim() is None
     assert running.heartbeat(task).lease is LeaseState.LOST
+    assert word(running) is Verdict.STUCK
+    running.heartbeat()
 
     assert word(running) is Verdict.IDLE
     assert running.claim() is not None
@@ -297,6 +299,15 @@ def test_all_who_stand_still_are_kicked_and_nobody_else(running: World):
     assert kick(running, None) == []
 
 
+def test_who_could_not_be_heard_is_not_kicked(running: World):
+    running.claimed()
+    running.sweep()
+    running.fleet.swept_at = running.clock.monotonic()
+    running.clock.advance(300.0)  # the coordinator slept
+
+    assert kick(running, None) == []
+
+
 @pytest.mark.parametrize("holds", [True, False])
 def test_a_worker_that_gets_on_is_not_kicked(running: World, holds):
     if holds:
@@ -305,7 +316,7 @@ def test_a_worker_that_gets_on_is_not_kicked(running: World, holds):
     error = refused(running, kick_stuck(running.fleet, "w1"))
 
     assert "is stuck or lost, got 'w1', which is" in error.message
-    assert ("computing" if holds else "idle") in error.message
+    assert ("computing: 0 %" if holds else "idle and holds none") in error.message
 
 
 def test_a_task_that_hangs_every_worker_is_given_up(running: World):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from coordinator.store import workers
 from coordinator.terminal import status_text
 from tests.unit.coordinator.fleets import World
@@ -26,7 +28,7 @@ def test_a_fleet_is_shown_worst_first(running: World):
 
     assert shown(running) == [
         "run      r-1 (tiny), running, epoch 1, version 1, 0 tokens",
-        "ETA      unknown. Needs one measured round.",
+        "ETA      unknown. No token budget is set.",
         "round    1 on version 1, open, 0 of 2 back",
         "tasks    0 pending, 2 leased (1 soft-expired, 1 stuck), 0 done, 0 failed; "
         "1264 tokens not cut yet",
@@ -44,13 +46,18 @@ def test_a_fleet_is_shown_worst_first(running: World):
 
 
 def test_the_end_is_a_moment_with_its_window(running: World):
-    running.change_run(token_budget=64 + 640)
-    running.train_round(0.5)
+    view = looked(running)
+    eta = msgspec.structs.replace(
+        view.run.eta, at=1e9, earliest_at=1e9 - 60, latest_at=1e9 + 90.4, reason="So."
+    )
+    run = msgspec.structs.replace(view.run, eta=eta)
 
-    (line,) = [line for line in shown(running) if line.startswith("ETA")]
+    text = status_text(msgspec.structs.replace(view, run=run))
 
-    assert line.startswith("ETA      2027-01-15 08:01:50 UTC, between 2027-01-15 ")
-    assert "0 of 0 back" in "".join(shown(running))
+    assert text.splitlines()[1] == (
+        "ETA      2001-09-09 01:46:40 UTC, between 2001-09-09 01:45:40 UTC and "
+        "2001-09-09 01:48:10 UTC. So."
+    )
 
 
 def test_what_is_missing_comes_first_and_on_one_line(world: World):

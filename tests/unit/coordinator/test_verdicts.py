@@ -26,6 +26,7 @@ def facts(
     cpu_s=None,
     draining=False,
     gone=False,
+    lost_s=None,
 ):
     return WorkerFacts(
         heartbeat_age_s=age_s,
@@ -41,6 +42,7 @@ def facts(
         cpu_s_since_progress=cpu_s,
         draining=draining,
         is_gone=gone,
+        lease_lost_s=lost_s,
     )
 
 
@@ -103,6 +105,11 @@ def facts(
             "Comes back when its process starts again.",
         ),
         (facts(back=True), Verdict.WAITING, "is back"),
+        (facts(lost_s=40.0), Verdict.STUCK, "Lost its lease 40 s ago"),
+        (facts(back=True, lost_s=40.0), Verdict.STUCK, "has not let go of the task"),
+        (facts(draining=True, lost_s=40.0), Verdict.STUCK, "Drain asked."),
+        (facts(age_s=31.0, lost_s=40.0), Verdict.LOST, "for 31 s"),
+        (facts(done=1, due=2, lost_s=40.0), Verdict.COMPUTING, "50 %"),
         (facts(done=1, due=2, back=True), Verdict.COMPUTING, "50 %"),
     ],
 )

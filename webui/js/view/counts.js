@@ -66,7 +66,7 @@ export function TaskCounts({ tasks }) {
     ["pending", "Pending", number(pending), "cut, or given back"],
     ["leased", "Leased", number(leased), "held by a worker"],
     ["slow", "Soft-expired", number(late), "alive, past forecast"],
-    ["stuck", "Stuck", number(stuck), "no progress, or silent"],
+    ["stuck", "Stuck", number(stuck), "standing still"],
     ["done", "Done", number(done), "accepted"],
     ["failed", "Failed", number(failed), "given up"],
     ["rest", "Not cut yet", short(uncut), "tokens of this epoch"],
