@@ -134,6 +134,12 @@ class CoordinatorProcess:
         self.process.kill()
         self._reap()
 
+    def start_again(self) -> None:
+        """Start where the one before has ended, on its port: workers find it there."""
+        self._reap()
+        self._env["BITNET_COORD_PORT"] = str(self.port)
+        self.start()
+
     def _reap(self) -> int:
         assert self.process.stdout is not None
         status = self.process.wait(60.0)
