@@ -89,7 +89,8 @@ def _eta(run: RunView) -> str:
 def _round(live: RoundView) -> str:
     back = sum(lane.outcome == "back" for lane in live.lanes)
     return (
-        f"{live.round_id} on version {live.base_version}, {live.state}, "
+        f"{live.round_id} ({live.round_kind}) on version {live.base_version}, "
+        f"{live.state}, "
         f"{back} of {len(live.lanes)} back"
     )
 

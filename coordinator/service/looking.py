@@ -207,6 +207,7 @@ def _round(
         opened_at=live.opened_at,
         first_claim_at=live.first_claim_at,
         round_s=plan.round_s,
+        round_kind=plan.round_kind,
         codec=plan.codec,
         broadcast=plan.broadcast,
         lanes=[_lane(claim, held.get(claim.worker_id)) for claim in claims],

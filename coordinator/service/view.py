@@ -100,6 +100,8 @@ class RoundView(View, frozen=True, kw_only=True):
     first_claim_at: float | None
     #: Seconds that a task of this run should take.
     round_s: float
+    #: What workers send (`delta`: weight differences, `gradient`: mean gradients).
+    round_kind: str
     #: How submissions are coded, and what workers download of a new version.
     codec: str
     broadcast: str

@@ -138,6 +138,7 @@ def fleet() -> FleetView:
             opened_at=NOW - 50,
             first_claim_at=NOW - 50,
             round_s=100.0,
+            round_kind="delta",
             codec="int8",
             broadcast="exact",
             lanes=[
@@ -205,6 +206,8 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
             await page.until(f"{text('.live')}.includes('Live')")
             await page.until("document.querySelector('.chart canvas')")
             assert await page.run(text(".why")) == "<b>not markup</b>"
+            sent = "Sent up: weight differences, int8; down: whole versions."
+            assert sent in await page.run(text(".round .key"))
 
             await follow_events(page)
             await recover_from_a_lost_backlog(page)

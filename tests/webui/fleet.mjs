@@ -128,6 +128,7 @@ export function round(lanes, given = {}) {
     opened_at: NOW - 60,
     first_claim_at: NOW - 50,
     round_s: 100,
+    round_kind: "delta",
     codec: "int8",
     broadcast: "exact",
     lanes,

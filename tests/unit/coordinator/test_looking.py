@@ -104,6 +104,7 @@ def test_a_worker_in_the_middle_of_its_task(running: World):
     assert (row.claimed_at, row.predicted_s) == (START, 60.0)
     assert (lane(view, "w1").tokens_done, lane(view, "w1").outcome) == (120, None)
     assert view.round.first_claim_at == START
+    assert view.round.round_kind == "delta"
     assert view.tasks.leased == 1
 
 

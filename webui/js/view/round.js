@@ -6,6 +6,9 @@ import { layOutRound } from "../lanes.js";
 import { fleet, now } from "../store.js";
 import { share } from "./parts.js";
 
+/** What workers send, by the kind of the round. */
+const KINDS = { delta: "weight differences", gradient: "mean gradients" };
+
 /** Draw the panel. */
 export function RoundPanel() {
   const { round, workers } = fleet.value.view;
@@ -71,7 +74,7 @@ function Lanes({ round, laid }) {
     <p class="key">
       ${hidden && html`Not listed: ${hidden}. `}Solid: back. Outline: computing. Tick:
       forecast. Hatch: late. Dotted: ${duration(round.round_s)}, what a task should take.
-      Sent up: ${round.codec}; down: ${round.broadcast === "exact" ? "whole versions" : `${round.broadcast} links`}.
+      Sent up: ${KINDS[round.round_kind]}, ${round.codec}; down: ${round.broadcast === "exact" ? "whole versions" : `${round.broadcast} links`}.
     </p>
   `;
 }
