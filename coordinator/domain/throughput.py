@@ -49,6 +49,14 @@ class Throughput:
     spread: float
 
 
+def waited_s(*, elapsed_s: float, paused_s: float, compute_s: float) -> float:
+    """Return how much of a pause of the coordinator a worker waited, in a whole task.
+
+    It computes on while nobody answers it; for how long it did, it says itself.
+    """
+    return max(0.0, min(paused_s, elapsed_s - compute_s))
+
+
 def measured(recent: Sequence[Trained]) -> Throughput | None:
     """Return the throughput of a worker by its recent tasks, newest first.
 
