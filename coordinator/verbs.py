@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 from sqlalchemy import Connection
@@ -94,6 +94,7 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
 class _AtRest:
     """What is known of a fleet that no coordinator runs (`service.fleet.Known`)."""
 
+    is_running: ClassVar[bool] = False
     manifest: Manifest | None
     heartbeat_s: float
     corpus_fault: str | None = None
@@ -108,9 +109,7 @@ def telemetry(settings: CoordinatorSettings) -> Telemetry:
     said = ask(settings.data, DumpTelemetry())
     if said is not None:
         return msgspec.json.decode(said, type=Telemetry)
-    return _at_rest(
-        settings, lambda c, known, now: collect(c, known, now=now, running=False)
-    )
+    return _at_rest(settings, lambda c, known, now: collect(c, known, now=now))
 
 
 def status(settings: CoordinatorSettings) -> tuple[FleetView, float | None]:

@@ -49,7 +49,6 @@ class Feed:
                 connection,
                 self._fleet,
                 now=now,
-                running=True,
                 loop_lag_ms=lag_ms,
                 insecure_http=self._insecure_http,
             )

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import ClassVar, Final, Protocol, TypeVar
 
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
@@ -69,6 +69,10 @@ class Known(Protocol):
     """What is known of a fleet beside its database, by whoever only looks."""
 
     @property
+    def is_running(self) -> bool:
+        """Whether a coordinator runs; else all is as it was when one last did."""
+
+    @property
     def manifest(self) -> Manifest | None:
         """The prepared corpus; None until there is one."""
 
@@ -89,6 +93,7 @@ class Known(Protocol):
 class Fleet:
     """The collaborators of the use cases."""
 
+    is_running: ClassVar[bool] = True
     store: Store
     blobs: Blobs
     fs: Fs

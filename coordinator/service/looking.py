@@ -117,7 +117,8 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
     manifest = fleet.manifest
     newest = versions.newest_version(connection, run.run_id)
     closed = _closed(connection, run)
-    moving = [one.rate for one in closed[-SPEED_ROUNDS:]]
+    why_over = _why_over(fleet, run)
+    moving = [] if why_over else [one.rate for one in closed[-SPEED_ROUNDS:]]
     return RunView(
         run_id=run.run_id,
         state=run.state,
@@ -139,7 +140,7 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
         best_version=versions.best_version(connection, run.run_id),
         gzip_bits_per_byte=None if manifest is None else manifest.gzip_bits_per_byte(),
         tokens_per_s=sum(moving) / len(moving) if moving else None,
-        eta=_eta(run, closed, now),
+        eta=_eta(run, closed, now) if why_over is None else _no_eta(why_over),
         tally=_tally(tallies.tokens_of_run(connection, run.run_id)),
         loss_alarm=loss_alarm(versions.evaluations_of(connection, run.run_id)),
         reset_from_version=None if run.reset_acknowledged else run.reset_from_version,
@@ -159,11 +160,18 @@ def _closed(connection: Connection, run: RunRow) -> list[Closed]:
     ]
 
 
-def _eta(run: RunRow, closed: list[Closed], now: float) -> EtaView:
+def _why_over(fleet: Known, run: RunRow) -> str | None:
+    """Return why nothing is trained any more; None: training may go on."""
     if run.state == FINISHED:
-        return EtaView(
-            at=None, earliest_at=None, latest_at=None, reason="The run is finished."
-        )
+        return "The run is finished."
+    return None if fleet.is_running else "No coordinator runs."
+
+
+def _no_eta(reason: str) -> EtaView:
+    return EtaView(at=None, earliest_at=None, latest_at=None, reason=reason)
+
+
+def _eta(run: RunRow, closed: list[Closed], now: float) -> EtaView:
     eta = estimate(
         now=now, tokens_left=budget_left(run), stop_at=run.stop_at, rounds=closed
     )

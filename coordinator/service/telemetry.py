@@ -150,7 +150,6 @@ def collect(
     known: Known,
     *,
     now: float,
-    running: bool,
     loop_lag_ms: float = 0.0,
     insecure_http: bool = False,
 ) -> Telemetry:
@@ -159,7 +158,7 @@ def collect(
     recent, claims, submissions = _recent(connection, run)
     return Telemetry(
         at=now,
-        running=running,
+        running=known.is_running,
         fleet=look(
             connection,
             known,

@@ -63,7 +63,8 @@ class RunView(View, frozen=True, kw_only=True):
     best_version: int | None
     #: What `gzip -9` needs for the held-out text: the line to get under. None as above.
     gzip_bits_per_byte: float | None
-    #: Of the whole fleet, over the last closed rounds; None before the first.
+    #: Of the whole fleet, over the last closed rounds; None before the first, once the
+    #: run is finished, and where no coordinator runs.
     tokens_per_s: float | None
     eta: EtaView
     #: Of all workers.

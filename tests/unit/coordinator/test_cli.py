@@ -172,6 +172,7 @@ def test_at_rest_the_fleet_is_shown_as_it_was_and_nothing_is_changed(
     first, run, *_ = out.splitlines()
     assert first.startswith(f"No coordinator runs on {folders[1]}. As of 20")
     assert "(tiny), running, epoch 1, version 1, 0 of" in run
+    assert "ETA      unknown. No coordinator runs." in out
     assert (told.running, told.fleet.run.epoch_tokens) == (False, 1504)
     assert [event.kind for event in told.events] == ["run.started", "epoch.seeded"]
     assert database.read_bytes() == before

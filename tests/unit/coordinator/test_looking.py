@@ -6,21 +6,25 @@ import msgspec
 import pytest
 
 from bitnet_ext.layout import num_params
+from coordinator.service.fleet import Known
 from coordinator.service.grace import CLOCK_FACT, extend_leases
 from coordinator.service.looking import look
 from coordinator.service.sweeping import keep_clock
 from coordinator.service.view import FleetView
 from coordinator.store import runs, workers
+from coordinator.verbs import _AtRest
 from tests.fakes import START
 from tests.unit.coordinator.fleets import SHAPE, World
 
 
-def looked(world: World, *, history: bool = True) -> FleetView:
+def looked(
+    world: World, *, history: bool = True, known: Known | None = None
+) -> FleetView:
     now = world.clock.now()
     return world.read(
         lambda c: look(
             c,
-            world.fleet,
+            known or world.fleet,
             now=now,
             loop_lag_ms=1.26,
             insecure_http=False,
@@ -308,12 +312,32 @@ def test_a_reset_shows_until_it_is_acknowledged(running: World):
     assert looked(running).run.reset_from_version is None
 
 
-def test_a_finished_run_has_an_end_and_no_eta(running: World):
+def five_rounds(world: World) -> None:
+    world.change_run(token_budget=320 + 640)
+    for _ in range(5):
+        world.set_speed("w1", 64 / 60)
+        world.train_round(0.5)
+    assert None not in (looked(world).run.eta.at, looked(world).run.tokens_per_s)
+
+
+def test_a_finished_run_has_neither_eta_nor_speed(running: World):
+    five_rounds(running)
     running.change_run(state="finished")
 
-    eta = looked(running).run.eta
+    run = looked(running).run
 
-    assert (eta.at, eta.reason) == (None, "The run is finished.")
+    assert (run.eta.at, run.eta.reason) == (None, "The run is finished.")
+    assert run.tokens_per_s is None
+
+
+def test_without_a_coordinator_there_is_neither_eta_nor_speed(running: World):
+    five_rounds(running)
+    at_rest = _AtRest(manifest=running.fleet.manifest, heartbeat_s=5.0)
+
+    run = looked(running, known=at_rest).run
+
+    assert (run.eta.at, run.eta.reason) == (None, "No coordinator runs.")
+    assert run.tokens_per_s is None
 
 
 def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):

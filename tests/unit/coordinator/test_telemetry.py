@@ -16,7 +16,7 @@ from tests.unit.coordinator.fleets import SECRET, World
 
 def dumped(world: World) -> Telemetry:
     now = world.clock.now()
-    return world.read(lambda c: collect(c, world.fleet, now=now, running=True))
+    return world.read(lambda c: collect(c, world.fleet, now=now))
 
 
 def test_the_story_of_a_round_is_there_with_its_times(running: World):

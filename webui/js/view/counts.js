@@ -21,14 +21,15 @@ export function Speed({ view }) {
       <div>
         <h2>Tokens per second</h2>
         <p class="big">${current === null ? "–" : number(current)}</p>
-        <p class="side">${compared(current, speeds)}</p>
+        <p class="side">${compared(current, speeds, view.run.state)}</p>
       </div>
       ${speeds.length > 1 && html`<${Sparkline} values=${speeds} />`}
     </section>
   `;
 }
 
-function compared(current, speeds) {
+function compared(current, speeds, state) {
+  if (state === "finished") return "the run is finished";
   if (current === null || speeds.length === 0) return "needs one closed round";
   const difference = current / median(speeds) - 1;
   const side = difference < 0 ? "under" : "over";
