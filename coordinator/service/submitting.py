@@ -38,6 +38,7 @@ from coordinator.service.bodies import parse
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
 from coordinator.service.late import book_refused
+from coordinator.service.returning import ring
 from coordinator.service.roster import plan_of
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind, Spool, Written
@@ -102,8 +103,7 @@ class Intake:
         answer, is_new = await self._accept(meta)
         if is_new:
             self._kept = None  # a row names it now
-            self._fleet.round_ready.ring()
-            self._fleet.changed.ring()
+            ring(self._fleet)
         return answer
 
     async def close(self) -> None:
@@ -198,7 +198,7 @@ class Intake:
             began_at=self._began_at,
         )
         return await self._fleet.store.write(
-            lambda connection: accept(connection, arrived, now)
+            lambda connection: accept(connection, self._fleet, arrived, now)
         )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import AcceptLate
 from coordinator.domain.staleness import MAX_STALENESS, staleness_weight
 from coordinator.service.sweeping import _end_run
 from coordinator.store import tallies
-from coordinator.store.tables import claims, events, submissions, tasks
+from coordinator.store.tables import claims, events, ranges, submissions, tasks
 from tests.fakes import START
 from tests.unit.coordinator.fleets import PLAN, World, body, frame
 
@@ -273,6 +273,68 @@ def test_a_run_that_ends_with_a_stale_result_merges_it_first(world: World):
         lambda c: c.execute(select(submissions).where(submissions.c.version == 3)).one()
     )
     assert (row.task_id, row.base_version) == (late.task_id, 1)
+
+
+def test_a_stale_result_alone_makes_no_version_when_others_give_up(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    rest(world, late.task_id)
+    fresh = world.claimed("w2")
+    world.submit(late, "w1")
+
+    world.release(fresh, "w2")
+
+    assert world.live_round().state == "open"
+    assert not world.close_round()
+    # The round has started over: its worker may claim again, and then it closes.
+    next_round(world, world.claimed("w2"))
+    assert tokens(world) == {"applied": 64}
+
+
+def test_a_stale_result_that_ends_an_epoch_begins_the_next(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    world.write(lambda c: c.execute(delete(ranges)))
+
+    world.submit(late, "w1")
+
+    assert world.run_row().epoch == 2
+    assert world.live_round().state == "open"
+    next_round(world, world.claimed("w2"))
+    assert tokens(world) == {"applied": 64}
+
+
+def test_a_stale_result_begins_no_epoch_while_others_are_out(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    rest(world, late.task_id)
+    fresh = world.claimed("w2")
+    world.write(lambda c: c.execute(delete(ranges)))
+
+    world.submit(late, "w1")
+
+    assert world.run_row().epoch == 1
+    next_round(world, fresh)
+    assert world.run_row().epoch == 2
+
+
+def test_a_run_ends_with_a_stale_result_after_the_last_lease_was_given_back(
+    world: World,
+):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    rest(world, late.task_id)
+    fresh = world.claimed("w2")
+    world.submit(late, "w1")
+    world.change_run(stop_at=world.clock.now())
+    world.do(_end_run(world.fleet))
+    assert not world.close_round()  # w2 is out
+
+    world.release(fresh, "w2")
+    world.do(_end_run(world.fleet))
+
+    assert world.close_round()
+    assert tokens(world) == {"applied": 64}
 
 
 def test_the_weight_falls_with_the_root_of_the_age():
