@@ -46,7 +46,7 @@ def acceptable(
 ) -> tuple[RunRow, TaskRow]:
     """Return run and task of a submission that may be accepted.
 
-    Raises RefusedError: no_run, unknown_task, lease_lost, stale_base,
+    Raises RefusedError: no_run, unknown_task, lease_lost, busy, stale_base,
     wrong_length, bad_request.
     """
     run = runs.newest_run(connection)
