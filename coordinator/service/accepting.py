@@ -17,6 +17,7 @@ from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind, TaskS
 from coordinator.domain import sizing
 from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
+from coordinator.domain.throughput import waited_s
 from coordinator.service.bookkeeping import book_end
 from coordinator.service.fleet import Fleet, no_run
 from coordinator.service.late import leased_task
@@ -192,7 +193,16 @@ def _count(
     runs.add_accepted_tokens(connection, run.run_id, meta.tokens)
     workers.count_task(connection, meta.worker_id, tokens=meta.tokens)
     # From claim to acceptance, by our own clock: what a round really waits for.
-    done = msgspec.structs.replace(task, tokens_done=meta.tokens, progress_at=now)
+    done = msgspec.structs.replace(
+        task,
+        tokens_done=meta.tokens,
+        progress_at=now,
+        paused_s=waited_s(
+            elapsed_s=now - (task.claimed_at or now),
+            paused_s=task.paused_s,
+            compute_s=meta.compute_s,
+        ),
+    )
     book_end(connection, done, outcome="back", fate=Fate.ACCEPTED, now=now)
     staleness = live.base_version - meta.base_version
     workers.add_event(

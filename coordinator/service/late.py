@@ -19,6 +19,7 @@ from coordinator.domain import leases
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import AcceptLate
 from coordinator.domain.staleness import MAX_STALENESS
+from coordinator.domain.throughput import waited_s
 from coordinator.service.bookkeeping import measure
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.returning import expire_overdue, held_task, ring
@@ -155,6 +156,11 @@ def _book_refused(connection: Connection, meta: SubmissionMeta, now: float) -> N
         claim.claim_seq,
         tokens_done=tokens,
         progress_at=now,
+        paused_s=waited_s(
+            elapsed_s=now - claim.claimed_at,
+            paused_s=claim.paused_s,
+            compute_s=meta.compute_s,
+        ),
         lease_hash=None,
     )
     if claim.fate is not None:
