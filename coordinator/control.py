@@ -222,8 +222,9 @@ def _kicked(worker_id: str, kicked: Kicked) -> str:
         return f"taken from worker {worker_id}: {', '.join(kicked.tasks)}"
     return (
         f"nothing to take: the lease of worker {worker_id} ended "
-        f"{kicked.ended_s:.0f} s ago, and its task has been free for others since (or was given up, after its "
-        "last attempt); the worker lets go of it when it is heard and its step is over"
+        f"{kicked.ended_s:.0f} s ago, and its task has been free for others since (or "
+        "was given up, after its last attempt); the worker lets go of it when it is "
+        "heard and its step is over"
     )
 
 
