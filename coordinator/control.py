@@ -24,8 +24,10 @@ from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet
 from coordinator.service.steering import acknowledge_reset, seed_epoch, train_until
 from coordinator.service.tending import (
+    Kicked,
     drain_worker,
     kick_stuck,
+    kick_worker,
     put_away,
     readmit_worker,
     requeue_failed,
@@ -110,9 +112,9 @@ class MarkGone(Struct, frozen=True, kw_only=True, tag="mark-gone"):
 
 
 class KickStuck(Struct, frozen=True, kw_only=True, tag="kick-stuck"):
-    """End the lease of a worker that is stuck or lost."""
+    """End the lease of a worker that is stuck or lost, or has no token yet."""
 
-    #: None: of every one.
+    #: None: of every one that is stuck or lost.
     worker_id: str | None = None
 
 
@@ -194,7 +196,7 @@ async def _tend(fleet: Fleet, command: Tending) -> str:
             return f"worker {worker_id} gets work again"
         case DrainWorker(worker_id=worker_id):
             held = await drain_worker(fleet, worker_id)
-            rest = f" and finishes {', '.join(held)}" if held else ""
+            rest = f"; {', '.join(held)} comes back after this step" if held else ""
             return f"worker {worker_id} gets no more tasks{rest}"
         case ResumeWorker(worker_id=worker_id):
             await resume_worker(fleet, worker_id)
@@ -203,12 +205,27 @@ async def _tend(fleet: Fleet, command: Tending) -> str:
             taken = await put_away(fleet, worker_id)
             rest = f"; {', '.join(taken)} is taken from it" if taken else ""
             return f"worker {worker_id} is gone, until it comes back{rest}"
+        case KickStuck(worker_id=str(worker_id)):
+            return _kicked(worker_id, await kick_worker(fleet, worker_id))
         case KickStuck():
-            kicked = await kick_stuck(fleet, command.worker_id)
-            return f"taken from workers that stand still: {', '.join(kicked) or 'none'}"
+            taken = (await kick_stuck(fleet)).tasks
+            if not taken:
+                return "nothing to take: no worker that is stuck or lost holds a task"
+            return f"taken from workers that stand still: {', '.join(taken)}"
         case RequeueFailed():
             count = await requeue_failed(fleet, command.task_id)
             return f"{count} failed tasks are pending again"
+
+
+def _kicked(worker_id: str, kicked: Kicked) -> str:
+    if kicked.ended_s is None:
+        return f"taken from worker {worker_id}: {', '.join(kicked.tasks)}"
+    return (
+        f"nothing to take: the lease of worker {worker_id} ended "
+        f"{kicked.ended_s:.0f} s ago, and its task has been free for others since (or "
+        "was given up, after its last attempt); the worker lets go of it when it is "
+        "heard and its step is over"
+    )
 
 
 class ControlServer:

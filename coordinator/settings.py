@@ -19,7 +19,7 @@ import msgspec
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire.messages import MAX_HEARTBEAT_S
 from coordinator.domain.errors import StartError
-from coordinator.domain.plan import TrainingPlan
+from coordinator.domain.plan import CHOICES, TrainingPlan
 
 PREFIX: Final = "BITNET_COORD_"
 MIN_KEY_CHARS: Final = 32
@@ -229,6 +229,9 @@ def _plan(env: Mapping[str, str]) -> TrainingPlan:
         for name in TrainingPlan.__struct_fields__
         if name.upper() in env
     }
+    for name, words in CHOICES.items():
+        if name in given and given[name] not in words:
+            raise _wrong(name.upper(), f"one of {', '.join(words)}", given[name])
     try:
         return msgspec.convert(given, TrainingPlan, strict=False)
     except msgspec.ValidationError as error:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from bitnet_ext.wire.verdicts import Verdict
+from coordinator.domain.accounting import WASTED, Fate
 from coordinator.service.view import FleetView, TallyView, TasksView, WorkerView
 
 #: Name, kind, and the samples: labels as they are written, and the value.
@@ -27,9 +28,8 @@ def _figures(view: FleetView, worst_lag_s: float) -> Iterator[Figure]:
     yield _gauge("fleet_loop_lag_worst_seconds", worst_lag_s)
     yield from _workers(view.workers)
     if view.run is not None:
-        accepted = view.run.tokens_accepted
-        yield "fleet_tokens_accepted_total", "counter", [("", accepted)]
-        yield from _tokens(view.run.tally)
+        yield _gauge("fleet_tokens_accepted", view.run.tokens_accepted)
+        yield _by_fate(view.run.tally)
         yield _gauge("fleet_version_newest", view.run.newest_version)
         yield _gauge("fleet_tokens_per_second", view.run.tokens_per_s or 0.0)
     if view.tasks is not None:
@@ -40,11 +40,12 @@ def _figures(view: FleetView, worst_lag_s: float) -> Iterator[Figure]:
         yield _gauge("fleet_heldout_bits_per_byte", newest.bits_per_byte)
 
 
-def _tokens(tally: TallyView) -> Iterator[Figure]:
-    yield "fleet_tokens_trained_total", "counter", [("", tally.trained)]
-    yield "fleet_tokens_applied_total", "counter", [("", tally.applied)]
-    wasted = [(f'{{cause="{cause}"}}', n) for cause, n in tally.wasted.items()]
-    yield "fleet_tokens_wasted_total", "counter", wasted
+def _by_fate(tally: TallyView) -> Figure:
+    """Return a gauge, not a counter: tokens change their fate, so each can fall."""
+    waste = {fate: tally.wasted.get(fate, 0) for fate in WASTED}
+    found = {Fate.ACCEPTED: tally.accepted, Fate.APPLIED: tally.applied} | waste
+    samples = [(f'{{fate="{fate}"}}', float(found[fate])) for fate in Fate]
+    return "fleet_tokens_by_fate", "gauge", samples
 
 
 def _tasks(tasks: TasksView) -> Iterator[Figure]:

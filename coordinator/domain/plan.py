@@ -7,6 +7,7 @@ tokens, never by the clock, so that a longer budget of time changes nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Final
@@ -29,6 +30,15 @@ class AcceptLate(StrEnum):
     NEVER = "never"
     ROUND = "round"  #: as long as its round is open: nothing is stale
     STALE = "stale"  #: up to two rounds later too, with a lower weight
+
+
+#: Codecs of what workers send, and of what they download.
+CODECS: Final = ("ternary", "int8", "fp32")
+BROADCASTS: Final = (EXACT, "ternary", "int8")
+
+
+def _one_of(words: Iterable[str]) -> Meta:
+    return Meta(pattern=rf"^({'|'.join(words)})\Z")
 
 
 class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,10 +77,10 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: Whether a result counts that comes after its lease, and nobody else has its task.
     accept_late: AcceptLate = AcceptLate.ROUND
     #: Codec of pseudo-gradients: `ternary`, `int8` or `fp32`.
-    codec: Annotated[str, Meta(pattern=r"^(ternary|int8|fp32)\Z")] = "int8"
+    codec: Annotated[str, _one_of(CODECS)] = "int8"
     #: What workers download: `exact` for whole versions that equal the master weights,
     #: else the codec of the links between versions.
-    broadcast: Annotated[str, Meta(pattern=r"^(exact|ternary|int8)\Z")] = EXACT
+    broadcast: Annotated[str, _one_of(BROADCASTS)] = EXACT
     #: Every n-th version is scored on the held-out shard.
     evaluate_every: Count = 10
 
@@ -82,6 +92,14 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 f"({self.warmup_tokens}), not after {_second_stage(self):.0f}"
             )
 
+
+#: The fields that take one of a few words, and these words.
+CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "round_kind": tuple(RoundKind),
+    "accept_late": tuple(AcceptLate),
+    "codec": CODECS,
+    "broadcast": BROADCASTS,
+}
 
 #: Tokens for each parameter when no budget is set (Hoffmann et al. 2022, 2203.15556).
 TOKENS_PER_PARAMETER: Final = 20

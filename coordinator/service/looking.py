@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import Connection
 
 from bitnet_ext.layout import num_params, shape_from_json
-from bitnet_ext.wire.verdicts import TaskState, Verdict
+from bitnet_ext.wire.verdicts import TaskKind, TaskState, Verdict
 from coordinator.domain.accounting import tally
 from coordinator.domain.eta import NUM_ROUNDS, Closed, estimate
 from coordinator.domain.verdicts import verdict
@@ -86,7 +86,7 @@ def look(
         missing=_missing(connection, fleet, run),
         run=_run(connection, fleet, run, now),
         round=_round(connection, run, lanes, held),
-        tasks=_tasks(connection, run, seen),
+        tasks=_tasks(connection, run, seen, held),
         workers=seen,
         server=server,
         versions=_versions(connection, run) if history else [],
@@ -239,17 +239,21 @@ def _lane(claim: ClaimRow, task: TaskRow | None) -> LaneView:
 
 
 def _tasks(
-    connection: Connection, run: RunRow, seen: Sequence[WorkerView]
+    connection: Connection,
+    run: RunRow,
+    seen: Sequence[WorkerView],
+    held: Mapping[str, TaskRow],
 ) -> TasksView:
     counts = tasks.count_by_state(connection, run.run_id)
-    held = [row.verdict for row in seen if row.task_id is not None]
+    training = {key for key, task in held.items() if task.kind == TaskKind.TRAIN}
+    words = [row.verdict for row in seen if row.worker_id in training]
     return TasksView(
         pending=counts[TaskState.PENDING],
         leased=counts[TaskState.LEASED],
         done=counts[TaskState.DONE],
         failed=counts[TaskState.FAILED],
-        soft_expired=held.count(Verdict.SLOW),
-        stuck=held.count(Verdict.STUCK) + held.count(Verdict.LOST),
+        soft_expired=words.count(Verdict.SLOW),
+        stuck=words.count(Verdict.STUCK) + words.count(Verdict.LOST),
         range_tokens=runs.range_tokens(connection, run.run_id),
         latest_failed=[
             FailedTaskView(

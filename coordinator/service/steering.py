@@ -67,11 +67,7 @@ async def train_until(fleet: Fleet, stop_at: float | None) -> None:
     def change(connection: Connection) -> None:
         run = the_run(connection)
         if budget_left(run) == 0:
-            raise RefusedError(
-                ErrorCode.BAD_REQUEST,
-                f"token_budget of {run.token_budget} is used up",
-                field="token_budget",
-            )
+            raise _used_up(run)
         runs.change_run(connection, run.run_id, stop_at=stop_at, state=RUNNING)
 
     await fleet.store.write(change)
@@ -106,14 +102,28 @@ def check_task_size(manifest: Manifest, tokens: int | None) -> None:
 
 
 def check_running(run: RunRow) -> None:
-    """Raise RefusedError `bad_request` for a run that is finished."""
+    """Raise RefusedError `bad_request` for a run that is finished, and say why."""
     if run.state != RUNNING:
+        if budget_left(run) == 0:
+            raise _used_up(run)
         raise RefusedError(
             ErrorCode.BAD_REQUEST,
             f"run {run.run_id} is {run.state}: give it time first, with "
             f"`bitnet-coordinator train-for`",
             field="run_id",
         )
+
+
+def _used_up(run: RunRow) -> RefusedError:
+    """Return the refusal of more training beyond the budget, which never changes."""
+    return RefusedError(
+        ErrorCode.BAD_REQUEST,
+        f"token_budget of run {run.run_id} ({run.token_budget} tokens) is used up, and "
+        "is fixed for a run: to train on, begin a new one with a larger "
+        "BITNET_COORD_TOKEN_BUDGET in another data folder (`bitnet-coordinator serve "
+        "--data`)",
+        field="token_budget",
+    )
 
 
 def the_run(connection: Connection) -> RunRow:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+import msgspec
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.verdicts import ErrorCode, TaskState, Verdict
@@ -31,6 +32,16 @@ T = TypeVar("T")
 _MOST_NAMES: Final = 1000
 #: Whose task may be taken away by hand.
 _STANDS_STILL: Final = (Verdict.STUCK, Verdict.LOST)
+
+
+class Kicked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a kick came to."""
+
+    #: Ids of the tasks that were taken.
+    tasks: list[str]
+    #: Where nothing was left to take: for how long the lease of that worker has been
+    #: over.
+    ended_s: float | None = None
 
 
 async def drain_worker(fleet: Fleet, worker_id: str) -> list[str]:
@@ -112,34 +123,53 @@ async def put_away(fleet: Fleet, worker_id: str) -> list[str]:
     return await _write(fleet, change)
 
 
-async def kick_stuck(fleet: Fleet, worker_id: str | None) -> list[str]:
-    """End the leases of workers that are stuck or lost; return their tasks.
+async def kick_stuck(fleet: Fleet) -> Kicked:
+    """End the leases of all workers that are stuck or lost. The attempts count."""
 
-    `worker_id` None: of all of them. The attempt counts. A worker that still lives is
-    told so by the answer to its next heartbeat. Raises RefusedError: unknown_worker,
-    bad_request where it holds no task, or gets on with it.
-    """
-
-    def change(connection: Connection, now: float) -> list[str]:
-        known = workers.all_workers(connection)
-        if worker_id is not None:
-            known = [_named(connection, worker_id)]
+    def change(connection: Connection, now: float) -> Kicked:
         kicked = []
-        for worker in known:
-            held = tasks.leased_to(connection, worker.worker_id)
+        for worker in workers.all_workers(connection):
             word, evidence = assess(connection, fleet, worker, now)
-            if held and word in _STANDS_STILL:
-                for task in held:
-                    reason = f"kicked: {evidence}"
-                    end_lease(connection, fleet, task, "kicked", reason, now)
-                    kicked.append(task.task_id)
-            elif worker_id is not None:
-                due = "a worker that holds a task and is stuck or lost"
-                found = word if held else f"{word} and holds none"
-                raise _refused(worker_id, due, found, evidence)
-        return kicked
+            if word in _STANDS_STILL:
+                kicked += _take(connection, fleet, worker, evidence, now)
+        return Kicked(tasks=kicked)
 
     return await _write(fleet, change)
+
+
+async def kick_worker(fleet: Fleet, worker_id: str) -> Kicked:
+    """End the lease of a worker that is stuck or lost, or has trained no token of it.
+
+    Before the first token nothing is wasted, and nobody can tell a worker that spins
+    from one that prepares, so whoever names it decides. The attempt counts. One that
+    still lives is told so by the answer to its next heartbeat. Raises RefusedError:
+    unknown_worker, bad_request where it gets on with its task, or has had none.
+    """
+
+    def change(connection: Connection, now: float) -> Kicked:
+        worker = _named(connection, worker_id)
+        held = tasks.leased_to(connection, worker_id)
+        if not held and worker.lease_lost_at is not None:
+            return Kicked(tasks=[], ended_s=now - worker.lease_lost_at)
+        word, evidence = assess(connection, fleet, worker, now)
+        has_begun = any(task.tokens_done for task in held)
+        if not held or (has_begun and word not in _STANDS_STILL):
+            due = "a worker that holds a task and is stuck or lost, or has no token yet"
+            found = word if held else f"{word} and holds none"
+            raise _refused(worker_id, due, found, evidence)
+        return Kicked(tasks=_take(connection, fleet, worker, evidence, now))
+
+    return await _write(fleet, change)
+
+
+def _take(
+    connection: Connection, fleet: Fleet, worker: WorkerRow, evidence: str, now: float
+) -> list[str]:
+    """End what leases a worker has; return the ids of their tasks."""
+    held = tasks.leased_to(connection, worker.worker_id)
+    for task in held:
+        end_lease(connection, fleet, task, "kicked", f"kicked: {evidence}", now)
+    return [task.task_id for task in held]
 
 
 async def requeue_failed(fleet: Fleet, task_id: str | None) -> int:

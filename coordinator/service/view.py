@@ -169,10 +169,9 @@ class TasksView(View, frozen=True, kw_only=True):
     leased: int
     done: int
     failed: int
-    #: Leased tasks, of either kind, past their prediction: alive, and their workers get
-    #: on (`slow`).
+    #: Leased ones past their prediction: alive, and their workers get on (`slow`).
     soft_expired: int
-    #: Leased tasks whose workers stand still, or are silent (`stuck`, `lost`).
+    #: Leased ones whose workers stand still, or are silent (`stuck`, `lost`).
     stuck: int
     #: Tokens of this epoch that are not yet cut into tasks.
     range_tokens: int

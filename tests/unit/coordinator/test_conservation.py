@@ -40,6 +40,7 @@ from coordinator.service.sweeping import keep_clock
 from coordinator.service.tending import (
     drain_worker,
     kick_stuck,
+    kick_worker,
     put_away,
     readmit_worker,
     requeue_failed,
@@ -298,16 +299,22 @@ class Histories(RuleBasedStateMachine):
 
     @rule(
         name=st.sampled_from(NAMES),
-        act=st.sampled_from([drain_worker, resume_worker, put_away, readmit_worker]),
+        act=st.sampled_from(
+            [drain_worker, resume_worker, put_away, readmit_worker, kick_worker]
+        ),
     )
     def tend(self, name: str, act) -> None:
         """Let an operator do something about a worker, where it makes sense."""
         with suppress(RefusedError):
             self.world.do(act(self.world.fleet, name))
 
-    @rule(act=st.sampled_from([kick_stuck, requeue_failed]))
-    def tend_tasks(self, act) -> None:
-        self.world.do(act(self.world.fleet, None))
+    @rule()
+    def kick_all(self) -> None:
+        self.world.do(kick_stuck(self.world.fleet))
+
+    @rule()
+    def requeue_all(self) -> None:
+        self.world.do(requeue_failed(self.world.fleet, None))
 
     @rule(seconds=st.sampled_from([11.0, 60.0, 7200.0]))
     def stand_still(self, seconds: float) -> None:

@@ -135,6 +135,7 @@ def test_what_is_done_to_workers_and_tasks_is_said(running: World, tmp_path: Pat
         running,
         tmp_path,
         KickStuck(worker_id="w1"),
+        KickStuck(worker_id="w1"),
         KickStuck(),
         DrainWorker(worker_id="w1"),
         ResumeWorker(worker_id="w1"),
@@ -144,8 +145,11 @@ def test_what_is_done_to_workers_and_tasks_is_said(running: World, tmp_path: Pat
     )
 
     assert said == [
-        f"taken from workers that stand still: {task.task_id}",
-        "taken from workers that stand still: none",
+        f"taken from worker w1: {task.task_id}",
+        "nothing to take: the lease of worker w1 ended 0 s ago, and its task has been "
+        "free for others since (or was given up, after its last attempt); the worker "
+        "lets go of it when it is heard and its step is over",
+        "nothing to take: no worker that is stuck or lost holds a task",
         "worker w1 gets no more tasks",
         "worker w1 gets tasks again",
         "worker w2 gets no more tasks",
@@ -177,7 +181,7 @@ def test_what_a_worker_holds_is_said(running: World, tmp_path: Path):
     )
 
     assert said == [
-        f"worker w1 gets no more tasks and finishes {task.task_id}",
+        f"worker w1 gets no more tasks; {task.task_id} comes back after this step",
         f"worker w1 is gone, until it comes back; {task.task_id} is taken from it",
     ]
 

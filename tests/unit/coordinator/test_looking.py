@@ -372,7 +372,7 @@ def test_late_tasks_and_those_that_stand_still_are_counted_apart(running: World)
         running.set_speed(name, 1.0)
     slow, stuck, good = (running.claimed(name) for name in ("w1", "w2", "w3"))
     running.claimed("w4")  # and is never heard again
-    for done in range(1, 15):
+    for done in range(1, 17):
         running.clock.advance(5.0)
         running.heartbeat(slow, "w1", tokens_done=done)
         running.heartbeat(good, "w3", tokens_done=done)
@@ -387,6 +387,25 @@ def test_late_tasks_and_those_that_stand_still_are_counted_apart(running: World)
     words = {row.worker_id: row.verdict for row in view.workers}
     assert words == {"w1": "slow", "w2": "stuck", "w3": "waiting", "w4": "lost"}
     assert (view.tasks.soft_expired, view.tasks.stuck) == (1, 2)
+
+
+def test_a_score_is_neither_leased_nor_soft_expired_nor_stuck(world: World):
+    world.start_run(scored=True, seeded=False)
+    world.register()
+    world.set_speed("w1", 1000.0)
+    task = world.claimed()
+    words, counted = [], []
+    for beat in range(1, 16):
+        world.clock.advance(5.0)
+        tokens = beat if beat < 10 else 9  # and hangs
+        world.heartbeat(task, tokens_done=tokens)
+        view = looked(world)
+        words.append(worker(view, "w1").verdict)
+        counted.append((view.tasks.leased, view.tasks.soft_expired, view.tasks.stuck))
+
+    assert words[0] == "computing"
+    assert set(words) >= {"slow", "stuck"}
+    assert set(counted) == {(0, 0, 0)}
 
 
 def test_a_worker_that_is_gone_says_so_and_its_task_does_not_count(running: World):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coordinator.api.metrics import metrics_text
+from coordinator.domain.accounting import Fate
 from coordinator.store import workers
 from tests.unit.coordinator.fleets import World
 from tests.unit.coordinator.test_looking import looked
@@ -88,9 +89,31 @@ def test_tokens_are_counted_by_what_became_of_them(running: World):
 
     found = samples(running)
 
-    assert found["fleet_tokens_trained_total"] == 80
-    assert found["fleet_tokens_applied_total"] == 64
-    assert found['fleet_tokens_wasted_total{cause="released"}'] == 16
+    by_fate = {
+        name.split('"')[1]: tokens
+        for name, tokens in found.items()
+        if name.startswith("fleet_tokens_by_fate{")
+    }
+    assert by_fate.keys() == set(Fate)
+    assert {fate: tokens for fate, tokens in by_fate.items() if tokens} == {
+        "applied": 64,
+        "released": 16,
+    }
+
+
+def test_what_can_fall_is_not_called_a_counter(running: World):
+    task = running.claimed()
+    running.submit(task)
+    before = samples(running)
+    assert running.close_round()
+    after = samples(running)
+
+    fell = {name for name, value in before.items() if after[name] < value}
+    assert 'fleet_tokens_by_fate{fate="accepted"}' in fell
+    text = metrics_text(looked(running), worst_lag_s=0.0)
+    kinds = {line.split(" ")[3] for line in text.splitlines() if line[0] == "#"}
+    assert kinds == {"gauge"}
+    assert "_total" not in text
 
 
 def test_a_worker_has_a_ratio_of_durations_once_there_are_three(running: World):

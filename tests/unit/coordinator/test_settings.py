@@ -100,6 +100,23 @@ def read(**given: str) -> CoordinatorSettings:
     return CoordinatorSettings.from_env({PREFIX + k: v for k, v in given.items()})
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ACCEPT_LATE", "never, round, stale"),
+        ("ROUND_KIND", "delta, gradient"),
+        ("CODEC", "ternary, int8, fp32"),
+        ("BROADCAST", "exact, ternary, int8"),
+        ("LOG_LEVEL", "debug, info, warning, error"),
+    ],
+)
+def test_a_wrong_word_is_shown_with_those_that_there_are(name, words):
+    with pytest.raises(StartError) as caught:
+        read(**{name: "bogus"})
+
+    assert str(caught.value) == f"{PREFIX}{name} must be one of {words}, got 'bogus'"
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_every_setting_is_read(name):
     written, due = GOOD[name]

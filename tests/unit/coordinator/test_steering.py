@@ -12,6 +12,7 @@ from coordinator.service.steering import (
     seed_epoch,
     train_until,
 )
+from coordinator.service.tending import requeue_failed
 from coordinator.store import runs, tasks
 from tests.unit.coordinator.fleets import World
 
@@ -96,17 +97,28 @@ def test_a_run_that_ended_for_want_of_time_goes_on(unseeded: World):
     assert unseeded.claim() is not None
 
 
-def test_a_used_up_budget_is_not_a_matter_of_time(unseeded: World):
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda fleet: train_until(fleet, None),
+        lambda fleet: seed_epoch(fleet, None),
+        lambda fleet: requeue_failed(fleet, None),
+    ],
+)
+def test_a_used_up_budget_is_not_a_matter_of_time(unseeded: World, ask):
     unseeded.do(seed_epoch(unseeded.fleet, None))
     unseeded.change_run(token_budget=64)
     unseeded.train_round(0.5)
+    unseeded.change_run(state="finished")
     before = unseeded.everything()
 
     with pytest.raises(RefusedError) as caught:
-        unseeded.do(train_until(unseeded.fleet, None))
+        unseeded.do(ask(unseeded.fleet))
 
     assert caught.value.field == "token_budget"
-    assert "64" in caught.value.message
+    assert "(64 tokens) is used up, and is fixed" in caught.value.message
+    assert "begin a new one" in caught.value.message
+    assert "train-for" not in caught.value.message
     assert unseeded.everything() == before
 
 

@@ -13,8 +13,10 @@ from bitnet_ext.wire.verdicts import ErrorCode, LeaseState, Verdict
 from coordinator.domain.errors import RefusedError
 from coordinator.service.assessing import assess
 from coordinator.service.tending import (
+    Kicked,
     drain_worker,
     kick_stuck,
+    kick_worker,
     put_away,
     readmit_worker,
     requeue_failed,
@@ -29,8 +31,12 @@ def drain(world: World, worker_id: str = "w1"):
     return world.do(drain_worker(world.fleet, worker_id))
 
 
-def kick(world: World, worker_id: str | None = "w1"):
-    return world.do(kick_stuck(world.fleet, worker_id))
+def kick(world: World, worker_id: str = "w1") -> Kicked:
+    return world.do(kick_worker(world.fleet, worker_id))
+
+
+def kick_all(world: World) -> list[str]:
+    return world.do(kick_stuck(world.fleet)).tasks
 
 
 def away(world: World, worker_id: str = "w1"):
@@ -151,7 +157,7 @@ def test_what_is_done_twice_is_refused(running: World):
 
 
 @pytest.mark.parametrize(
-    "act", [drain_worker, resume_worker, readmit_worker, put_away, kick_stuck]
+    "act", [drain_worker, resume_worker, readmit_worker, put_away, kick_worker]
 )
 def test_a_worker_that_is_not_known_is_named_with_those_near_to_it(running: World, act):
     running.register("birch")
@@ -245,7 +251,7 @@ def test_a_stuck_worker_is_kicked_and_told(running: World):
     task = hang(running)
     assert word(running) is Verdict.STUCK
 
-    assert kick(running) == [task.task_id]
+    assert kick(running).tasks == [task.task_id]
 
     row = running.task(task.task_id)
     assert (row.state, row.attempt) == ("pending", 1)
@@ -292,11 +298,11 @@ def test_all_who_stand_still_are_kicked_and_nobody_else(running: World):
     running.heartbeat(works, "w2", tokens_done=16)
     running.heartbeat(stuck, "w1", cpu_s=1.0)
 
-    taken = kick(running, None)
+    taken = kick_all(running)
 
     assert set(taken) == {stuck.task_id, silent.task_id}
     assert running.task(works.task_id).state == "leased"
-    assert kick(running, None) == []
+    assert kick_all(running) == []
 
 
 def test_who_could_not_be_heard_is_not_kicked(running: World):
@@ -305,18 +311,52 @@ def test_who_could_not_be_heard_is_not_kicked(running: World):
     running.fleet.swept_at = running.clock.monotonic()
     running.clock.advance(300.0)  # the coordinator slept
 
-    assert kick(running, None) == []
+    assert kick_all(running) == []
 
 
 @pytest.mark.parametrize("holds", [True, False])
 def test_a_worker_that_gets_on_is_not_kicked(running: World, holds):
     if holds:
-        running.claimed()
+        running.heartbeat(running.claimed(), tokens_done=1)
 
-    error = refused(running, kick_stuck(running.fleet, "w1"))
+    error = refused(running, kick_worker(running.fleet, "w1"))
 
-    assert "is stuck or lost, got 'w1', which is" in error.message
-    assert ("computing: 0 %" if holds else "idle and holds none") in error.message
+    assert "is stuck or lost, or has no token yet, got 'w1', which is" in error.message
+    assert ("computing: 2 %" if holds else "idle and holds none") in error.message
+
+
+def test_a_worker_that_spins_before_its_first_token_is_kicked_by_name(running: World):
+    task = running.claimed()
+    for beat in range(1, 20):
+        running.clock.advance(5.0)
+        running.heartbeat(task, cpu_s=5.0 * beat)
+    assert word(running) is Verdict.COMPUTING
+    assert kick_all(running) == []
+
+    assert kick(running).tasks == [task.task_id]
+
+    row = running.task(task.task_id)
+    assert (row.state, row.attempt) == ("pending", 1)
+    assert row.reason == "kicked: 0 % of its task done."
+    assert running.heartbeat(task, cpu_s=100.0).lease is LeaseState.LOST
+
+
+def test_where_the_lease_has_ended_by_itself_a_kick_says_so(running: World):
+    task = running.claimed()
+    running.clock.advance(31.0)
+    running.sweep()
+    running.clock.advance(7.0)
+    running.heartbeat(task, cpu_s=1.0)
+    assert word(running) is Verdict.STUCK
+
+    assert kick(running) == Kicked(tasks=[], ended_s=7.0)
+
+    assert running.task(task.task_id).attempt == 1
+    running.heartbeat()  # and has let go
+    assert (
+        "idle and holds none"
+        in refused(running, kick_worker(running.fleet, "w1")).message
+    )
 
 
 def test_a_task_that_hangs_every_worker_is_given_up(running: World):

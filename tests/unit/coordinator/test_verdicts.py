@@ -64,12 +64,17 @@ def facts(
         (facts(still_s=16.0), Verdict.IDLE, "Holds no task."),
         (facts(done=20, due=80, predicted_s=50.0), Verdict.COMPUTING, "25 %"),
         (
-            facts(done=20, due=80, elapsed_s=51.0, predicted_s=50.0),
-            Verdict.SLOW,
-            "25 % of its task done after 51 s, predicted 50 s",
+            facts(done=0, due=80, elapsed_s=9.9, predicted_s=0.3),
+            Verdict.COMPUTING,
+            "0 %",
         ),
         (
-            facts(done=2, due=8, still_s=16.0, elapsed_s=51.0, predicted_s=50.0),
+            facts(done=20, due=80, elapsed_s=60.0, predicted_s=50.0),
+            Verdict.SLOW,
+            "25 % of its task done after 60 s, predicted 50 s",
+        ),
+        (
+            facts(done=2, due=8, still_s=16.0, elapsed_s=60.0, predicted_s=50.0),
             Verdict.STUCK,
             "without progress",
         ),
@@ -86,7 +91,7 @@ def facts(
             "25 % of its task done; gets no other.",
         ),
         (
-            facts(done=2, due=8, elapsed_s=51.0, predicted_s=50.0, draining=True),
+            facts(done=2, due=8, elapsed_s=60.0, predicted_s=50.0, draining=True),
             Verdict.SLOW,
             "predicted 50 s. Drain asked.",
         ),
