@@ -1,7 +1,8 @@
 """How fast a worker trains, from its recent tasks: an estimate with its spread.
 
 The newest tasks weigh most, and a crumb weighs little. The middle counts, not the
-mean: one task beside a busy neighbour changes nothing, and two in a row do. What the
+mean: one task beside a busy neighbour changes nothing, and two in a row do. So do two
+fast crumbs: a small task can hide how fast its worker is, not how slow. What the
 worker measured of itself at its start (calibration) is no part of it.
 """
 
@@ -17,6 +18,10 @@ from coordinator.domain.leases import HARD_FACTOR
 #: So many of the newest tasks count, each for this share of the one after it.
 NUM_RECENT: Final = 8
 DECAY: Final = 0.7
+#: Where the newest tasks, so many, were all so many times as fast as the middle of all,
+#: they count, however small: else a slow worker's crumbs could never prove it faster.
+NUM_PROOF: Final = 2
+FASTER: Final = 2.0
 #: Mean deviation to be expected of a worker that nobody knows.
 UNKNOWN_SPREAD: Final = 1.0
 #: A task may take so many mean deviations longer than predicted ...
@@ -49,6 +54,14 @@ class Throughput:
     spread: float
 
 
+def waited_s(*, elapsed_s: float, paused_s: float, compute_s: float) -> float:
+    """Return how much of a pause of the coordinator a worker waited, in a whole task.
+
+    It computes on while nobody answers it; for how long it did, it says itself.
+    """
+    return max(0.0, min(paused_s, elapsed_s - compute_s))
+
+
 def measured(recent: Sequence[Trained]) -> Throughput | None:
     """Return the throughput of a worker by its recent tasks, newest first.
 
@@ -60,6 +73,9 @@ def measured(recent: Sequence[Trained]) -> Throughput | None:
     speeds = [one.tokens / max(one.seconds, 1e-3) for one in known]
     weights = [DECAY**age * one.tokens for age, one in enumerate(known)]
     middle = _middle(speeds, weights)
+    lately = min(speeds[:NUM_PROOF])
+    if lately > FASTER * middle:
+        middle = lately
     deviations = [abs(math.log(speed / middle)) for speed in speeds]
     mean = sum(w * d for w, d in zip(weights, deviations, strict=True)) / sum(weights)
     unknown = DECAY ** len(known)

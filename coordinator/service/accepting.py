@@ -17,11 +17,13 @@ from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind, TaskS
 from coordinator.domain import sizing
 from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
+from coordinator.domain.throughput import waited_s
 from coordinator.service.bookkeeping import book_end
-from coordinator.service.fleet import no_run
+from coordinator.service.fleet import Fleet, no_run
 from coordinator.service.late import leased_task
 from coordinator.service.returning import is_held, lease_lost, settle_round
 from coordinator.service.roster import plan_of, seq_len_of
+from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.blobs import Written
 from coordinator.store.rows import RunRow, TaskRow
@@ -45,7 +47,7 @@ def acceptable(
 ) -> tuple[RunRow, TaskRow]:
     """Return run and task of a submission that may be accepted.
 
-    Raises RefusedError: no_run, unknown_task, lease_lost, stale_base,
+    Raises RefusedError: no_run, unknown_task, lease_lost, busy, stale_base,
     wrong_length, bad_request.
     """
     run = runs.newest_run(connection)
@@ -92,7 +94,7 @@ def _check_trained(run: RunRow, task: TaskRow, meta: SubmissionMeta) -> None:
 
 
 def accept(
-    connection: Connection, arrived: Arrived, now: float
+    connection: Connection, fleet: Fleet, arrived: Arrived, now: float
 ) -> tuple[SubmissionAnswer, bool]:
     """Accept a submission in this transaction, or answer as it was answered before."""
     meta = arrived.meta
@@ -117,6 +119,7 @@ def accept(
     _record(connection, arrived, arrived.kept, task, answer, now)
     trained = _shortened(connection, task, meta.tokens)
     _count(connection, run, trained, meta, now)
+    _settle(connection, fleet, trained, now)
     return answer, True
 
 
@@ -190,7 +193,16 @@ def _count(
     runs.add_accepted_tokens(connection, run.run_id, meta.tokens)
     workers.count_task(connection, meta.worker_id, tokens=meta.tokens)
     # From claim to acceptance, by our own clock: what a round really waits for.
-    done = msgspec.structs.replace(task, tokens_done=meta.tokens, progress_at=now)
+    done = msgspec.structs.replace(
+        task,
+        tokens_done=meta.tokens,
+        progress_at=now,
+        paused_s=waited_s(
+            elapsed_s=now - (task.claimed_at or now),
+            paused_s=task.paused_s,
+            compute_s=meta.compute_s,
+        ),
+    )
     book_end(connection, done, outcome="back", fate=Fate.ACCEPTED, now=now)
     staleness = live.base_version - meta.base_version
     workers.add_event(
@@ -205,8 +217,18 @@ def _count(
             "staleness": staleness,
         },
     )
-    # What is stale only goes along: it neither ends the claims of a round nor closes
-    # it, or those that it is open for would find nothing to do.
-    if staleness == 0:
+
+
+def _settle(connection: Connection, fleet: Fleet, task: TaskRow, now: float) -> None:
+    """Tell the round, or the epoch, that this task is done."""
+    live = rounds.find_round(connection, task.round_id or 0)
+    if live.base_version == task.base_version:
         rounds.note_first_submission(connection, live.round_id, now)
         settle_round(connection, live.round_id)
+        return
+    # What is stale only goes along: it neither ends the claims of a round nor closes
+    # it, or those that it is open for would find nothing to do. So where it was the
+    # last of its epoch, no version that closes the round would begin the next one.
+    run = runs.newest_run(connection)
+    if run is not None:
+        add_epoch_if_done(connection, run, fleet.the_manifest(), now)

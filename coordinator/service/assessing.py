@@ -36,7 +36,7 @@ def facts_of(
             cpu_s_since_progress=None,
             lease_lost_s=None
             if worker.lease_lost_at is None
-            else now - worker.lease_lost_at,
+            else max(0.0, now - worker.lease_lost_at),
             back_in_round=back_in_round,
             quarantine=worker.quarantine_reason,
             draining=worker.draining,
@@ -52,9 +52,10 @@ def facts_of(
             ttl_s=leases.ttl_s(interval_s),
             heartbeat_at=worker.heartbeat_at,
         ),
-        elapsed_s=now - (task.claimed_at or now) - task.paused_s,
+        # Without a coordinator `now` is when its clock was stored last: maybe earlier.
+        elapsed_s=max(0.0, now - (task.claimed_at or now) - task.paused_s),
         predicted_s=task.predicted_s,
-        progress_age_s=now - (task.progress_at or now),
+        progress_age_s=max(0.0, now - (task.progress_at or now)),
         cpu_s_since_progress=_cpu_s_since_progress(task),
         lease_lost_s=None,
         back_in_round=back_in_round,

@@ -12,7 +12,7 @@ from coordinator.domain import throughput
 from coordinator.domain.accounting import Fate
 from coordinator.domain.throughput import Trained
 from coordinator.store import rounds, tallies, tasks, workers
-from coordinator.store.rows import SubmissionRow, TaskRow, WorkerRow
+from coordinator.store.rows import ClaimRow, SubmissionRow, TaskRow, WorkerRow
 
 #: A lease that ended so is no right to the task any more.
 _RIGHT_ENDED: Final = (Fate.RELEASED, Fate.FAILED, Fate.KICKED)
@@ -23,6 +23,7 @@ def book_end(
 ) -> None:
     """End the claim of a training task, as leased: `tokens_done` by `progress_at`.
 
+    `paused_s` of that the worker waited for a coordinator that stood still.
     Where only a part was handed in, the task is that part by now. Tokens count for
     their fate, and for the speed of the worker. What a claim that has ended before
     came to is taken back: its result was late, and counts all the same.
@@ -41,6 +42,7 @@ def book_end(
         fate=fate,
         tokens_done=task.tokens_done,
         progress_at=task.progress_at,
+        paused_s=task.paused_s,
         # Given back, or taken away: no late result of it counts.
         lease_hash=None if fate in _RIGHT_ENDED else task.lease_hash,
     )
@@ -94,19 +96,36 @@ def measure(connection: Connection, run_id: str, worker_id: str) -> None:
 
 
 def recent_work(connection: Connection, run_id: str, worker_id: str) -> list[Trained]:
-    """Return what the last leases of a worker came to in a run, newest first."""
+    """Return what the last leases of a worker came to in a run, newest first.
+
+    Time in which the coordinator stood still counts for nothing.
+    """
     claims = rounds.recent_claims(
         connection, run_id, worker_id, newest=throughput.NUM_RECENT
     )
-    return [
-        Trained(
-            tokens=claim.tokens_done,
-            seconds=(claim.progress_at or claim.claimed_at) - claim.claimed_at,
-            num_tokens=claim.num_tokens,
-            predicted_s=claim.predicted_s,
-        )
-        for claim in claims
-    ]
+    return [_trained(claim) for claim in claims if _tells_speed(claim)]
+
+
+def _trained(claim: ClaimRow) -> Trained:
+    return Trained(
+        tokens=claim.tokens_done,
+        seconds=_worked_s(claim),
+        num_tokens=claim.num_tokens,
+        predicted_s=claim.predicted_s,
+    )
+
+
+def _tells_speed(claim: ClaimRow) -> bool:
+    """Return whether it is known well enough how long the work of a claim took.
+
+    Of a lease that was lost nobody knows what of its tokens was trained in a pause.
+    """
+    return claim.outcome == "back" or _worked_s(claim) >= claim.paused_s
+
+
+def _worked_s(claim: ClaimRow) -> float:
+    until = claim.progress_at or claim.claimed_at
+    return until - claim.claimed_at - claim.paused_s
 
 
 def duration_alarm(

@@ -7,18 +7,22 @@ round, or with a lower weight into a later one. Its lease id is still the only r
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import msgspec
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.messages import SubmissionMeta
-from bitnet_ext.wire.verdicts import TaskState
+from bitnet_ext.wire.verdicts import ErrorCode, TaskState
 from coordinator.domain import leases
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import AcceptLate
 from coordinator.domain.staleness import MAX_STALENESS
+from coordinator.domain.throughput import waited_s
 from coordinator.service.bookkeeping import measure
-from coordinator.service.fleet import RUNNING
-from coordinator.service.returning import held_task
+from coordinator.service.fleet import RUNNING, Fleet
+from coordinator.service.returning import expire_overdue, held_task, ring
 from coordinator.service.roster import plan_of
 from coordinator.service.seeding import budget_left
 from coordinator.store import rounds, tallies, tasks, workers
@@ -30,8 +34,8 @@ def leased_task(
 ) -> TaskRow:
     """Return the task of a submission, as it is or was leased to its sender.
 
-    Raises RefusedError: unknown_task, or lease_lost where the lease has ended and the
-    result may not be taken.
+    Raises RefusedError: unknown_task; lease_lost where the lease has ended and the
+    result may not be taken; busy where only the next round may take it.
     """
     try:
         return held_task(connection, meta.task_id, meta.lease_id, now)
@@ -45,12 +49,15 @@ def leased_task(
 def _late_task(
     connection: Connection, run: RunRow, meta: SubmissionMeta
 ) -> TaskRow | None:
-    """Return the task of an ended lease as part of the open round; None: too late."""
+    """Return the task of an ended lease as part of the open round; None: too late.
+
+    Raises RefusedError `busy` while the round is closing and the next may take it.
+    """
     lease_hash = leases.lease_hash(meta.lease_id)
     claim = rounds.claim_of_lease(connection, lease_hash)
     task = tasks.find_task(connection, meta.task_id)
     live = rounds.live_round(connection, run.run_id)
-    if claim is None or task is None or live is None or live.state != "open":
+    if claim is None or task is None or live is None:
         return None
     if run.state != RUNNING:
         return None
@@ -59,6 +66,12 @@ def _late_task(
     began = rounds.find_round(connection, claim.round_id)
     if not _may_join(run, live, began) or not _fits_budget(connection, run, task):
         return None
+    if live.state != "open":
+        raise RefusedError(
+            ErrorCode.BUSY,
+            f"round {live.round_id} is being closed, come again for the next",
+            retry_after_s=1.0,
+        )
     return msgspec.structs.replace(
         task,
         lease_hash=lease_hash,
@@ -82,16 +95,21 @@ def _is_untouched(
 
 
 def _may_join(run: RunRow, live: RoundRow, began: RoundRow) -> bool:
-    """Return whether the plan lets a result of round `began` into the open one."""
+    """Return whether the plan lets a result of round `began` into the live one.
+
+    Where that is closing, into the next, which starts from the version after.
+    """
     if began.run_id != run.run_id:
         return False
+    is_open = live.state == "open"
     match plan_of(run).accept_late:
         case AcceptLate.NEVER:
             return False
         case AcceptLate.ROUND:
-            return began.round_id == live.round_id
+            return began.round_id == live.round_id and is_open
         case AcceptLate.STALE:
-            return live.base_version - began.base_version <= MAX_STALENESS
+            base_version = live.base_version + (0 if is_open else 1)
+            return base_version - began.base_version <= MAX_STALENESS
 
 
 def _fits_budget(connection: Connection, run: RunRow, task: TaskRow) -> bool:
@@ -102,7 +120,29 @@ def _fits_budget(connection: Connection, run: RunRow, task: TaskRow) -> bool:
     return task.num_tokens <= left - tasks.leased_tokens(connection, run.run_id)
 
 
-def book_refused(connection: Connection, meta: SubmissionMeta, now: float) -> None:
+@asynccontextmanager
+async def booking_late(
+    fleet: Fleet, meta: SubmissionMeta, now: float
+) -> AsyncIterator[None]:
+    """Book a result that is refused inside because its lease has ended."""
+
+    def book(connection: Connection) -> int:
+        # A lease that has just run out has not ended in the books yet.
+        num_ended = expire_overdue(connection, fleet, now)
+        _book_refused(connection, meta, now)
+        return num_ended
+
+    try:
+        yield
+    except RefusedError as refused:
+        if refused.code is ErrorCode.LEASE_LOST:
+            num_ended = await fleet.store.write(book)
+            if num_ended:
+                ring(fleet)
+        raise
+
+
+def _book_refused(connection: Connection, meta: SubmissionMeta, now: float) -> None:
     """Count a result that came too late for its worker's speed, and as waste; once."""
     claim = rounds.claim_of_lease(connection, leases.lease_hash(meta.lease_id))
     if claim is None or claim.ended_at is None or claim.outcome == "back":
@@ -116,6 +156,11 @@ def book_refused(connection: Connection, meta: SubmissionMeta, now: float) -> No
         claim.claim_seq,
         tokens_done=tokens,
         progress_at=now,
+        paused_s=waited_s(
+            elapsed_s=now - claim.claimed_at,
+            paused_s=claim.paused_s,
+            compute_s=meta.compute_s,
+        ),
         lease_hash=None,
     )
     if claim.fate is not None:

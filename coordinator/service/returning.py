@@ -224,13 +224,16 @@ def lease_lost(task_id: str) -> RefusedError:
 
 
 def settle_round(connection: Connection, round_id: int) -> bool:
-    """Return whether a round may close now; one without submissions starts over.
+    """Return whether a round may close now; one with nothing fresh starts over.
 
-    To be called whenever a lease of the round has ended.
+    To be called whenever a lease of the round has ended. What is stale waits for
+    something fresh: alone it makes no version, unless the run is over.
     """
     if tasks.count_leased_in_round(connection, round_id):
         return False
-    if rounds.accepted_in_round(connection, round_id):
+    base = rounds.find_round(connection, round_id).base_version
+    accepted = rounds.accepted_in_round(connection, round_id)
+    if any(one.base_version == base for one in accepted):
         rounds.change_round(connection, round_id, state="closing")
         return True
     rounds.void_claims(connection, round_id)

@@ -37,7 +37,8 @@ from coordinator.service.accepting import Arrived, accept, acceptable
 from coordinator.service.bodies import parse
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
-from coordinator.service.late import book_refused
+from coordinator.service.late import booking_late
+from coordinator.service.returning import ring
 from coordinator.service.roster import plan_of
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind, Spool, Written
@@ -102,8 +103,7 @@ class Intake:
         answer, is_new = await self._accept(meta)
         if is_new:
             self._kept = None  # a row names it now
-            self._fleet.round_ready.ring()
-            self._fleet.changed.ring()
+            ring(self._fleet)
         return answer
 
     async def close(self) -> None:
@@ -128,12 +128,8 @@ class Intake:
             run, _task = acceptable(connection, meta, now)
             return _Expected.of(run)
 
-        try:
+        async with booking_late(self._fleet, meta, now):
             self._expected = await self._fleet.store.read(look)
-        except RefusedError as refused:
-            if refused.code is ErrorCode.LEASE_LOST:
-                await self._fleet.store.write(lambda c: book_refused(c, meta, now))
-            raise
         if self._expected is not None:
             blobs = self._fleet.blobs
             self._spool = await self._on_disk(lambda: blobs.spool(BlobKind.PAYLOAD))
@@ -197,9 +193,10 @@ class Intake:
             body_sha256=self._body_hash.hexdigest(),
             began_at=self._began_at,
         )
-        return await self._fleet.store.write(
-            lambda connection: accept(connection, arrived, now)
-        )
+        async with booking_late(self._fleet, meta, now):
+            return await self._fleet.store.write(
+                lambda connection: accept(connection, self._fleet, arrived, now)
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,6 +115,7 @@ class ClaimRow(Struct, frozen=True, kw_only=True):
     outcome: str | None
     tokens_done: int
     progress_at: float | None
+    paused_s: float
     fate: str | None
 
 

@@ -207,6 +207,8 @@ claims: Final = Table(
     # What was trained, as of the last progress or of the submission, and when.
     Column("tokens_done", BigInteger, nullable=False, server_default="0"),
     Column("progress_at", Float),
+    # How long the worker waited meanwhile because the coordinator stood still.
+    Column("paused_s", Float, nullable=False, server_default="0"),
     # What became of it (`coordinator.domain.accounting`).
     Column("fate", String(16)),
     # Of the lease; none where a result that comes late would be of no use.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import AcceptLate
 from coordinator.domain.staleness import MAX_STALENESS, staleness_weight
+from coordinator.service.submitting import Intake
 from coordinator.service.sweeping import _end_run
 from coordinator.store import tallies
-from coordinator.store.tables import claims, events, submissions, tasks
+from coordinator.store.tables import claims, events, ranges, submissions, tasks
 from tests.fakes import START
 from tests.unit.coordinator.fleets import PLAN, World, body, frame
 
@@ -138,6 +139,41 @@ def test_never_is_never_but_tells_how_fast_the_worker_is(world: World):
     assert world.worker("w1").tokens_accepted == 0
 
 
+def test_a_lease_that_ran_out_unnoticed_is_booked_too(world: World):
+    world.start_run(NEVER)
+    world.register()
+    late = world.claimed()
+    world.clock.advance(31.0)
+
+    refused(world, late)
+
+    assert world.task(late.task_id).state == "pending"
+    assert tokens(world) == {"silent": 64}
+    (said,) = told(world, "submission.refused")
+    assert (said["tokens"], said["fate"]) == (64, "silent")
+
+
+def test_a_lease_that_ends_during_the_upload_is_booked_too(world: World):
+    world.start_run(NEVER)
+    world.register()
+    world.set_speed("w1", 64 / 60)
+    late = world.claimed()
+    sent = body(world.meta(late, "w1"), frame(late, 0.25))
+    world.clock.advance(20.0)
+    begun = upload(world, sent[:-100])
+    world.clock.advance(20.0)
+    assert world.sweep() == 1
+    assert tokens(world) == {}
+
+    with pytest.raises(RefusedError, match="does not hold"):
+        finish(world, begun, sent[-100:])
+
+    assert tokens(world) == {"silent": 64}
+    assert world.worker("w1").tokens_per_s == pytest.approx(64 / 40)
+    (said,) = told(world, "submission.refused")
+    assert (said["tokens"], said["fate"]) == (64, "silent")
+
+
 def test_once_its_round_is_closed_it_is_too_late(world: World):
     late, other = out_of_touch(world)
     next_round(world, other)
@@ -246,6 +282,78 @@ def rest(world: World, task_id: str) -> None:
     )
 
 
+def test_while_a_round_is_closing_a_stale_result_is_told_to_come_again(
+    world: World,
+):
+    late, other = out_of_touch(world, STALE)
+    world.submit(other, "w2")
+    assert world.live_round().state == "closing"
+    sent = body(world.meta(late, "w1"), frame(late, 0.25))
+    before = world.everything()
+
+    with pytest.raises(RefusedError, match="round 1 is being closed") as caught:
+        world.send(sent)
+
+    assert (caught.value.code, caught.value.retry_after_s) == ("busy", 1.0)
+    assert world.everything() == before
+    assert world.close_round()
+    assert world.send(sent).round_id == 2
+
+
+def test_what_becomes_stale_during_its_upload_is_told_to_come_again(world: World):
+    late, other = out_of_touch(world, STALE)
+    sent = body(world.meta(late, "w1"), frame(late, 0.25))
+    begun = upload(world, sent[:-100])
+    world.submit(other, "w2")
+
+    with pytest.raises(RefusedError) as caught:
+        finish(world, begun, sent[-100:])
+
+    assert caught.value.code == "busy"
+    assert told(world, "submission.refused") == []
+    assert world.close_round()
+    assert world.send(sent).round_id == 2
+
+
+def upload(world: World, piece: bytes) -> Intake:
+    intake = Intake(world.fleet)
+    world.do(intake.feed(piece))
+    return intake
+
+
+def finish(world: World, intake: Intake, piece: bytes) -> None:
+    async def rest_of_it():
+        try:
+            await intake.feed(piece)
+            await intake.finish()
+        finally:
+            await intake.close()
+
+    world.do(rest_of_it())
+
+
+def test_a_closing_round_refuses_what_only_it_would_take(world: World):
+    late, other = out_of_touch(world)
+    world.submit(other, "w2")
+
+    refused(world, late)
+
+    assert len(told(world, "submission.refused")) == 1
+
+
+def test_a_closing_round_refuses_what_is_too_old_for_the_next(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    for _ in range(MAX_STALENESS - 1):
+        rest(world, late.task_id)
+        next_round(world, world.claimed("w2"))
+    rest(world, late.task_id)
+    world.submit(world.claimed("w2"), "w2")
+    assert world.live_round().state == "closing"
+
+    refused(world, late)
+
+
 def test_what_no_budget_is_left_for_is_refused(world: World):
     late, _other = out_of_touch(world, token_budget=128)
     world.change_run(token_budget=127)
@@ -273,6 +381,68 @@ def test_a_run_that_ends_with_a_stale_result_merges_it_first(world: World):
         lambda c: c.execute(select(submissions).where(submissions.c.version == 3)).one()
     )
     assert (row.task_id, row.base_version) == (late.task_id, 1)
+
+
+def test_a_stale_result_alone_makes_no_version_when_others_give_up(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    rest(world, late.task_id)
+    fresh = world.claimed("w2")
+    world.submit(late, "w1")
+
+    world.release(fresh, "w2")
+
+    assert world.live_round().state == "open"
+    assert not world.close_round()
+    # The round has started over: its worker may claim again, and then it closes.
+    next_round(world, world.claimed("w2"))
+    assert tokens(world) == {"applied": 64}
+
+
+def test_a_stale_result_that_ends_an_epoch_begins_the_next(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    world.write(lambda c: c.execute(delete(ranges)))
+
+    world.submit(late, "w1")
+
+    assert world.run_row().epoch == 2
+    assert world.live_round().state == "open"
+    next_round(world, world.claimed("w2"))
+    assert tokens(world) == {"applied": 64}
+
+
+def test_a_stale_result_begins_no_epoch_while_others_are_out(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    rest(world, late.task_id)
+    fresh = world.claimed("w2")
+    world.write(lambda c: c.execute(delete(ranges)))
+
+    world.submit(late, "w1")
+
+    assert world.run_row().epoch == 1
+    next_round(world, fresh)
+    assert world.run_row().epoch == 2
+
+
+def test_a_run_ends_with_a_stale_result_after_the_last_lease_was_given_back(
+    world: World,
+):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    rest(world, late.task_id)
+    fresh = world.claimed("w2")
+    world.submit(late, "w1")
+    world.change_run(stop_at=world.clock.now())
+    world.do(_end_run(world.fleet))
+    assert not world.close_round()  # w2 is out
+
+    world.release(fresh, "w2")
+    world.do(_end_run(world.fleet))
+
+    assert world.close_round()
+    assert tokens(world) == {"applied": 64}
 
 
 def test_the_weight_falls_with_the_root_of_the_age():

@@ -90,6 +90,20 @@ def test_a_fresh_run(running: World):
     assert worker(view, "w1").verdict == "idle"
 
 
+def test_as_of_a_moment_before_the_claim_no_time_has_passed(running: World):
+    running.register("w2")
+    running.clock.advance(2.0)
+    running.claimed()
+    running.write(lambda c: workers.change_worker(c, "w2", lease_lost_at=START + 2.0))
+    running.clock.advance(-2.0)  # when the clock of a killed coordinator was stored
+
+    view = looked(running)
+
+    facts = worker(view, "w1").facts
+    assert (facts.elapsed_s, facts.progress_age_s) == (0.0, 0.0)
+    assert worker(view, "w2").facts.lease_lost_s == 0.0
+
+
 def test_a_worker_in_the_middle_of_its_task(running: World):
     running.set_speed("w1", 8.0)
     task = running.claimed()

@@ -270,12 +270,13 @@ def test_a_frame_that_grows_too_long_is_refused_before_its_end(running: World):
     assert running.fleet.blobs.names(BlobKind.PAYLOAD) == []
 
 
-def test_the_closer_is_woken_by_a_submission(running: World):
+@pytest.mark.parametrize("bell", ["round_ready", "work"])
+def test_who_waits_for_a_submission_is_woken(running: World, bell):
     task = running.claimed()
     sent = body(running.meta(task), frame(task, 0.5))
 
     async def story():
-        waiting = asyncio.create_task(running.fleet.round_ready.wait())
+        waiting = asyncio.create_task(getattr(running.fleet, bell).wait())
         await asyncio.sleep(0)  # it waits
         intake = Intake(running.fleet)
         await intake.feed(sent)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from coordinator.domain import throughput
 from coordinator.domain.leases import HARD_FACTOR
+from coordinator.domain.sizing import task_tokens
 from coordinator.domain.throughput import Trained, duration_ratio, head_room, measured
 
 
@@ -53,6 +54,62 @@ def test_a_crumb_weighs_little():
     crumbs = [task(3.0, tokens=8), task(3.0, tokens=8)]
 
     assert measured([*crumbs, task(100.0)]).tokens_per_s == pytest.approx(100.0)
+
+
+SEQ_LEN = 128
+
+
+def sizes(recent, speed, *, overhead_s=0.0, num_tasks=4):
+    """Return the sizes of the next tasks of 60 s for a worker that does `speed`."""
+    found = []
+    for _ in range(num_tasks):
+        size = task_tokens(
+            measured(recent).tokens_per_s,
+            seconds=60.0,
+            batch_tokens=8 * SEQ_LEN,
+            seq_len=SEQ_LEN,
+            largest=max(one.tokens for one in recent),
+        )
+        took_s = size / speed + overhead_s
+        recent = [Trained(tokens=size, seconds=took_s, num_tokens=size), *recent]
+        found.append(size)
+    return found
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [
+        [task(1.14, tokens=4096)],
+        [task(15.0, tokens=60000)] * 2 + [task(1000.0, tokens=60000)] * 6,
+    ],
+)
+def test_two_fast_crumbs_outvote_what_was_slow_however_large(slow):
+    first, second, *rest = sizes(slow, 1000.0)
+
+    assert first == second < 1000
+    assert rest == [60032, 60032]
+
+
+def test_crumbs_that_are_mostly_overhead_find_the_way_up_step_by_step():
+    found = sizes([task(1.14, tokens=4096)], 1000.0, overhead_s=1.0)
+
+    assert found[:2] == [128, 128]
+    assert found[2] > 6000
+    assert found[3] > 50000
+
+
+def test_one_fast_crumb_changes_nothing():
+    before = [task(15.0, tokens=60000)] * 3
+
+    assert measured([task(1000.0, tokens=8), *before]).tokens_per_s == 15.0
+    fast_and_slow = [task(1000.0, tokens=8), task(15.0, tokens=8), *before]
+    assert measured(fast_and_slow).tokens_per_s == 15.0
+
+
+def test_crumbs_that_are_a_little_faster_count_no_more_than_others():
+    before = [task(100.0, tokens=60000)] * 3
+
+    assert measured([task(190.0, tokens=8)] * 2 + before).tokens_per_s == 100.0
 
 
 def test_what_is_long_ago_does_not_count():
