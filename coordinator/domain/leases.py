@@ -18,6 +18,10 @@ from typing import Final
 HEARTBEATS_PER_TTL: Final = 6
 MIN_TTL_S: Final = 30.0
 MAX_ATTEMPTS: Final = 5
+#: So many leases of a task may come back without costing an attempt before a release
+#: without a trained token costs one: else a task that every worker hands back at once
+#: would go round for ever.
+MAX_FREE_LEASES: Final = 5
 MAX_BACKOFF_S: Final = 60.0
 #: `hard_at` = claim + this many times the prediction + slack.
 HARD_FACTOR: Final = 3.0
@@ -267,6 +271,14 @@ def predicted_from_progress(
     if tokens_done <= 0 or elapsed_s <= 0:
         return None
     return num_tokens * elapsed_s / tokens_done
+
+
+def release_is_free(*, num_leases: int, attempt: int, tokens_done: int) -> bool:
+    """Return whether a task that is released gets its attempt back.
+
+    `num_leases`, `attempt`: leases and attempts so far, both with the one that ends.
+    """
+    return tokens_done > 0 or num_leases - attempt < MAX_FREE_LEASES
 
 
 def backoff_s(attempt: int, jitter: float) -> float:

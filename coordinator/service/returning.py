@@ -7,6 +7,7 @@ attempt. What became of its round is decided in the same transaction.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from sqlalchemy import Connection
 
@@ -29,29 +30,24 @@ log = logging.getLogger(__name__)
 
 
 async def release(fleet: Fleet, task_id: str, request: ReleaseRequest) -> TaskAnswer:
-    """Give a task back untrained; this does not count as an attempt.
+    """Give a task back; this counts as an attempt only where it goes round and round.
 
     Raises RefusedError: unknown_task, lease_lost.
     """
-    now = await awake(fleet)
+    reason = request.reason or "released"
 
-    def give_back(connection: Connection) -> TaskAnswer:
-        task = held_task(connection, task_id, request.lease_id, now)
-        reason = request.reason or "released"
-        tasks.return_task(
-            connection,
-            task.task_id,
-            attempt=task.attempt - 1,
-            reason=reason,
-            not_before_at=now,
-            round_id=task.round_id,
+    def give_back(connection: Connection, task: TaskRow, now: float) -> TaskState:
+        is_free = leases.release_is_free(
+            num_leases=task.num_leases,
+            attempt=task.attempt,
+            tokens_done=task.tokens_done,
         )
-        _after(connection, fleet, task, "released", now)
-        return TaskAnswer(task_id=task.task_id, state=TaskState.PENDING)
+        if is_free:
+            return _attempt_returned(connection, task, reason, now)
+        rest_s = leases.backoff_s(task.attempt, fleet.rng.uniform(0.0, 1.0))
+        return _attempt_lost(connection, task, "released", reason, now, rest_s)
 
-    answer = await fleet.store.write(give_back)
-    ring(fleet)
-    return answer
+    return await _end_held(fleet, task_id, request.lease_id, "released", give_back)
 
 
 async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
@@ -60,23 +56,36 @@ async def fail(fleet: Fleet, task_id: str, request: FailRequest) -> TaskAnswer:
     Where a file of ours is to blame, it does not count as an attempt. Raises
     RefusedError: unknown_task, lease_lost.
     """
-    now = await awake(fleet)
-    if await _is_our_fault(fleet, task_id, request, now):
-        why = f"{request.code}: {request.message}"
-        given_back = ReleaseRequest(
-            worker_id=request.worker_id, lease_id=request.lease_id, reason=why
-        )
-        return await release(fleet, task_id, given_back)
+    reason = f"{request.code}: {request.message}"
+    is_ours = await _is_our_fault(fleet, task_id, request, await awake(fleet))
 
-    def give_up(connection: Connection) -> TaskAnswer:
-        task = held_task(connection, task_id, request.lease_id, now)
-        reason = f"{request.code}: {request.message}"
+    def give_up(connection: Connection, task: TaskRow, now: float) -> TaskState:
+        if is_ours:
+            return _attempt_returned(connection, task, reason, now)
         rest_s = leases.backoff_s(task.attempt, fleet.rng.uniform(0.0, 1.0))
-        state = _attempt_lost(connection, task, "failed", reason, now, rest_s)
-        _after(connection, fleet, task, "failed", now)
+        return _attempt_lost(connection, task, "failed", reason, now, rest_s)
+
+    outcome = "released" if is_ours else "failed"
+    return await _end_held(fleet, task_id, request.lease_id, outcome, give_up)
+
+
+async def _end_held(
+    fleet: Fleet,
+    task_id: str,
+    lease_id: str,
+    outcome: str,
+    put_back: Callable[[Connection, TaskRow, float], TaskState],
+) -> TaskAnswer:
+    """End a lease as its worker asked, and tell all whom that concerns."""
+    now = await awake(fleet)
+
+    def end(connection: Connection) -> TaskAnswer:
+        task = held_task(connection, task_id, lease_id, now)
+        state = put_back(connection, task, now)
+        _after(connection, fleet, task, outcome, now)
         return TaskAnswer(task_id=task.task_id, state=state)
 
-    answer = await fleet.store.write(give_up)
+    answer = await fleet.store.write(end)
     ring(fleet)
     return answer
 
@@ -156,14 +165,7 @@ def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
         if task.round_id == live.round_id
     ]
     for task in out:
-        tasks.return_task(
-            connection,
-            task.task_id,
-            attempt=task.attempt - 1,
-            reason="its round went on without it",
-            not_before_at=now,
-            round_id=task.round_id,
-        )
+        _attempt_returned(connection, task, "its round went on without it", now)
         _after(connection, fleet, task, "late", now)
     return len(out)
 
@@ -238,6 +240,21 @@ def settle_round(connection: Connection, round_id: int) -> bool:
     tasks.forgive_returns(connection, round_id)
     rounds.change_round(connection, round_id, first_claim_at=None)
     return False
+
+
+def _attempt_returned(
+    connection: Connection, task: TaskRow, reason: str, now: float
+) -> TaskState:
+    """Put the task back as if this attempt had not been."""
+    tasks.return_task(
+        connection,
+        task.task_id,
+        attempt=task.attempt - 1,
+        reason=reason,
+        not_before_at=now,
+        round_id=task.round_id,
+    )
+    return TaskState.PENDING
 
 
 def _attempt_lost(

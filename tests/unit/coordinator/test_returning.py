@@ -50,7 +50,7 @@ def pending_at(world, now):
 
 
 def test_a_release_does_not_count_as_an_attempt(running: World):
-    for _ in range(8):
+    for _ in range(5):
         task = running.claimed()
         assert running.release(task).state == "pending"
 
@@ -58,6 +58,42 @@ def test_a_release_does_not_count_as_an_attempt(running: World):
     assert (row.state, row.attempt) == ("pending", 0)
     assert running.worker("w1").tasks_failed == 0
     assert kinds(running)[-1] == "lease.released"
+
+
+def test_a_task_that_is_handed_back_again_and_again_is_given_up(running: World):
+    first = running.claimed()
+    states = [running.release(first).state]
+    while states[-1] == "pending":
+        task = running.claimed()
+        assert task.task_id == first.task_id
+        states.append(running.release(task).state)
+        running.clock.advance(60.0)
+
+    assert states == ["pending"] * 9 + ["failed"]
+    row = running.task(first.task_id)
+    assert (row.attempt, row.reason) == (5, "released")
+    assert running.worker("w1").tasks_failed == 5
+    assert running.claimed().task_id != first.task_id
+
+
+def test_the_sixth_release_lets_a_task_rest(running: World):
+    for _ in range(6):
+        task = running.claimed()
+        running.release(task)
+
+    assert running.task(task.task_id).attempt == 1
+    assert pending_at(running, running.clock.now()) is None
+    assert pending_at(running, running.clock.now() + 2.0).task_id == task.task_id
+
+
+def test_a_release_after_a_step_takes_no_attempt_however_often(running: World):
+    for _ in range(8):
+        task = running.claimed()
+        running.heartbeat(task, tokens_done=16)
+        running.release(task)
+
+    row = running.task(task.task_id)
+    assert (row.num_leases, row.attempt) == (8, 0)
 
 
 def test_a_lease_without_progress_is_free_again_after_its_time(running: World):
