@@ -13,9 +13,9 @@ MIN_SILENCE_S: Final = 30.0
 #: Heartbeats without progress for this share of that mean stuck. Before its lease
 #: ends, so that the word is there to be seen.
 STUCK_SHARE: Final = 0.5
-#: So much past its prediction a worker is slow: that is of computing alone, and
-#: knows nothing of a download or of how old the last heartbeat is.
-SLOW_SLACK_S: Final = 10.0
+#: So many heartbeats past its prediction a worker is slow: that knows nothing of how
+#: old the last one is.
+SLOW_HEARTBEATS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +113,8 @@ def _at_work(
             f"Heartbeats without progress for {facts.no_progress_s:.0f} s, "
             f"limit {limit:.0f} s; {share:.0f} % of its task done.{_cpu(facts)}"
         )
-    due_s = None if facts.predicted_s is None else facts.predicted_s + SLOW_SLACK_S
-    if due_s is not None and facts.elapsed_s >= due_s:
+    slack_s = SLOW_HEARTBEATS * facts.heartbeat_s
+    if facts.predicted_s is not None and facts.elapsed_s >= facts.predicted_s + slack_s:
         return Verdict.SLOW, (
             f"{share:.0f} % of its task done after {facts.elapsed_s:.0f} s, "
             f"predicted {facts.predicted_s:.0f} s."
