@@ -355,8 +355,10 @@ class Fleet:
         lasts_s = float(self._rng.uniform(11.0, 18.0))
         restarts = bool(self._rng.random() < 0.5)
         self._blocked_until = self.t + lasts_s
-        high_water = self._clock.now() - float(self._rng.uniform(0.0, CLOCK_S))
-        before = high_water if restarts else None
+        kept = self._clock.now() - float(self._rng.uniform(0.0, CLOCK_S))
+        # What the clock has stamped is stored too, as `store.clock` knows.
+        stamped = max(box.heartbeat_at for box in self._boxes)
+        before = max(kept, stamped) if restarts else None
         self._later(self._blocked_until, self._wake, before, lasts_s)
         self._plan_coordinator_fault()
 

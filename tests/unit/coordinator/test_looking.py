@@ -7,11 +7,11 @@ import pytest
 
 from bitnet_ext.layout import num_params
 from coordinator.service.fleet import Known
-from coordinator.service.grace import CLOCK_FACT, extend_leases
+from coordinator.service.grace import extend_leases
 from coordinator.service.looking import look
 from coordinator.service.sweeping import keep_clock
 from coordinator.service.view import FleetView
-from coordinator.store import runs, workers
+from coordinator.store import clock, runs, workers
 from coordinator.verbs import _AtRest
 from tests.fakes import START
 from tests.unit.coordinator.fleets import SHAPE, World
@@ -203,8 +203,8 @@ def test_a_silent_worker_is_lost(running: World):
 
 def test_silence_while_nobody_could_hear_is_not_the_workers(running: World):
     task = running.claimed()
-    ran_until = repr(running.clock.now())
-    running.write(lambda c: workers.set_fact(c, CLOCK_FACT, ran_until))
+    ran_until = running.clock.now()
+    running.write(lambda c: clock.keep(c, ran_until))
     running.clock.advance(300.0)  # as long as no coordinator ran
     extend_leases(running.fleet)
     running.clock.advance(30.0)
