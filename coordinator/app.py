@@ -116,6 +116,7 @@ def _make_fleet(
         workbench=workbench,
         heartbeat_s=settings.heartbeat_s,
         keep_versions=settings.keep_versions,
+        roll_back=settings.roll_back,
     )
 
 

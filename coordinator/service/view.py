@@ -42,6 +42,21 @@ class TallyView(View, frozen=True, kw_only=True):
     wasted: dict[str, int]
 
 
+class RollbackView(View, frozen=True, kw_only=True):
+    """The run went back to an earlier version, or is about to."""
+
+    #: The version that is `to_version` again, and when it was made (Unix seconds); None
+    #: while the round is not closed.
+    version: int | None
+    at: float | None
+    #: The newest scored version before; where none was scored since `to_version`, the
+    #: newest. Losses are nats a token, None without a score.
+    from_version: int
+    from_loss: float | None
+    to_version: int
+    to_loss: float | None
+
+
 class RunView(View, frozen=True, kw_only=True):
     """The run, and how far it is."""
 
@@ -71,6 +86,8 @@ class RunView(View, frozen=True, kw_only=True):
     tally: TallyView
     #: Why held-out loss needs a look; None while it falls, or rises little.
     loss_alarm: str | None
+    #: None where the run never went back, and once a later version has a lower loss.
+    rollback: RollbackView | None
     #: Not null after a hard reset that no operator has acknowledged.
     reset_from_version: int | None
 
@@ -197,6 +214,8 @@ class VersionPoint(View, frozen=True, kw_only=True):
     train_loss: float | None
     #: Tokens of its round by the seconds it took; None for the root.
     tokens_per_s: float | None
+    #: The earlier version that it is again; no round led to it, so both are None.
+    rolled_back_to: int | None = None
 
 
 class EvaluationPoint(View, frozen=True, kw_only=True):

@@ -36,6 +36,7 @@ class RunRow(Struct, frozen=True, kw_only=True):
     stop_at: float | None
     reset_from_version: int | None
     reset_acknowledged: bool
+    roll_back_to: int | None
 
 
 class RangeRow(Struct, frozen=True, kw_only=True):
@@ -174,6 +175,7 @@ class VersionRow(Struct, frozen=True, kw_only=True):
     train_loss: float | None
     plan_json: str
     pruned: bool
+    rolled_back_to: int | None
 
 
 class PointRow(Struct, frozen=True, kw_only=True):
@@ -184,6 +186,7 @@ class PointRow(Struct, frozen=True, kw_only=True):
     tokens_total: int
     num_submissions: int
     train_loss: float | None
+    rolled_back_to: int | None
     first_claim_at: float | None
     tokens_before: int | None
 

@@ -75,6 +75,8 @@ runs: Final = Table(
     Column("stop_at", Float),
     Column("reset_from_version", BigInteger),
     Column("reset_acknowledged", Boolean, nullable=False, server_default=text("1")),
+    # The version that the run is to go back to once its round is closed.
+    Column("roll_back_to", BigInteger),
     CheckConstraint("state IN ('running','paused','finished')", name="run_state"),
 )
 
@@ -301,6 +303,8 @@ versions: Final = Table(
     Column("train_loss", Float),
     Column("plan_json", Text, nullable=False),
     Column("pruned", Boolean, nullable=False, server_default=text("0")),
+    # The earlier version that this one is again; no round led to it.
+    Column("rolled_back_to", BigInteger),
 )
 Index("ix_versions_run", versions.c.run_id, versions.c.version)
 

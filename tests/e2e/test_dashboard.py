@@ -129,6 +129,7 @@ def fleet() -> FleetView:
             eta=eta,
             tally=TALLY,
             loss_alarm=None,
+            rollback=None,
             reset_from_version=None,
         ),
         round=RoundView(

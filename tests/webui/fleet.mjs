@@ -25,6 +25,7 @@ export function run(given = {}) {
     eta: { at: null, earliest_at: null, latest_at: null, reason: "Needs a round." },
     tally: tally(),
     loss_alarm: null,
+    rollback: null,
     reset_from_version: null,
     ...given,
   };
@@ -157,6 +158,7 @@ export function version(number, given = {}) {
     tokens_total: 1000 * number,
     num_submissions: 2,
     train_loss: 3,
+    rolled_back_to: null,
     tokens_per_s: 1700,
     ...given,
   };

@@ -8,10 +8,10 @@ import pytest
 
 from bitnet_ext.wire.verdicts import LeaseState, TaskKind
 from coordinator.service.grace import CLOCK_FACT
+from coordinator.service.seeding import is_over
 from coordinator.service.starting import RunSettings
 from coordinator.service.sweeping import (
     every,
-    is_over,
     keep_clock,
     sweep,
 )
