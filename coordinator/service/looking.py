@@ -23,6 +23,7 @@ from coordinator.service.fleet import FINISHED, RUNNING, Known
 from coordinator.service.lines import line_of, rollback_view, rollbacks_of
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
+from coordinator.service.ternary_health import newest_health
 from coordinator.service.view import (
     BooksView,
     EtaView,
@@ -75,6 +76,7 @@ def look(
             round=None,
             tasks=None,
             workers=[],
+            ternary=None,
             server=server,
             versions=[],
             evaluations=[],
@@ -90,6 +92,7 @@ def look(
         round=_round(connection, run, lanes, held),
         tasks=_tasks(connection, run, seen, held),
         workers=seen,
+        ternary=next(iter(newest_health(connection, run.run_id, 1)), None),
         server=server,
         versions=_versions(connection, run) if history else [],
         evaluations=_evaluations(connection, run) if history else [],

@@ -11,7 +11,7 @@ from coordinator.domain.rollback import best_of
 from coordinator.service.fleet import Fleet
 from coordinator.service.lines import line_of
 from coordinator.service.version_blobs import remove_version
-from coordinator.store import rounds, runs, tasks, versions
+from coordinator.store import health, rounds, runs, tasks, versions
 from coordinator.store.blobs import BlobKind
 from coordinator.store.rows import RunRow
 
@@ -72,5 +72,7 @@ def _pinned(connection: Connection, run: RunRow) -> set[int]:
     # What the run may go back to, or is about to.
     line = line_of(connection, run.run_id)
     to = best_of(line) if line else None
-    wanted = {*leased, *waiting, best, to, run.roll_back_to}
+    # The next scored version is compared with it.
+    examined = health.newest_examined(connection, run.run_id)
+    wanted = {*leased, *waiting, best, to, run.roll_back_to, examined}
     return {version for version in wanted if version is not None}

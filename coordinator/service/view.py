@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from coordinator.domain.ternary_health import MatrixHealth
 from coordinator.domain.verdicts import WorkerFacts
 
 
@@ -228,6 +229,15 @@ class EvaluationPoint(View, frozen=True, kw_only=True):
     bits_per_byte: float
 
 
+class TernaryView(View, frozen=True, kw_only=True):
+    """The ternary health of a version, by matrix, in layout order."""
+
+    version: int
+    #: The scored version that flips and drift are since; None: there is none.
+    before: int | None
+    matrices: list[MatrixHealth]
+
+
 class FleetView(View, frozen=True, kw_only=True):
     """Everything: the body of a snapshot."""
 
@@ -240,6 +250,8 @@ class FleetView(View, frozen=True, kw_only=True):
     round: RoundView | None
     tasks: TasksView | None
     workers: list[WorkerView]
+    #: Of the newest version that was looked at; None before the first.
+    ternary: TernaryView | None
     server: ServerView
     #: All of the run, oldest first.
     versions: list[VersionPoint]
@@ -253,5 +265,6 @@ class FleetUpdate(View, frozen=True, kw_only=True, omit_defaults=True):
     run: RunView | UnsetType | None = UNSET
     round: RoundView | UnsetType | None = UNSET
     tasks: TasksView | UnsetType | None = UNSET
+    ternary: TernaryView | UnsetType | None = UNSET
     server: ServerView | UnsetType = UNSET
     workers: list[WorkerView] = []

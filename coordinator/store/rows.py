@@ -208,6 +208,14 @@ class EvaluationRow(Struct, frozen=True, kw_only=True):
     answer_json: str
 
 
+class HealthRow(Struct, frozen=True, kw_only=True):
+    """A row of `ternary_health`."""
+
+    version: int
+    before: int | None
+    matrices_json: str
+
+
 class WorkerRow(Struct, frozen=True, kw_only=True):
     """A row of `workers`."""
 

@@ -1,6 +1,6 @@
 """Every table, in SQLAlchemy Core; `migrations/` makes them, this file describes them.
 
-Times are Unix seconds UTC. The columns that end in `_json` hold one JSON object.
+Times are Unix seconds UTC. The columns that end in `_json` hold JSON.
 """
 
 from __future__ import annotations
@@ -326,6 +326,24 @@ evaluations: Final = Table(
     Column("created_at", Float, nullable=False),
     Column("body_sha256", String(64), nullable=False),
     Column("answer_json", Text, nullable=False),
+)
+
+#: What the forward pass makes of a scored version, by matrix.
+ternary_health: Final = Table(
+    "ternary_health",
+    metadata,
+    Column(
+        "version",
+        BigInteger,
+        ForeignKey("versions.version"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("run_id", String(64), ForeignKey("runs.run_id"), nullable=False),
+    # The scored version that it is compared with.
+    Column("before", BigInteger),
+    # A list of `coordinator.domain.ternary_health.MatrixHealth`; empty: not known.
+    Column("matrices_json", Text, nullable=False),
 )
 
 #: One registered training process. The id is a label, not a right.
