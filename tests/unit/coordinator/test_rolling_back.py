@@ -252,7 +252,8 @@ def test_a_run_does_not_end_between_decision_and_version(watched: World):
     assert_again(watched, 6, 2)
 
 
-@pytest.mark.parametrize("ordinal", range(1, NUM_CALLS + 1))
+# Before and after each blob; `test_closing` crashes at every call of the same writing.
+@pytest.mark.parametrize("ordinal", [1, NUM_CALLS // 2, NUM_CALLS // 2 + 1, NUM_CALLS])
 def test_after_a_crash_there_is_the_old_state_and_then_the_same_bytes(
     running: World, ordinal
 ):
