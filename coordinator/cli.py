@@ -29,6 +29,7 @@ from coordinator.control import (
     AcknowledgeReset,
     Command,
     DrainWorker,
+    GoBack,
     KickStuck,
     MarkGone,
     ReadmitWorker,
@@ -59,6 +60,7 @@ _SETTINGS: Final = {
 
 #: Commands that are passed on as they are; tag and docstring are name and help.
 _ORDERS: Final[tuple[type[Command], ...]] = (
+    GoBack,
     AcknowledgeReset,
     DrainWorker,
     ResumeWorker,

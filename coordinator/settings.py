@@ -20,6 +20,7 @@ from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire.messages import MAX_HEARTBEAT_S
 from coordinator.domain.errors import StartError
 from coordinator.domain.plan import CHOICES, TrainingPlan
+from coordinator.domain.rollback import RollBack
 
 PREFIX: Final = "BITNET_COORD_"
 MIN_KEY_CHARS: Final = 32
@@ -60,6 +61,8 @@ class CoordinatorSettings:
     heartbeat_s: float
     #: Newest versions that keep their blobs.
     keep_versions: int
+    #: When a run goes back to its best version by itself.
+    roll_back: RollBack
     log_level: str
     plan: TrainingPlan
 
@@ -93,6 +96,7 @@ class CoordinatorSettings:
             ),
             heartbeat_s=_seconds(given, "HEARTBEAT_S", 5.0),
             keep_versions=_whole(given, "KEEP_VERSIONS", 20, 1, 10**9),
+            roll_back=_roll_back(given),
             log_level=_level(given),
             plan=_plan(given),
         )
@@ -214,6 +218,13 @@ def _preset(env: Mapping[str, str]) -> str | None:
     except UnknownPresetError as error:
         raise StartError(f"{PREFIX}PRESET: {error}") from None
     return value
+
+
+def _roll_back(env: Mapping[str, str]) -> RollBack:
+    value = env.get("ROLL_BACK", RollBack.NEVER)
+    if value not in tuple(RollBack):
+        raise _wrong("ROLL_BACK", f"one of {', '.join(RollBack)}", value)
+    return RollBack(value)
 
 
 def _level(env: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from typing import Final
 from bitnet_ext.wire.verdicts import Verdict
 from coordinator.service.view import (
     FleetView,
+    RollbackView,
     RoundView,
     RunView,
     TasksView,
@@ -74,6 +75,10 @@ def _run(run: RunView) -> Iterator[str]:
         f"version {run.newest_version}, {run.tokens_accepted}{budget} tokens{speed}"
     )
     yield f"ETA      {_eta(run)}"
+    if run.loss_alarm is not None:
+        yield f"ALARM    Held-out loss has risen. {run.loss_alarm}"
+    if run.rollback is not None:
+        yield f"rollback {_rollback(run.rollback)}"
 
 
 def _eta(run: RunView) -> str:
@@ -84,6 +89,21 @@ def _eta(run: RunView) -> str:
         f"{moment(eta.at)}, between {moment(eta.earliest_at)} and "
         f"{moment(eta.latest_at)}. {eta.reason}"
     )
+
+
+def _rollback(rollback: RollbackView) -> str:
+    left, to = rollback.from_version, rollback.to_version
+    ways = (
+        f"from version {left} ({_loss(rollback.from_loss)}) to version {to} "
+        f"({_loss(rollback.to_loss)})"
+    )
+    if rollback.version is None:
+        return f"about to go back {ways}, once the round is closed"
+    return f"went back {ways}, which is version {rollback.version} now"
+
+
+def _loss(loss: float | None) -> str:
+    return "not scored" if loss is None else f"held-out loss {loss:.4f}"
 
 
 def _round(live: RoundView) -> str:

@@ -117,7 +117,8 @@ class _Claim:
         if evaluation and self._now - evaluation.created_at > plan.round_s:
             return self._lease(run, worker, evaluation, None)
         live = rounds.live_round(self._connection, run.run_id)
-        if live is not None and self._may_join(live, worker):
+        is_held_up = run.roll_back_to is not None
+        if live is not None and not is_held_up and self._may_join(live, worker):
             found = self._take_training(run, plan, live, worker)
             if found is not None:
                 return self._lease(run, worker, found, live)

@@ -13,14 +13,17 @@ from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskKind, TaskState, Verdict
 from coordinator.domain.accounting import tally
 from coordinator.domain.eta import NUM_ROUNDS, Closed, estimate
+from coordinator.domain.rollback import loss_alarm
 from coordinator.domain.verdicts import verdict
 from coordinator.service.assessing import facts_of
 from coordinator.service.bookkeeping import duration_alarm
 from coordinator.service.closing import version_point
-from coordinator.service.evaluating import evaluation_point, loss_alarm
+from coordinator.service.evaluating import evaluation_point
 from coordinator.service.fleet import FINISHED, RUNNING, Known
+from coordinator.service.lines import line_of, rollback_view, rollbacks_of
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
+from coordinator.service.ternary_health import newest_health
 from coordinator.service.view import (
     BooksView,
     EtaView,
@@ -73,6 +76,7 @@ def look(
             round=None,
             tasks=None,
             workers=[],
+            ternary=None,
             server=server,
             versions=[],
             evaluations=[],
@@ -88,6 +92,7 @@ def look(
         round=_round(connection, run, lanes, held),
         tasks=_tasks(connection, run, seen, held),
         workers=seen,
+        ternary=next(iter(newest_health(connection, run.run_id, 1)), None),
         server=server,
         versions=_versions(connection, run) if history else [],
         evaluations=_evaluations(connection, run) if history else [],
@@ -142,7 +147,10 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
         tokens_per_s=sum(moving) / len(moving) if moving else None,
         eta=_eta(run, closed, now) if why_over is None else _no_eta(why_over),
         tally=_tally(tallies.tokens_of_run(connection, run.run_id)),
-        loss_alarm=loss_alarm(versions.evaluations_of(connection, run.run_id)),
+        loss_alarm=loss_alarm(
+            line_of(connection, run.run_id), rollbacks_of(connection, run.run_id)
+        ),
+        rollback=rollback_view(connection, run),
         reset_from_version=None if run.reset_acknowledged else run.reset_from_version,
     )
 

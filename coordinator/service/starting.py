@@ -7,7 +7,6 @@ when a preset is named that its weights do not fit.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,12 +35,13 @@ from coordinator.service.fleet import FINISHED, RUNNING, Fleet
 from coordinator.service.seeding import add_evaluation
 from coordinator.service.version_blobs import (
     VersionBlobs,
+    fault_of,
     first_state,
     write_version,
 )
 from coordinator.store import rounds, runs, tasks, versions, workers
 from coordinator.store.blobs import BlobKind, version_blob
-from coordinator.store.rows import RunRow, VersionRow
+from coordinator.store.rows import RunRow
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def _check_newest(connection: Connection, fleet: Fleet) -> None:
     if run is None:
         return
     newest = versions.newest_version(connection, run.run_id)
-    fault = _fault(fleet, newest)
+    fault = fault_of(fleet.blobs, newest)
     if fault is None:
         return
     good = _newest_good(connection, fleet)
@@ -289,22 +289,6 @@ def _check_newest(connection: Connection, fleet: Fleet) -> None:
 
 def _newest_good(connection: Connection, fleet: Fleet) -> int | None:
     kept = reversed(versions.kept_versions(connection))
-    return next((row.version for row in kept if _fault(fleet, row) is None), None)
-
-
-def _fault(fleet: Fleet, row: VersionRow) -> str | None:
-    """Return what is wrong with the blobs of a version, None when they are whole."""
-    for kind, num_bytes, sha256 in (
-        (BlobKind.PUBLISHED, row.published_bytes, row.published_sha256),
-        (BlobKind.STATE, row.state_bytes, row.state_sha256),
-    ):
-        name = f"{kind}/{version_blob(row.version)}"
-        try:
-            content = fleet.blobs.read(kind, version_blob(row.version))
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-        if len(content) != num_bytes:
-            return f"{name} must have {num_bytes} bytes, has {len(content)}"
-        if hashlib.sha256(content).hexdigest() != sha256:
-            return f"{name} does not have its SHA-256"
-    return None
+    return next(
+        (row.version for row in kept if fault_of(fleet.blobs, row) is None), None
+    )

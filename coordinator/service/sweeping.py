@@ -14,10 +14,9 @@ from coordinator.domain.errors import FleetError, RefusedError
 from coordinator.service.adopting import adopt_corpus
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
 from coordinator.service.returning import sweep_leases
-from coordinator.service.seeding import add_evaluation, budget_left
+from coordinator.service.seeding import add_evaluation, is_over
 from coordinator.service.starting import RunSettings
 from coordinator.store import clock, rounds, runs, tasks, versions, workers
-from coordinator.store.rows import RunRow
 
 log = logging.getLogger(__name__)
 
@@ -74,21 +73,17 @@ async def _end_run(fleet: Fleet) -> None:
     run = await fleet.store.read(runs.newest_run)
     if run is None or run.state != RUNNING or not is_over(run, now):
         return
-    ended = await fleet.store.write(
-        lambda connection: _finish(connection, fleet, run, now)
-    )
+    ended = await fleet.store.write(lambda connection: _finish(connection, fleet, now))
     if ended:
         log.info("run finished", extra={"event": "run.finished", "run_id": run.run_id})
     fleet.work.ring()
     fleet.changed.ring()
 
 
-def is_over(run: RunRow, now: float) -> bool:
-    """Return whether no new training is given out: by budget, or by time."""
-    return budget_left(run) == 0 or (run.stop_at is not None and run.stop_at <= now)
-
-
-def _finish(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> bool:
+def _finish(connection: Connection, fleet: Fleet, now: float) -> bool:
+    run = runs.newest_run(connection)
+    if run is None or run.roll_back_to is not None:
+        return False
     live = rounds.live_round(connection, run.run_id)
     if live is None or live.state != "open" or live.first_submission_at is not None:
         return False

@@ -36,6 +36,7 @@ class RunRow(Struct, frozen=True, kw_only=True):
     stop_at: float | None
     reset_from_version: int | None
     reset_acknowledged: bool
+    roll_back_to: int | None
 
 
 class RangeRow(Struct, frozen=True, kw_only=True):
@@ -175,6 +176,7 @@ class VersionRow(Struct, frozen=True, kw_only=True):
     train_loss: float | None
     plan_json: str
     pruned: bool
+    rolled_back_to: int | None
 
 
 class PointRow(Struct, frozen=True, kw_only=True):
@@ -185,6 +187,7 @@ class PointRow(Struct, frozen=True, kw_only=True):
     tokens_total: int
     num_submissions: int
     train_loss: float | None
+    rolled_back_to: int | None
     first_claim_at: float | None
     tokens_before: int | None
 
@@ -204,6 +207,14 @@ class EvaluationRow(Struct, frozen=True, kw_only=True):
     created_at: float
     body_sha256: str
     answer_json: str
+
+
+class HealthRow(Struct, frozen=True, kw_only=True):
+    """A row of `ternary_health`."""
+
+    version: int
+    before: int | None
+    matrices_json: str
 
 
 class WorkerRow(Struct, frozen=True, kw_only=True):

@@ -61,6 +61,16 @@ def versions_of(connection: Connection, run_id: str) -> list[VersionRow]:
     return [typed(VersionRow, row) for row in rows]
 
 
+def rollbacks_of(connection: Connection, run_id: str) -> list[VersionRow]:
+    """Return the versions of a run that are earlier ones again, oldest first."""
+    rows = connection.execute(
+        select(versions)
+        .where(versions.c.run_id == run_id, versions.c.rolled_back_to.is_not(None))
+        .order_by(versions.c.version)
+    )
+    return [typed(VersionRow, row) for row in rows]
+
+
 def mark_pruned(connection: Connection, numbers: Iterable[int]) -> None:
     """Record that versions lose their blobs; done before the files go."""
     connection.execute(
@@ -128,6 +138,7 @@ def points_of(
             versions.c.tokens_total,
             versions.c.num_submissions,
             versions.c.train_loss,
+            versions.c.rolled_back_to,
             rounds.c.first_claim_at,
             _parents.c.tokens_total.label("tokens_before"),
         )

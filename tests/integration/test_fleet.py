@@ -107,7 +107,10 @@ def num_timed(status: Any) -> int:
 
 
 def finished(status: Any) -> Any:
-    return status if status["run"]["state"] == "finished" else None
+    """Return the status once the run is over and its last version was looked at."""
+    run, health = status["run"], status["ternary"]
+    is_known = health is not None and health["version"] == run["newest_version"]
+    return status if run["state"] == "finished" and is_known else None
 
 
 def too_late(hand: Hand) -> BaseException | None:
@@ -127,6 +130,14 @@ def test_the_held_out_loss_falls(trained: Trained) -> None:
 
     assert last["version"] == trained.status["run"]["newest_version"]
     assert last["loss"] < first["loss"] - 0.5
+
+
+def test_training_flips_some_ternary_values_of_each_matrix(trained: Trained) -> None:
+    health = trained.status["ternary"]
+
+    assert health["before"] in [row["version"] for row in trained.status["evaluations"]]
+    assert len(health["matrices"]) == 7 * trained.shape.num_layers
+    assert all(0.0 < matrix["flips"] < 1.0 for matrix in health["matrices"])
 
 
 def test_both_workers_took_part(trained: Trained) -> None:

@@ -19,6 +19,7 @@ from coordinator.control import (
     ControlServer,
     DrainWorker,
     DumpTelemetry,
+    GoBack,
     KickStuck,
     MarkGone,
     Outcome,
@@ -85,6 +86,21 @@ def test_a_key_that_the_running_coordinator_does_not_take_is_not_made(world, tmp
     assert (tmp_path / KEY_NAME).read_text() == made
     with pytest.raises(StartError, match="comes from BITNET_COORD_WORKER_API_KEY"):
         key_of(world, tmp_path, key_is_set=True)
+
+
+def test_a_run_is_told_to_go_back(running: World, tmp_path: Path):
+    running.train_round(0.5)
+
+    said = asked(running, tmp_path, GoBack(version="1"))
+
+    assert said == [
+        "the run goes back to version 1 once its round is closed; no training is given "
+        "out until then"
+    ]
+    assert running.run_row().roll_back_to == 1
+    for version in ("", "-1", "1.5", "first"):
+        with pytest.raises(StartError, match=f"version must be .*, got '{version}'"):
+            asked(running, tmp_path, GoBack(version=version))
 
 
 def sent(world: World, folder: Path, line: bytes) -> Outcome:

@@ -29,6 +29,7 @@ GOOD = {
     "TOKEN_BUDGET": ("1000000", 1000000),
     "HEARTBEAT_S": ("2.5", 2.5),
     "KEEP_VERSIONS": ("1", 1),
+    "ROLL_BACK": ("alarm", "alarm"),
     "LOG_LEVEL": ("DEBUG", "debug"),
 }
 GOOD_PLAN = {
@@ -72,6 +73,7 @@ BAD = [
     ("HEARTBEAT_S", "60.1"),
     ("HEARTBEAT_S", "soon"),
     ("KEEP_VERSIONS", "0"),
+    ("ROLL_BACK", "always"),
     ("LOG_LEVEL", "loud"),
     ("LEARNING_RATE", "0"),
     ("LEARNING_RATE", "fast"),
@@ -106,6 +108,7 @@ def read(**given: str) -> CoordinatorSettings:
         ("ACCEPT_LATE", "never, round, stale"),
         ("ROUND_KIND", "delta, gradient"),
         ("CODEC", "ternary, int8, fp32"),
+        ("ROLL_BACK", "never, alarm"),
         ("BROADCAST", "exact, ternary, int8"),
         ("LOG_LEVEL", "debug, info, warning, error"),
     ],

@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from bitnet_ext.wire.verdicts import LeaseState, TaskKind
+from coordinator.service.seeding import is_over
 from coordinator.service.starting import RunSettings
 from coordinator.service.sweeping import (
     every,
-    is_over,
     keep_clock,
     sweep,
 )
