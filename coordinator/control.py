@@ -22,7 +22,12 @@ from coordinator.domain.errors import FleetError, StartError
 from coordinator.login.passwords import new_password, reset_admin_password
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet
-from coordinator.service.steering import acknowledge_reset, seed_epoch, train_until
+from coordinator.service.steering import (
+    acknowledge_reset,
+    seed_epoch,
+    set_round_time,
+    train_until,
+)
 from coordinator.service.tending import (
     Kicked,
     drain_worker,
@@ -83,6 +88,19 @@ class TrainFor(Struct, frozen=True, kw_only=True, tag="train-for"):
             )
 
 
+class SetRoundTime(Struct, frozen=True, kw_only=True, tag="set-round-time"):
+    """Fix the round time from the next round on; `seconds` None: it is chosen."""
+
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0.0 < self.seconds <= MAX_SECONDS:
+            raise ValueError(
+                f"seconds must be a number above 0, at most {MAX_SECONDS:.0f}, or "
+                f"auto, got {self.seconds}"
+            )
+
+
 class AcknowledgeReset(Struct, frozen=True, tag="acknowledge-reset"):
     """Take the banner of a hard reset down."""
 
@@ -133,7 +151,7 @@ class ResetPassword(Struct, frozen=True, tag="reset-admin-password"):
 Tending = (
     ReadmitWorker | DrainWorker | ResumeWorker | MarkGone | KickStuck | RequeueFailed
 )
-Command = Seed | TrainFor | AcknowledgeReset | ResetPassword | Tending
+Command = Seed | TrainFor | SetRoundTime | AcknowledgeReset | ResetPassword | Tending
 
 
 class KeyOrigin(Struct, frozen=True, tag="key-origin"):
@@ -176,6 +194,10 @@ async def obey(fleet: Fleet, command: Command) -> str:
         case TrainFor():
             await train_until(fleet, None)
             return "training until the token budget is used up"
+        case SetRoundTime(seconds=seconds):
+            kept_s = await set_round_time(fleet, seconds)
+            how = "is chosen" if seconds is None else f"is {seconds:g} s"
+            return f"the round time {how} after this round, which keeps its {kept_s:g}"
         case AcknowledgeReset():
             await acknowledge_reset(fleet)
             return "reset acknowledged"
