@@ -265,14 +265,18 @@ class _Claim:
         self, run: RunRow, worker: WorkerRow, task: TaskRow, live: RoundRow
     ) -> Task:
         """Give `task` to `worker`; in round `live`, or beside it (evaluation)."""
-        ttl = leases.ttl_s(heartbeat_s(self._fleet, worker))
+        ttl, plan = leases.ttl_s(heartbeat_s(self._fleet, worker)), plan_of(run)
         trains = task.kind == TaskKind.TRAIN
         base = live.base_version if trains else task.version
         predicted = self._predicted_s(worker, task)
         # The fleet's speed says nothing of a box that nobody has measured.
         own = None if worker.tokens_per_s is None else predicted
         hard_at = leases.first_hard_at(
-            self._now, own, round_s=live.round_s, fixed_size=task.fixed_size
+            self._now,
+            own,
+            num_steps=-(-task.num_tokens // (plan.batch_size * seq_len_of(run))),
+            round_s=live.round_s,
+            fixed_size=task.fixed_size,
         )
         terms = self._terms(run, task, base or 0, ttl)
         if trains:
