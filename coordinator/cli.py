@@ -37,10 +37,12 @@ from coordinator.control import (
     ResetPassword,
     ResumeWorker,
     Seed,
+    SetRoundTime,
     TrainFor,
 )
 from coordinator.demo.story import DemoOptions, run_demo
 from coordinator.domain.errors import FleetError, StartError
+from coordinator.domain.plan import AUTO
 from coordinator.login.handlers import HOME_PATH
 from coordinator.service.corpus import Recipe
 from coordinator.service.exporting import Pick, parse_version
@@ -123,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     stop = add("train-for", _train_for, "stop giving out training after a while")
     stop.add_argument("seconds", help="seconds from now, or `ever`")
+    pace = add("set-round-time", _set_round_time, "fix the round time, or let it be")
+    pace.add_argument("seconds", help="seconds, or auto: the coordinator chooses")
     for order in _ORDERS:
         about = (order.__doc__ or "").rstrip(".")
         name = str(order.__struct_config__.tag)
@@ -284,16 +288,27 @@ def _seed(options: argparse.Namespace) -> int:
 
 
 def _train_for(options: argparse.Namespace) -> int:
-    seconds = None
-    if options.seconds != "ever":
-        try:
-            seconds = float(options.seconds)
-        except ValueError:
-            raise StartError(
-                f"seconds must be a number or `ever`, got {options.seconds!r}"
-            ) from None
+    seconds = _seconds(options.seconds, unless="ever")
     print(verbs.command(_settings(options), TrainFor(seconds=seconds)))
     return 0
+
+
+def _set_round_time(options: argparse.Namespace) -> int:
+    seconds = _seconds(options.seconds, unless=AUTO)
+    print(verbs.command(_settings(options), SetRoundTime(seconds=seconds)))
+    return 0
+
+
+def _seconds(text: str, *, unless: str) -> float | None:
+    """Return a number of seconds; None for the word that stands for none."""
+    if text == unless:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise StartError(
+            f"seconds must be a number or {unless}, got {text!r}"
+        ) from None
 
 
 def _pass_on(order: type[Command]) -> Callable[[argparse.Namespace], int]:

@@ -24,7 +24,12 @@ from coordinator.service.exporting import parse_version
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet
 from coordinator.service.rolling_back import ask_for_rollback
-from coordinator.service.steering import acknowledge_reset, seed_epoch, train_until
+from coordinator.service.steering import (
+    acknowledge_reset,
+    seed_epoch,
+    set_round_time,
+    train_until,
+)
 from coordinator.service.tending import (
     Kicked,
     drain_worker,
@@ -91,6 +96,19 @@ class GoBack(Struct, frozen=True, kw_only=True, tag="roll-back"):
     version: str
 
 
+class SetRoundTime(Struct, frozen=True, kw_only=True, tag="set-round-time"):
+    """Fix the round time from the next round on; `seconds` None: it is chosen."""
+
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0.0 < self.seconds <= MAX_SECONDS:
+            raise ValueError(
+                f"seconds must be a number above 0, at most {MAX_SECONDS:.0f}, or "
+                f"auto, got {self.seconds}"
+            )
+
+
 class AcknowledgeReset(Struct, frozen=True, tag="acknowledge-reset"):
     """Take the banner of a hard reset down."""
 
@@ -141,7 +159,9 @@ class ResetPassword(Struct, frozen=True, tag="reset-admin-password"):
 Tending = (
     ReadmitWorker | DrainWorker | ResumeWorker | MarkGone | KickStuck | RequeueFailed
 )
-Command = Seed | TrainFor | GoBack | AcknowledgeReset | ResetPassword | Tending
+Command = (
+    Seed | TrainFor | SetRoundTime | GoBack | AcknowledgeReset | ResetPassword | Tending
+)
 
 
 class KeyOrigin(Struct, frozen=True, tag="key-origin"):
@@ -190,6 +210,10 @@ async def obey(fleet: Fleet, command: Command) -> str:
                 f"the run goes back to version {to} once its round is closed; no "
                 "training is given out until then"
             )
+        case SetRoundTime(seconds=seconds):
+            kept_s = await set_round_time(fleet, seconds)
+            how = "is chosen" if seconds is None else f"is {seconds:g} s"
+            return f"the round time {how} after this round, which keeps its {kept_s:g}"
         case AcknowledgeReset():
             await acknowledge_reset(fleet)
             return "reset acknowledged"

@@ -19,11 +19,12 @@ import msgspec
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire.messages import MAX_HEARTBEAT_S
 from coordinator.domain.errors import StartError
-from coordinator.domain.plan import CHOICES, TrainingPlan
+from coordinator.domain.plan import AUTO, CHOICES, MOST, TrainingPlan
 from coordinator.domain.rollback import RollBack
 
 PREFIX: Final = "BITNET_COORD_"
 MIN_KEY_CHARS: Final = 32
+_ROUND_RULE: Final = f"{AUTO} or a number of seconds above 0, at most {MOST:g}"
 _LEVELS: Final = ("debug", "info", "warning", "error")
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 #: Hosts that stand for all addresses of the machine.
@@ -248,6 +249,8 @@ def _plan(env: Mapping[str, str]) -> TrainingPlan:
     except msgspec.ValidationError as error:
         found = re.search(r"\$\.([a-z0-9_]+)", str(error))
         name = found.group(1) if found else ""
-        raise StartError(
-            f"{PREFIX}{name.upper()}: {error}, got {given.get(name)!r}"
-        ) from None
+        if name == "round_s":
+            raise _wrong(name.upper(), _ROUND_RULE, given[name]) from None
+        # A number may be wrong beside another one, and be a default itself.
+        shown = f", got {given[name]!r}" if name in given else ""
+        raise StartError(f"{PREFIX}{name.upper()}: {error}{shown}") from None

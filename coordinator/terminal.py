@@ -58,6 +58,7 @@ def _lines(view: FleetView) -> Iterator[str]:
         yield from _run(view.run)
     if view.round is not None:
         yield f"round    {_round(view.round)}"
+        yield f"time     {view.round.round_s:g} s a round. {view.round.round_reason}"
     if view.tasks is not None:
         yield f"tasks    {_tasks(view.tasks)}"
     yield f"workers  {_amounts(view.workers)}"

@@ -53,15 +53,17 @@ def estimate(
     tokens_left: int | None,
     stop_at: float | None,
     rounds: Sequence[Closed],
+    round_s: float,
 ) -> Eta:
     """Return when the run ends by tokens or by time, whichever comes first.
 
     `rounds` are the last ones, oldest first; the spread of their rates is the window.
+    The open one has `round_s`, which may be more than they had.
     """
     if tokens_left is None:
         return _unknown("No token budget is set.", stop_at)
     window = _steady(rounds[-NUM_ROUNDS:])
-    reason = _doubt(now, window)
+    reason = _doubt(now, window, round_s)
     if reason is not None:
         return _unknown(reason, stop_at)
     slow, middle, fast = _rates(window)
@@ -109,11 +111,11 @@ def _rates(rounds: Sequence[Closed]) -> tuple[float, float, float]:
     return rates[tenth], rates[len(rates) // 2], rates[-1 - tenth]
 
 
-def _doubt(now: float, rounds: Sequence[Closed]) -> str | None:
+def _doubt(now: float, rounds: Sequence[Closed], round_s: float) -> str | None:
     """Return why these rounds do not tell when the run ends; None: they do."""
     if len(rounds) < MIN_ROUNDS:
         return f"Needs {MIN_ROUNDS} closed rounds, there are {len(rounds)}."
-    usual_s = sorted(one.seconds for one in rounds)[len(rounds) // 2]
+    usual_s = max(round_s, sorted(one.seconds for one in rounds)[len(rounds) // 2])
     silence_s = now - rounds[-1].at
     if silence_s > max(MIN_SILENCE_S, MOST_SILENCE * usual_s):
         return (

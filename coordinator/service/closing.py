@@ -26,6 +26,7 @@ from coordinator.service.broadcast import publication
 from coordinator.service.fleet import Fleet
 from coordinator.service.judging import Judged, give_tokens_back, judge_round, record
 from coordinator.service.lines import rollbacks_of
+from coordinator.service.pacing import measure_round, open_next
 from coordinator.service.pruning import prune_versions
 from coordinator.service.rolling_back import make_rollback
 from coordinator.service.roster import plan_of
@@ -273,10 +274,11 @@ def _open_next(
 ) -> None:
     """Close the round, open the next, and make what the new version calls for."""
     manifest = fleet.the_manifest()
+    measure_round(connection, run, live, now)
     rounds.change_round(
         connection, live.round_id, state="closed", closed_at=now, version=version
     )
-    rounds.open_round(connection, run_id=run.run_id, base_version=version, now=now)
+    open_next(connection, run, live, version=version, now=now)
     workers.add_event(
         connection,
         at=now,

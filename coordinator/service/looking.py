@@ -14,6 +14,7 @@ from bitnet_ext.wire.verdicts import TaskKind, TaskState, Verdict
 from coordinator.domain.accounting import tally
 from coordinator.domain.eta import NUM_ROUNDS, Closed, estimate
 from coordinator.domain.rollback import loss_alarm
+from coordinator.domain.round_time import reason, usual
 from coordinator.domain.verdicts import verdict
 from coordinator.service.assessing import facts_of
 from coordinator.service.bookkeeping import duration_alarm
@@ -21,6 +22,7 @@ from coordinator.service.closing import version_point
 from coordinator.service.evaluating import evaluation_point
 from coordinator.service.fleet import FINISHED, RUNNING, Known
 from coordinator.service.lines import line_of, rollback_view, rollbacks_of
+from coordinator.service.pacing import recently_measured
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
 from coordinator.service.ternary_health import newest_health
@@ -145,7 +147,9 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
         best_version=versions.best_version(connection, run.run_id),
         gzip_bits_per_byte=None if manifest is None else manifest.gzip_bits_per_byte(),
         tokens_per_s=sum(moving) / len(moving) if moving else None,
-        eta=_eta(run, closed, now) if why_over is None else _no_eta(why_over),
+        eta=_no_eta(why_over)
+        if why_over is not None
+        else _eta(connection, run, closed, now),
         tally=_tally(tallies.tokens_of_run(connection, run.run_id)),
         loss_alarm=loss_alarm(
             line_of(connection, run.run_id), rollbacks_of(connection, run.run_id)
@@ -179,9 +183,16 @@ def _no_eta(reason: str) -> EtaView:
     return EtaView(at=None, earliest_at=None, latest_at=None, reason=reason)
 
 
-def _eta(run: RunRow, closed: list[Closed], now: float) -> EtaView:
+def _eta(
+    connection: Connection, run: RunRow, closed: list[Closed], now: float
+) -> EtaView:
+    live = rounds.live_round(connection, run.run_id)
     eta = estimate(
-        now=now, tokens_left=budget_left(run), stop_at=run.stop_at, rounds=closed
+        now=now,
+        tokens_left=budget_left(run),
+        stop_at=run.stop_at,
+        rounds=closed,
+        round_s=0.0 if live is None else live.round_s,
     )
     return EtaView(
         at=eta.at,
@@ -215,14 +226,17 @@ def _round(
     live = rounds.live_round(connection, run.run_id)
     if live is None:
         return None
-    plan = plan_of(run)
+    plan, measured = plan_of(run), recently_measured(connection, run)
+    known = usual(measured)
     return RoundView(
         round_id=live.round_id,
         base_version=live.base_version,
         state=live.state,
         opened_at=live.opened_at,
         first_claim_at=live.first_claim_at,
-        round_s=plan.round_s,
+        round_s=live.round_s,
+        round_reason=reason(plan, live.round_s, measured),
+        overhead_s=None if known is None else known.overhead_s,
         round_kind=plan.round_kind,
         codec=plan.codec,
         broadcast=plan.broadcast,

@@ -154,9 +154,8 @@ def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
     live = None if run is None else rounds.live_round(connection, run.run_id)
     if run is None or live is None or live.state != "open":
         return 0
-    plan = plan_of(run)
     claimed = _claimed_work(connection, live.round_id)
-    due = stops_waiting_at(claimed, quorum=plan.quorum, round_s=plan.round_s)
+    due = stops_waiting_at(claimed, quorum=plan_of(run).quorum, round_s=live.round_s)
     if due is None or now < due:
         return 0
     out = [

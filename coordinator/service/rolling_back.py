@@ -21,6 +21,7 @@ from coordinator.domain.errors import RefusedError
 from coordinator.service.exporting import Pick, choose
 from coordinator.service.fleet import Fleet
 from coordinator.service.lines import decide, describe
+from coordinator.service.pacing import open_next
 from coordinator.service.seeding import add_evaluation
 from coordinator.service.steering import check_running, the_run
 from coordinator.service.version_blobs import (
@@ -204,9 +205,7 @@ def _commit(
 def _open_next(connection: Connection, fleet: Fleet, due: _Due, now: float) -> None:
     """Close the round that nobody has claimed in, and open one on the new version."""
     rounds.change_round(connection, due.live.round_id, state="closed", closed_at=now)
-    rounds.open_round(
-        connection, run_id=due.run.run_id, base_version=due.version, now=now
-    )
+    open_next(connection, due.run, due.live, version=due.version, now=now)
     add_evaluation(
         connection,
         due.run,

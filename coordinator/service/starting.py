@@ -29,9 +29,11 @@ from coordinator.domain.errors import EXIT_DAMAGED, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan
+from coordinator.domain.round_time import first_round_s
 from coordinator.service.bookkeeping import book_reset
 from coordinator.service.corpus import tokenized_folder
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_evaluation
 from coordinator.service.version_blobs import (
     VersionBlobs,
@@ -226,7 +228,11 @@ def _add_root(
         state_bytes=blobs.state.num_bytes,
     )
     rounds.open_round(
-        connection, run_id=run.run_id, base_version=run.root_version, now=now
+        connection,
+        run_id=run.run_id,
+        base_version=run.root_version,
+        round_s=first_round_s(plan_of(run)),
+        now=now,
     )
     add_evaluation(
         connection, run, manifest, version=run.root_version, now=now, rng=fleet.rng

@@ -117,8 +117,12 @@ class RoundView(View, frozen=True, kw_only=True):
     state: str
     opened_at: float
     first_claim_at: float | None
-    #: Seconds that a task of this run should take.
+    #: Seconds that a task of this round should take, and why.
     round_s: float
+    round_reason: str
+    #: Seconds of a round that go to other things than training, by the last ones; None
+    #: before any was measured.
+    overhead_s: float | None
     #: What workers send (`delta`: weight differences, `gradient`: mean gradients).
     round_kind: str
     #: How submissions are coded, and what workers download of a new version.

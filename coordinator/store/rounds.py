@@ -7,17 +7,26 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, select, update
 
 from bitnet_ext.wire.verdicts import SubmissionState
-from coordinator.store.rows import ClaimRow, RoundRow, SubmissionRow, typed
-from coordinator.store.tables import claims, rounds, submissions
+from coordinator.store.rows import ClaimRow, RoundRow, SubmissionRow, WorkRow, typed
+from coordinator.store.tables import claims, rounds, submissions, tasks
 
 
 def open_round(
-    connection: Connection, *, run_id: str, base_version: int, now: float
+    connection: Connection,
+    *,
+    run_id: str,
+    base_version: int,
+    round_s: float,
+    now: float,
 ) -> None:
     """Open the next round on a version."""
     connection.execute(
         insert(rounds).values(
-            run_id=run_id, base_version=base_version, state="open", opened_at=now
+            run_id=run_id,
+            base_version=base_version,
+            round_s=round_s,
+            state="open",
+            opened_at=now,
         )
     )
 
@@ -123,6 +132,39 @@ def recent_claims(
         .limit(newest)
     )
     return [typed(ClaimRow, row) for row in rows]
+
+
+def work_of(connection: Connection, round_id: int) -> list[WorkRow]:
+    """Return what the submissions of a round took that were claimed in it, in no order.
+
+    Without the time in which their workers waited for a coordinator that stood still.
+    """
+    took_s = submissions.c.accepted_at - submissions.c.claimed_at
+    rows = connection.execute(
+        select(
+            submissions.c.tokens,
+            (took_s - claims.c.paused_s).label("elapsed_s"),
+            submissions.c.compute_s,
+            tasks.c.fixed_size,
+        )
+        .join(tasks, tasks.c.task_id == submissions.c.task_id)
+        .join(
+            claims,
+            (claims.c.task_id == submissions.c.task_id)
+            & (claims.c.round_id == submissions.c.round_id)
+            & (claims.c.outcome == "back"),
+        )
+        .where(submissions.c.round_id == round_id)
+    )
+    return [typed(WorkRow, row) for row in rows]
+
+
+def ended_at(connection: Connection, round_id: int) -> float | None:
+    """Return when the last claim of a round ended; None without any."""
+    found: float | None = connection.execute(
+        select(func.max(claims.c.ended_at)).where(claims.c.round_id == round_id)
+    ).scalar_one()
+    return found
 
 
 def newest_rounds(connection: Connection, run_id: str, limit: int) -> list[RoundRow]:

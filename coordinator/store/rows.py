@@ -62,6 +62,18 @@ class RoundRow(Struct, frozen=True, kw_only=True):
     first_submission_at: float | None
     closed_at: float | None
     version: int | None
+    round_s: float
+    overhead_s: float | None
+    shortest_s: float | None
+
+
+class WorkRow(Struct, frozen=True, kw_only=True):
+    """What a submission took, from its row, its claim and its task."""
+
+    tokens: int
+    elapsed_s: float
+    compute_s: float
+    fixed_size: bool
 
 
 class TaskRow(Struct, frozen=True, kw_only=True):

@@ -109,6 +109,11 @@ rounds: Final = Table(
     Column("first_submission_at", Float),
     Column("closed_at", Float),
     Column("version", BigInteger),
+    # In force from when it opens to its end, whatever is chosen meanwhile.
+    Column("round_s", Float, nullable=False, server_default="60"),
+    # What it took, once it is closed (`coordinator.domain.round_time`).
+    Column("overhead_s", Float),
+    Column("shortest_s", Float),
     CheckConstraint("state IN ('open','closing','closed')", name="round_state"),
 )
 Index(

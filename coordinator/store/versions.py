@@ -114,6 +114,17 @@ def evaluations_of(connection: Connection, run_id: str) -> list[EvaluationRow]:
     return [typed(EvaluationRow, row) for row in rows]
 
 
+def newest_evaluation_s(connection: Connection, run_id: str) -> float:
+    """Return how long the score of a run's newest scored version took, 0 before any."""
+    found = connection.execute(
+        select(evaluations.c.compute_s)
+        .where(evaluations.c.run_id == run_id)
+        .order_by(evaluations.c.version.desc())
+        .limit(1)
+    ).scalar_one_or_none()
+    return found or 0.0
+
+
 def best_version(connection: Connection, run_id: str) -> int | None:
     """Return the version with the lowest held-out loss, None before any score."""
     return connection.execute(

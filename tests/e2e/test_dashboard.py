@@ -126,6 +126,10 @@ def ternary() -> TernaryView:
     )
 
 
+PACE = "Overhead 3 s of 100 s = 3 %. Fixed."
+SENT = "Sent up: weight differences, int8; down: whole versions."
+
+
 def fleet() -> FleetView:
     eta = EtaView(at=NOW + 60, earliest_at=NOW + 50, latest_at=NOW + 90, reason="Soon.")
     return FleetView(
@@ -162,6 +166,8 @@ def fleet() -> FleetView:
             opened_at=NOW - 50,
             first_claim_at=NOW - 50,
             round_s=100.0,
+            round_reason=PACE,
+            overhead_s=3.0,
             round_kind="delta",
             codec="int8",
             broadcast="exact",
@@ -254,8 +260,8 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
             await page.until(f"{text('.live')}.includes('Live')")
             await page.until("document.querySelector('.chart canvas')")
             assert await page.run(text(".why")) == "<b>not markup</b>"
-            sent = "Sent up: weight differences, int8; down: whole versions."
-            assert sent in await page.run(text(".round .key"))
+            for said in (PACE, SENT):
+                assert said in await page.run(text(".round .key"))
             await see_ternary_health(page)
 
             await follow_events(page)

@@ -33,7 +33,9 @@ from worker.errors import LeaseLostError
 
 RATE, DECAY = 0.9, 0.8
 SETTINGS = {
-    "ROUND_S": 2,
+    "ROUND_S": "auto",
+    "ROUND_MIN_S": 1,
+    "ROUND_MAX_S": 2,
     "EVALUATE_EVERY": 1000,
     "WARMUP_TOKENS": 0,
     "KEEP_VERSIONS": 1000,
@@ -63,6 +65,8 @@ class Trained:
     weights: Any
     shape: Any
     rows: list[tuple[Any, ...]]
+    #: Round time and overhead of each round.
+    rounds: list[tuple[Any, ...]]
 
 
 @pytest.fixture(scope="module", params=RoundKind)
@@ -98,6 +102,7 @@ def trained(
             weights=hand.weights(status["run"]["newest_version"]),
             shape=hand.shape,
             rows=process.rows("SELECT task_id, version FROM submissions"),
+            rounds=process.rows("SELECT round_s, overhead_s FROM rounds"),
         )
 
 
@@ -138,6 +143,18 @@ def test_training_flips_some_ternary_values_of_each_matrix(trained: Trained) -> 
     assert health["before"] in [row["version"] for row in trained.status["evaluations"]]
     assert len(health["matrices"]) == 7 * trained.shape.num_layers
     assert all(0.0 < matrix["flips"] < 1.0 for matrix in health["matrices"])
+
+
+def test_the_round_time_goes_by_what_was_measured(trained: Trained) -> None:
+    *closed, (last_s, open_s) = trained.rounds
+
+    assert [round_s for round_s, _ in closed[:3]] == [2.0] * 3
+    assert all(1.0 <= round_s <= 2.0 for round_s, _ in trained.rounds)
+    assert all(overhead_s > 0.0 for _, overhead_s in closed)
+    assert open_s is None
+    shown = trained.status["round"]
+    assert shown["round_s"] == last_s
+    assert shown["round_reason"].startswith(f"Overhead {shown['overhead_s']:.2g} s of")
 
 
 def test_both_workers_took_part(trained: Trained) -> None:

@@ -129,6 +129,8 @@ export function round(lanes, given = {}) {
     opened_at: NOW - 60,
     first_claim_at: NOW - 50,
     round_s: 100,
+    round_reason: "Overhead 3 s of 100 s = 3 %. Fixed.",
+    overhead_s: 3,
     round_kind: "delta",
     codec: "int8",
     broadcast: "exact",

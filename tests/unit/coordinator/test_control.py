@@ -27,14 +27,17 @@ from coordinator.control import (
     ResetPassword,
     ResumeWorker,
     Seed,
+    SetRoundTime,
     Status,
     TrainFor,
     ask,
 )
 from coordinator.domain.errors import StartError
+from coordinator.domain.plan import AUTO
 from coordinator.login.passwords import password_matches
 from coordinator.service.feed import Feed
 from coordinator.service.lag import LoopLag
+from coordinator.service.roster import plan_of
 from coordinator.service.telemetry import Telemetry
 from coordinator.service.view import FleetView
 from coordinator.settings import CoordinatorSettings
@@ -127,6 +130,8 @@ def test_every_command_reaches_the_fleet(running: World, tmp_path: Path):
         Seed(tokens=300),
         TrainFor(seconds=90.0),
         AcknowledgeReset(),
+        SetRoundTime(seconds=20.0),
+        SetRoundTime(),
     )
 
     assert said == [
@@ -134,8 +139,11 @@ def test_every_command_reaches_the_fleet(running: World, tmp_path: Path):
         "epoch 3: 1504 tokens, 6 tasks",
         "training for 90 s more",
         "reset acknowledged",
+        "the round time is 20 s after this round, which keeps its 60",
+        "the round time is chosen after this round, which keeps its 60",
     ]
     run = running.run_row()
+    assert plan_of(run).round_s == AUTO
     assert (run.epoch, run.stop_at, run.reset_acknowledged) == (3, START + 90.0, True)
     assert running.read(lambda c: runs.range_tokens(c, "r-1")) == 2 * 1504
 
@@ -284,6 +292,9 @@ def test_a_folder_with_a_very_long_name_will_do(running: World, tmp_path: Path):
         b'{"type":"train-for","seconds":-1}\n',
         b'{"type":"train-for","seconds":0}\n',
         b'{"type":"train-for","seconds":1e9}\n',
+        b'{"type":"set-round-time","seconds":0}\n',
+        b'{"type":"set-round-time","seconds":1e10}\n',
+        b'{"type":"set-round-time","seconds":"auto"}\n',
         b" " * 10_000 + b"\n",
         b"\xff\xfe\n",
     ],

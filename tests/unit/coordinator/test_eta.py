@@ -23,9 +23,13 @@ def rounds(*rates, seconds=10.0):
     ]
 
 
-def guess(*rates, now=NOW, tokens_left=1000, stop_at=None):
+def guess(*rates, now=NOW, tokens_left=1000, stop_at=None, round_s=10.0):
     return estimate(
-        now=now, tokens_left=tokens_left, stop_at=stop_at, rounds=rounds(*rates)
+        now=now,
+        tokens_left=tokens_left,
+        stop_at=stop_at,
+        rounds=rounds(*rates),
+        round_s=round_s,
     )
 
 
@@ -111,6 +115,13 @@ def test_a_fleet_that_stands_still_gives_no_guess(silence_s, known):
     assert (eta.at is not None) is known
     if not known:
         assert eta.reason == "No round was closed for 61 s, and one takes 10 s."
+
+
+@pytest.mark.parametrize(("silence_s", "known"), [(400.0, True), (401.0, False)])
+def test_a_round_may_be_longer_than_those_before_it(silence_s, known):
+    eta = guess(*STEADY, now=NOW + silence_s, round_s=80.0)
+
+    assert (eta.at is not None) is known
 
 
 @given(

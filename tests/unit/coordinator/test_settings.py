@@ -47,6 +47,8 @@ GOOD_PLAN = {
     "OUTER_MOMENTUM": ("0", 0.0),
     "BATCH_SIZE": ("4", 4),
     "ROUND_S": ("30", 30.0),
+    "ROUND_MIN_S": ("2.5", 2.5),
+    "ROUND_MAX_S": ("60", 60.0),
     "QUORUM": ("0.7", 0.7),
     "ACCEPT_LATE": ("stale", "stale"),
     "CODEC": ("ternary", "ternary"),
@@ -88,6 +90,12 @@ BAD = [
     ("BATCH_SIZE", "0"),
     ("BATCH_SIZE", "2.5"),
     ("ROUND_S", "nan"),
+    ("ROUND_S", "0"),
+    ("ROUND_S", "Auto"),
+    ("ROUND_MIN_S", "0"),
+    ("ROUND_MIN_S", "auto"),
+    ("ROUND_MIN_S", "601"),
+    ("ROUND_MAX_S", "inf"),
     ("QUORUM", "0"),
     ("QUORUM", "1.1"),
     ("ACCEPT_LATE", "always"),
@@ -118,6 +126,26 @@ def test_a_wrong_word_is_shown_with_those_that_there_are(name, words):
         read(**{name: "bogus"})
 
     assert str(caught.value) == f"{PREFIX}{name} must be one of {words}, got 'bogus'"
+
+
+def test_a_round_time_is_a_number_or_the_word_that_leaves_it_to_the_coordinator():
+    assert read(ROUND_S="auto").plan.round_s == "auto"
+    with pytest.raises(StartError) as caught:
+        read(ROUND_S="soon")
+
+    assert str(caught.value) == (
+        f"{PREFIX}ROUND_S must be auto or a number of seconds above 0, at most 1e+09, "
+        "got 'soon'"
+    )
+
+
+def test_bounds_the_wrong_way_round_are_shown_both():
+    with pytest.raises(StartError) as caught:
+        read(ROUND_MAX_S="5")
+
+    assert str(caught.value) == (
+        f"{PREFIX}ROUND_MIN_S: $.round_min_s must be at most round_max_s (5), not 10"
+    )
 
 
 @pytest.mark.parametrize("name", GOOD)

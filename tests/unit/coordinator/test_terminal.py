@@ -31,6 +31,7 @@ def test_a_fleet_is_shown_worst_first(running: World):
         "run      r-1 (tiny), running, epoch 1, version 1, 0 tokens",
         "ETA      unknown. No token budget is set.",
         "round    1 (delta) on version 1, open, 0 of 2 back",
+        "time     60 s a round. Overhead not measured yet. Fixed.",
         "tasks    0 pending, 2 leased (1 soft-expired, 1 stuck), 0 done, 0 failed; "
         "1264 tokens not cut yet",
         "workers  1 slow, 1 idle, 1 lost, 1 gone",

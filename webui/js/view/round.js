@@ -73,7 +73,7 @@ function Lanes({ round, laid }) {
     </div>
     <p class="key">
       ${hidden && html`Not listed: ${hidden}. `}Solid: back. Outline: computing. Tick:
-      forecast. Hatch: late. Dotted: ${duration(round.round_s)}, what a task should take.
+      forecast. Hatch: late. Dotted: ${duration(round.round_s)}, what a task should take. ${round.round_reason}
       Sent up: ${KINDS[round.round_kind]}, ${round.codec}; down: ${round.broadcast === "exact" ? "whole versions" : `${round.broadcast} links`}.
     </p>
   `;
