@@ -12,7 +12,8 @@ from sqlalchemy import Connection
 from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskKind, TaskState, Verdict
 from coordinator.domain.accounting import tally
-from coordinator.domain.eta import NUM_ROUNDS, Closed, estimate
+from coordinator.domain.eta import MANY_ARRIVALS, NUM_ROUNDS, Closed, estimate, windows
+from coordinator.domain.plan import Aggregation
 from coordinator.domain.verdicts import verdict
 from coordinator.service.assessing import facts_of
 from coordinator.service.bookkeeping import duration_alarm
@@ -78,7 +79,7 @@ def look(
             evaluations=[],
         )
     held = {task.lease_worker_id or "": task for task in tasks.all_leased(connection)}
-    lanes = _claims(connection, run)
+    lanes = _claims(connection, run, held)
     seen = _workers(connection, fleet, run, lanes, held, now)
     return FleetView(
         package_version=package_version("bitnet-fleet"),
@@ -148,7 +149,18 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
 
 
 def _closed(connection: Connection, run: RunRow) -> list[Closed]:
-    """Return the last rounds that became versions, oldest first."""
+    """Return the last rounds that became versions, oldest first.
+
+    Where each submission makes a version: what came in each stretch of time.
+    """
+    plan = plan_of(run)
+    if plan.aggregation is Aggregation.PER_ARRIVAL:
+        points = versions.points_of(connection, run.run_id, newest=MANY_ARRIVALS)
+        arrivals = [
+            (point.created_at, point.tokens_total - (point.tokens_before or 0))
+            for point in points
+        ]
+        return windows(arrivals, plan.round_s)[-NUM_ROUNDS:]
     return [
         Closed(
             at=point.created_at,
@@ -193,9 +205,22 @@ def _tally(tokens: Mapping[str, int]) -> TallyView:
     )
 
 
-def _claims(connection: Connection, run: RunRow) -> list[ClaimRow]:
+def _claims(
+    connection: Connection, run: RunRow, held: Mapping[str, TaskRow]
+) -> list[ClaimRow]:
+    """Return the claims of the live round, and of earlier ones those still out."""
     live = rounds.live_round(connection, run.run_id)
-    return [] if live is None else rounds.claims_of(connection, live.round_id)
+    if live is None:
+        return []
+    earlier = [
+        task.lease_hash or ""
+        for task in held.values()
+        if task.round_id not in (None, live.round_id)
+    ]
+    return [
+        *rounds.claims_of_leases(connection, earlier),
+        *rounds.claims_of(connection, live.round_id),
+    ]
 
 
 def _round(
@@ -213,9 +238,10 @@ def _round(
         base_version=live.base_version,
         state=live.state,
         opened_at=live.opened_at,
-        first_claim_at=live.first_claim_at,
+        first_claim_at=min((claim.claimed_at for claim in claims), default=None),
         round_s=plan.round_s,
         round_kind=plan.round_kind,
+        aggregation=plan.aggregation,
         codec=plan.codec,
         broadcast=plan.broadcast,
         lanes=[_lane(claim, held.get(claim.worker_id)) for claim in claims],

@@ -129,6 +129,7 @@ export function round(lanes, given = {}) {
     first_claim_at: NOW - 50,
     round_s: 100,
     round_kind: "delta",
+    aggregation: "rounds",
     codec: "int8",
     broadcast: "exact",
     lanes,
