@@ -81,6 +81,7 @@ def _give_grace(
             expires_at=lease.expires_at,
             hard_at=lease.hard_at,
             paused_s=lease.paused_s,
+            stalled_at=lease.stalled_at,
         )
     for worker in by_id.values():
         heard = heard_at(worker.heartbeat_at, now=now, away_s=away_s)
@@ -108,4 +109,5 @@ def lease_of(task: TaskRow, now: float) -> Lease:
             step_s=task.step_s,
         ),
         paused_s=task.paused_s,
+        stalled_at=task.stalled_at,
     )

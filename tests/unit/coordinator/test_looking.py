@@ -345,7 +345,9 @@ def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):
     task = running.claimed()
     running.clock.advance(10.0)
     running.heartbeat(task, tokens_done=120, cpu_s=3.0)
-    running.clock.advance(5.0)
+    running.clock.advance(2.0)
+    running.heartbeat(task, tokens_done=120, cpu_s=3.0)
+    running.clock.advance(3.0)
     running.heartbeat(task, tokens_done=120, cpu_s=7.5)
     running.clock.advance(2.0)
 
@@ -355,7 +357,7 @@ def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):
     assert (facts.elapsed_s, facts.predicted_s) == (17.0, 60.0)
     assert (facts.tokens_done, facts.num_tokens) == (120, 480)
     assert (facts.progress_age_s, facts.cpu_s_since_progress) == (7.0, 4.5)
-    assert facts.no_progress_s == 5.0
+    assert facts.no_progress_s == 3.0
     running.submit(task)
     facts = worker(looked(running), "w1").facts
     assert (facts.tokens_done, facts.progress_age_s, facts.back_in_round) == (
