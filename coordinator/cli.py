@@ -57,6 +57,7 @@ _SETTINGS: Final = {
     "port": "port to listen on, 0 for any",
     "preset": "size of the model; another than the run's replaces the run",
     "seed": "seed of a new run",
+    "aggregation": "what makes a version: rounds, or per-arrival",
 }
 
 
@@ -152,7 +153,7 @@ def _add_fields(parser: argparse.ArgumentParser, order: type[Command]) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    for name in ("host", "port", "preset", "seed"):
+    for name in ("host", "port", "preset", "seed", "aggregation"):
         parser.add_argument(f"--{name}", help=_SETTINGS[name])
     parser.add_argument(
         "--insecure-http",

@@ -19,7 +19,7 @@ import msgspec
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire.messages import MAX_HEARTBEAT_S
 from coordinator.domain.errors import StartError
-from coordinator.domain.plan import AUTO, CHOICES, MOST, TrainingPlan
+from coordinator.domain.plan import AUTO, CHOICES, MOST, Aggregation, TrainingPlan
 from coordinator.domain.rollback import RollBack
 
 PREFIX: Final = "BITNET_COORD_"
@@ -244,6 +244,8 @@ def _plan(env: Mapping[str, str]) -> TrainingPlan:
     for name, words in CHOICES.items():
         if name in given and given[name] not in words:
             raise _wrong(name.upper(), f"one of {', '.join(words)}", given[name])
+    if given.get("aggregation") == Aggregation.PER_ARRIVAL:
+        given.setdefault("outer_momentum", "0")
     try:
         return msgspec.convert(given, TrainingPlan, strict=False)
     except msgspec.ValidationError as error:

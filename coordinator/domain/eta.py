@@ -13,6 +13,8 @@ from typing import Final
 #: Rounds that the guess is made from: at least, and at most.
 MIN_ROUNDS: Final = 5
 NUM_ROUNDS: Final = 20
+#: Twenty in each of as many windows tell enough, however short these are.
+MANY_ARRIVALS: Final = 400
 #: The speed of the fleet has changed where the newer half of these differs so much.
 MOST_CHANGE: Final = 1.5
 #: No guess where a fast round is so many times as fast as a slow one ...
@@ -45,6 +47,26 @@ class Closed:
     def rate(self) -> float:
         """Return its tokens per second."""
         return self.tokens / max(self.seconds, 1e-3)
+
+
+def windows(arrivals: Sequence[tuple[float, int]], seconds: float) -> list[Closed]:
+    """Return what arrived, as if it had come in rounds of at least so many seconds.
+
+    `arrivals` are (Unix seconds, tokens), oldest first; the first only begins the
+    first window. From `MANY_ARRIVALS` on windows may be shorter, to be `NUM_ROUNDS`.
+    """
+    found: list[Closed] = []
+    if not arrivals:
+        return found
+    began_at, sum_tokens = arrivals[0][0], 0
+    if len(arrivals) >= MANY_ARRIVALS:
+        seconds = min(seconds, (arrivals[-1][0] - began_at) / NUM_ROUNDS)
+    for at, tokens in arrivals[1:]:
+        sum_tokens += tokens
+        if at - began_at >= seconds:
+            found.append(Closed(at=at, tokens=sum_tokens, seconds=at - began_at))
+            began_at, sum_tokens = at, 0
+    return found
 
 
 def estimate(

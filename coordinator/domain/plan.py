@@ -25,6 +25,13 @@ Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Count = Annotated[int, Meta(ge=1)]
 
 
+class Aggregation(StrEnum):
+    """What makes a version."""
+
+    ROUNDS = "rounds"  #: all that was claimed on the version before
+    PER_ARRIVAL = "per-arrival"  #: each submission as it comes, however old its base
+
+
 class AcceptLate(StrEnum):
     """When a result is still taken whose lease has ended."""
 
@@ -51,6 +58,8 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: `delta`: workers make local steps by AdamW, an outer step follows; `gradient`:
     #: they send mean gradients, and the coordinator steps by Muon and AdamW.
     round_kind: RoundKind = RoundKind.DELTA
+    #: `per-arrival`: nobody waits for another, each submission is a round of its own.
+    aggregation: Aggregation = Aggregation.ROUNDS
     #: Peak learning rate: of the local steps, or of the gradient step.
     learning_rate: Positive = 2e-3
     #: Accepted tokens over which the rate rises linearly from zero.
@@ -91,7 +100,7 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     evaluate_every: Count = 10
 
     def __post_init__(self) -> None:
-        """Refuse bounds, and stages of the schedule, that are the wrong way round."""
+        """Refuse bounds and stages the wrong way round, and what arrivals lack."""
         if self.round_min_s > self.round_max_s:
             raise ValueError(
                 f"$.round_min_s must be at most round_max_s ({self.round_max_s:g}), "
@@ -102,11 +111,29 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 f"$.schedule_tokens must reach its second stage after warmup_tokens "
                 f"({self.warmup_tokens}), not after {_second_stage(self):.0f}"
             )
+        if self.aggregation is Aggregation.PER_ARRIVAL:
+            _check_arrivals(self)
+
+
+def _check_arrivals(plan: TrainingPlan) -> None:
+    """Refuse what makes no sense where each submission makes a version."""
+    for field, due, got in (
+        # The steps of Muon and AdamW are as long for a gradient that counts half.
+        ("round_kind", RoundKind.DELTA, plan.round_kind),
+        # Momentum does not go well with pseudo-gradients of older weights.
+        ("outer_momentum", 0.0, plan.outer_momentum),
+        ("quorum", 1.0, plan.quorum),
+    ):
+        if got != due:
+            raise ValueError(
+                f"$.{field} must be {due} with aggregation {plan.aggregation}"
+            )
 
 
 #: The fields that take one of a few words, and these words.
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "round_kind": tuple(RoundKind),
+    "aggregation": tuple(Aggregation),
     "accept_late": tuple(AcceptLate),
     "codec": CODECS,
     "broadcast": BROADCASTS,

@@ -1,6 +1,7 @@
 """A claim: one task for one worker, cut to its measured speed, in one transaction.
 
-- a round takes claims until its first submission arrives, one from each worker
+- a round takes claims until its first submission arrives, one from each worker; where
+  each submission makes a version, nobody waits for a round
 - work that came back goes first where it fits or has waited, then what is cut from the
   ranges of the epoch
 - an evaluation goes to a worker that has nothing to train, or to anyone once it
@@ -21,7 +22,7 @@ from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain import leases, sizing
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Shard
-from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.domain.plan import Aggregation, TrainingPlan, hyper_parameters
 from coordinator.service.bookkeeping import recent_work
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
@@ -115,11 +116,11 @@ class _Claim:
         live = rounds.live_round(self._connection, run.run_id)
         if live is None:
             return None
-        evaluation = self._next_pending(run, TaskKind.EVALUATE)
+        plan, evaluation = plan_of(run), self._next_pending(run, TaskKind.EVALUATE)
         if evaluation and self._now - evaluation.created_at > live.round_s:
             return self._lease(run, worker, evaluation, live)
-        if run.roll_back_to is None and self._may_join(live, worker):
-            found = self._take_training(run, plan_of(run), live, worker)
+        if run.roll_back_to is None and self._may_join(plan, live, worker):
+            found = self._take_training(run, plan, live, worker)
             if found is not None:
                 return self._lease(run, worker, found, live)
         if evaluation is not None:
@@ -144,9 +145,11 @@ class _Claim:
         manifest = self._fleet.the_manifest()
         return next_in_corpus(self._connection, run, manifest, find, self._now)
 
-    def _may_join(self, live: RoundRow, worker: WorkerRow) -> bool:
+    def _may_join(self, plan: TrainingPlan, live: RoundRow, worker: WorkerRow) -> bool:
         if live.state != "open" or live.first_submission_at is not None:
             return False
+        if plan.aggregation is Aggregation.PER_ARRIVAL:
+            return True
         claimed = rounds.claims_of(self._connection, live.round_id)
         return all(claim.worker_id != worker.worker_id for claim in claimed)
 
@@ -303,18 +306,20 @@ class _Claim:
             predicted_s=predicted,
         )
         if trains:
-            self._join(live, worker, task, predicted, terms.lease_id)
+            self._join(plan, live, worker, task, predicted, terms.lease_id)
         return terms
 
     def _join(
         self,
+        plan: TrainingPlan,
         live: RoundRow,
         worker: WorkerRow,
         task: TaskRow,
         predicted_s: float | None,
         lease_id: str,
     ) -> None:
-        if live.first_claim_at is None:
+        # Where no round is waited for, nobody's task is cut to end with it.
+        if live.first_claim_at is None and plan.aggregation is Aggregation.ROUNDS:
             rounds.change_round(
                 self._connection, live.round_id, first_claim_at=self._now
             )

@@ -69,11 +69,7 @@ def _late_task(
     if _is_of_an_old_line(connection, run, began):
         return None
     if live.state != "open":
-        raise RefusedError(
-            ErrorCode.BUSY,
-            f"round {live.round_id} is being closed, come again for the next",
-            retry_after_s=1.0,
-        )
+        raise round_closing(live)
     return msgspec.structs.replace(
         task,
         lease_hash=lease_hash,
@@ -81,6 +77,15 @@ def _late_task(
         base_version=began.base_version,
         round_id=live.round_id,
         claimed_at=claim.claimed_at,
+    )
+
+
+def round_closing(live: RoundRow) -> RefusedError:
+    """Return the refusal of what may come again once a round is closed."""
+    return RefusedError(
+        ErrorCode.BUSY,
+        f"round {live.round_id} is being closed, come again for the next",
+        retry_after_s=1.0,
     )
 
 

@@ -12,7 +12,8 @@ from sqlalchemy import Connection
 from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskKind, TaskState, Verdict
 from coordinator.domain.accounting import tally
-from coordinator.domain.eta import NUM_ROUNDS, Closed, estimate
+from coordinator.domain.eta import MANY_ARRIVALS, NUM_ROUNDS, Closed, estimate, windows
+from coordinator.domain.plan import Aggregation
 from coordinator.domain.rollback import loss_alarm
 from coordinator.domain.round_time import reason, usual
 from coordinator.domain.verdicts import verdict
@@ -84,7 +85,7 @@ def look(
             evaluations=[],
         )
     held = {task.lease_worker_id or "": task for task in tasks.all_leased(connection)}
-    lanes = _claims(connection, run)
+    lanes = _claims(connection, run, held)
     seen = _workers(connection, fleet, run, lanes, held, now)
     return FleetView(
         package_version=package_version("bitnet-fleet"),
@@ -160,7 +161,19 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
 
 
 def _closed(connection: Connection, run: RunRow) -> list[Closed]:
-    """Return the last rounds that became versions, oldest first."""
+    """Return the last rounds that became versions, oldest first.
+
+    Where each submission makes a version: what came in each stretch of time.
+    """
+    plan = plan_of(run)
+    if plan.aggregation is Aggregation.PER_ARRIVAL:
+        points = versions.points_of(connection, run.run_id, newest=MANY_ARRIVALS)
+        arrivals = [
+            (point.created_at, point.tokens_total - (point.tokens_before or 0))
+            for point in points
+        ]
+        (newest,) = rounds.newest_rounds(connection, run.run_id, 1)
+        return windows(arrivals, newest.round_s)[-NUM_ROUNDS:]
     return [
         Closed(
             at=point.created_at,
@@ -212,9 +225,22 @@ def _tally(tokens: Mapping[str, int]) -> TallyView:
     )
 
 
-def _claims(connection: Connection, run: RunRow) -> list[ClaimRow]:
+def _claims(
+    connection: Connection, run: RunRow, held: Mapping[str, TaskRow]
+) -> list[ClaimRow]:
+    """Return the claims of the live round, and of earlier ones those still out."""
     live = rounds.live_round(connection, run.run_id)
-    return [] if live is None else rounds.claims_of(connection, live.round_id)
+    if live is None:
+        return []
+    earlier = [
+        task.lease_hash or ""
+        for task in held.values()
+        if task.round_id not in (None, live.round_id)
+    ]
+    return [
+        *rounds.claims_of_leases(connection, earlier),
+        *rounds.claims_of(connection, live.round_id),
+    ]
 
 
 def _round(
@@ -233,11 +259,12 @@ def _round(
         base_version=live.base_version,
         state=live.state,
         opened_at=live.opened_at,
-        first_claim_at=live.first_claim_at,
+        first_claim_at=min((claim.claimed_at for claim in claims), default=None),
         round_s=live.round_s,
         round_reason=reason(plan, live.round_s, measured),
         overhead_s=None if known is None else known.overhead_s,
         round_kind=plan.round_kind,
+        aggregation=plan.aggregation,
         codec=plan.codec,
         broadcast=plan.broadcast,
         lanes=[_lane(claim, held.get(claim.worker_id)) for claim in claims],

@@ -94,7 +94,8 @@ def _find(connection: Connection) -> _Due | None:
     live = None if run is None else rounds.live_round(connection, run.run_id)
     if run is None or run.roll_back_to is None or live is None:
         return None
-    if live.state != "open" or tasks.count_leased_in_round(connection, live.round_id):
+    # A lease may be of an earlier round, where each submission makes a version.
+    if live.state != "open" or tasks.leased_tokens(connection, run.run_id):
         return None
     to = versions.find_version(connection, run.roll_back_to)
     newest = versions.find_version(connection, live.base_version)

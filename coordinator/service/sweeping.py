@@ -87,7 +87,7 @@ def _finish(connection: Connection, fleet: Fleet, now: float) -> bool:
     live = rounds.live_round(connection, run.run_id)
     if live is None or live.state != "open" or live.first_submission_at is not None:
         return False
-    if tasks.count_leased_in_round(connection, live.round_id):
+    if tasks.leased_tokens(connection, run.run_id):
         return False
     if rounds.accepted_in_round(connection, live.round_id):
         # Only what came late from rounds before: nobody else will close this one.

@@ -125,6 +125,9 @@ class RoundView(View, frozen=True, kw_only=True):
     overhead_s: float | None
     #: What workers send (`delta`: weight differences, `gradient`: mean gradients).
     round_kind: str
+    #: What makes a version (`rounds`: all that is claimed on the one before,
+    #: `per-arrival`: each submission).
+    aggregation: str
     #: How submissions are coded, and what workers download of a new version.
     codec: str
     broadcast: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
@@ -74,6 +75,18 @@ def claim_of_lease(connection: Connection, lease_hash: str) -> ClaimRow | None:
     return None if row is None else typed(ClaimRow, row)
 
 
+def claims_of_leases(
+    connection: Connection, lease_hashes: Collection[str]
+) -> list[ClaimRow]:
+    """Return the claims that leases were given out for, in order."""
+    rows = connection.execute(
+        select(claims)
+        .where(claims.c.lease_hash.in_(lease_hashes))
+        .order_by(claims.c.claim_seq)
+    )
+    return [typed(ClaimRow, row) for row in rows]
+
+
 def newest_claim_of(connection: Connection, task_id: str) -> ClaimRow | None:
     """Return the last claim of a task."""
     row = connection.execute(
@@ -93,9 +106,11 @@ def change_claim(connection: Connection, claim_seq: int, **columns: Any) -> None
 
 
 def void_claims(connection: Connection, round_id: int) -> None:
-    """Start a round over: its claims no longer keep anybody from claiming."""
+    """Start a round over: claims that have ended keep nobody from claiming again."""
     connection.execute(
-        update(claims).where(claims.c.round_id == round_id).values(outcome="void")
+        update(claims)
+        .where(claims.c.round_id == round_id, claims.c.ended_at.is_not(None))
+        .values(outcome="void")
     )
 
 

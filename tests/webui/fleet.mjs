@@ -132,6 +132,7 @@ export function round(lanes, given = {}) {
     round_reason: "Overhead 3 s of 100 s = 3 %. Fixed.",
     overhead_s: 3,
     round_kind: "delta",
+    aggregation: "rounds",
     codec: "int8",
     broadcast: "exact",
     lanes,

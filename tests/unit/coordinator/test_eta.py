@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.domain.eta import Closed, estimate
+from coordinator.domain.eta import MANY_ARRIVALS, NUM_ROUNDS, Closed, estimate, windows
 
 NOW = 1000.0
 
@@ -135,3 +135,19 @@ def test_the_window_holds_the_moment(tokens_left, stop_at, rates):
     if eta.at is not None:
         assert NOW <= eta.earliest_at <= eta.at <= eta.latest_at
     assert eta.reason
+
+
+def test_arrivals_are_grouped_by_time():
+    arrivals = [(0.0, 9), (4.0, 1), (10.0, 2), (11.0, 3), (25.0, 4), (26.0, 5)]
+
+    found = [(one.at, one.tokens, one.seconds) for one in windows(arrivals, 10.0)]
+
+    assert found == [(10.0, 3, 10.0), (25.0, 7, 15.0)]
+    assert windows([], 10.0) == []
+
+
+def test_many_arrivals_in_little_time_make_shorter_windows():
+    found = windows([(0.1 * n, 7) for n in range(MANY_ARRIVALS)], 60.0)
+
+    assert len(found) == pytest.approx(NUM_ROUNDS, abs=1)
+    assert {round(one.rate) for one in found} == {70}

@@ -121,6 +121,18 @@ def test_a_plan_out_of_range_is_refused_and_the_field_named(field, value):
         msgspec.convert({field: value}, TrainingPlan)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("round_kind", "gradient"), ("outer_momentum", 0.8), ("quorum", 0.5)],
+)
+def test_arrivals_refuse_what_only_rounds_can_have(field, value):
+    fine = {"aggregation": "per-arrival", "outer_momentum": 0.0}
+
+    assert msgspec.convert(fine, TrainingPlan).outer_momentum == 0.0
+    with pytest.raises(msgspec.ValidationError, match=field):
+        msgspec.convert(fine | {field: value}, TrainingPlan)
+
+
 def test_a_plan_survives_being_stored():
     stored = msgspec.json.encode(PLAN)
 

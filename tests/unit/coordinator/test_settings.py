@@ -50,6 +50,7 @@ GOOD_PLAN = {
     "ROUND_MIN_S": ("2.5", 2.5),
     "ROUND_MAX_S": ("60", 60.0),
     "QUORUM": ("0.7", 0.7),
+    "AGGREGATION": ("per-arrival", "per-arrival"),
     "ACCEPT_LATE": ("stale", "stale"),
     "CODEC": ("ternary", "ternary"),
     "ROUND_KIND": ("gradient", "gradient"),
@@ -102,6 +103,7 @@ BAD = [
     ("CODEC", "int4"),
     ("ROUND_KIND", "gradients"),
     ("BROADCAST", "fp32"),
+    ("AGGREGATION", "arrival"),
     ("EVALUATE_EVERY", "0"),
 ]
 
@@ -115,6 +117,7 @@ def read(**given: str) -> CoordinatorSettings:
     [
         ("ACCEPT_LATE", "never, round, stale"),
         ("ROUND_KIND", "delta, gradient"),
+        ("AGGREGATION", "rounds, per-arrival"),
         ("CODEC", "ternary, int8, fp32"),
         ("ROLL_BACK", "never, alarm"),
         ("BROADCAST", "exact, ternary, int8"),
@@ -166,6 +169,14 @@ def test_every_number_of_the_plan_is_read(name):
 
     assert getattr(plan, name.lower()) == due
     assert plan != TrainingPlan()
+
+
+def test_arrivals_have_no_momentum_unless_one_is_asked_for_and_refused():
+    assert read(AGGREGATION="per-arrival").plan.outer_momentum == 0.0
+    with pytest.raises(StartError, match=r"OUTER_MOMENTUM: .* per-arrival.*'0.8'"):
+        read(AGGREGATION="per-arrival", OUTER_MOMENTUM="0.8")
+    with pytest.raises(StartError, match=r"ROUND_KIND: .* per-arrival.*'gradient'"):
+        read(AGGREGATION="per-arrival", ROUND_KIND="gradient")
 
 
 def test_there_is_no_setting_that_these_tests_leave_out():

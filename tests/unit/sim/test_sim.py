@@ -10,7 +10,8 @@ import torch
 from bitnet_ext.wire.verdicts import RoundKind
 from tests.sim import results
 from tests.sim.alone import alone, plan_for
-from tests.sim.fleet import Fleet, Recipe
+from tests.sim.fleet import Claim, Fleet, Recipe, Stretch
+from tests.sim.joiners import Begins, Joining
 from tests.sim.net import NO_TARGET, SEQ_LEN, Net, Shape, _bit_linear
 from tests.sim.results import Job, kept_or_done
 from tests.sim.setting import TTL_S, Setting
@@ -286,3 +287,21 @@ def test_the_standard_library_is_text_enough():
     assert len(text.train) > 36_000
     assert len(text.held_out) == 1024
     assert (np.sort(text.order(7, 0)) == np.arange(len(text.train))).all()
+
+
+@pytest.mark.parametrize("begins", [Begins.KEPT, Begins.ZEROS, Begins.COPIED])
+def test_who_has_lost_its_disk_begins_as_the_study_of_joiners_says(begins):
+    recipe = Recipe(plan=PLAN, keeps_state=begins is Begins.KEPT)
+    fleet = Joining(NET, a_text(), recipe, seed=0, setting=Setting(deaths=0.0))
+    fleet.begins = begins
+    fleet.losses(2)
+    (last,) = fleet._workers[-1:]
+    dies = Claim(last, Stretch(0, 0, 1), 0.0, (), None, TTL_S)
+    own, copied = last.moments.copy(), fleet.kept
+
+    fleet._end(dies, 0.0, is_back=False)
+
+    due = {Begins.KEPT: own.step, Begins.ZEROS: 0, Begins.COPIED: copied.step}
+    assert 0 < copied.step < own.step
+    assert last.moments.step == due[begins]
+    assert bool(last.moments.square.any()) == (begins is not Begins.ZEROS)

@@ -36,6 +36,7 @@ export function RoundPanel() {
 }
 
 function standing(round, { numBack, leftS }) {
+  if (round.aggregation === "per-arrival") return "each submission makes a version";
   if (round.state === "closing") return "all back, the step is computed";
   if (round.lanes.length === 0) return "";
   return html`
