@@ -40,7 +40,7 @@ from coordinator.service.adopting import adopt_corpus
 from coordinator.service.closing import RoundCloser
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet, OnEvent
-from coordinator.service.grace import CLOCK_FACT, extend_leases
+from coordinator.service.grace import extend_leases
 from coordinator.service.lag import LoopLag
 from coordinator.service.own_files import look_again
 from coordinator.service.starting import RunSettings, reconcile
@@ -52,7 +52,7 @@ from coordinator.service.sweeping import (
     sweep,
 )
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import workers
+from coordinator.store import clock, workers
 from coordinator.store.blobs import Blobs
 from coordinator.store.engine import Store, clear_errors
 from coordinator.store.lock import DataLock
@@ -101,14 +101,14 @@ def _make_fleet(
     on_event: OnEvent,
 ) -> Fleet:
     rng, fs = SystemRng(), OsFs()
-    stored = store.read_now(lambda connection: workers.fact(connection, CLOCK_FACT))
+    ran_until = store.read_now(clock.ran_until)
     fresh = rng.token(32)
     secret = store.write_now(lambda c: workers.server_secret(c, fresh))
     return Fleet(
         store=store,
         blobs=Blobs(settings.data, fs, rng),
         fs=fs,
-        clock=LeaseClock(float(stored or 0.0)),
+        clock=LeaseClock(ran_until or 0.0),
         rng=rng,
         corpus=settings.corpus,
         on_event=on_event,

@@ -270,7 +270,11 @@ class _Claim:
         # The fleet's speed says nothing of a box that nobody has measured.
         own = None if worker.tokens_per_s is None else predicted
         hard_at = leases.first_hard_at(
-            self._now, own, round_s=plan.round_s, fixed_size=task.fixed_size
+            self._now,
+            own,
+            num_steps=-(-task.num_tokens // (plan.batch_size * seq_len_of(run))),
+            round_s=plan.round_s,
+            fixed_size=task.fixed_size,
         )
         terms = self._terms(run, task, base or 0, ttl)
         if live is not None:

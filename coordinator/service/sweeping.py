@@ -13,11 +13,10 @@ from bitnet_ext.wire.verdicts import TaskState
 from coordinator.domain.errors import FleetError, RefusedError
 from coordinator.service.adopting import adopt_corpus
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
-from coordinator.service.grace import CLOCK_FACT
 from coordinator.service.returning import sweep_leases
 from coordinator.service.seeding import add_evaluation, budget_left
 from coordinator.service.starting import RunSettings
-from coordinator.store import rounds, runs, tasks, versions, workers
+from coordinator.store import clock, rounds, runs, tasks, versions, workers
 from coordinator.store.rows import RunRow
 
 log = logging.getLogger(__name__)
@@ -51,9 +50,7 @@ async def sweep(fleet: Fleet, settings: RunSettings) -> None:
 async def keep_clock(fleet: Fleet) -> None:
     """Store how far the lease clock has come: it never goes back over a restart."""
     now = fleet.clock.now()
-    await fleet.store.write(
-        lambda connection: workers.set_fact(connection, CLOCK_FACT, repr(now))
-    )
+    await fleet.store.write(lambda connection: clock.keep(connection, now))
 
 
 async def _look_for_corpus(fleet: Fleet, settings: RunSettings) -> None:

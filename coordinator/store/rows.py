@@ -98,6 +98,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     step_s: float
     progress_at: float | None
     paused_s: float
+    stalled_at: float | None
     progress_cpu_s: float | None
 
 

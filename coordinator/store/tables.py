@@ -159,6 +159,8 @@ tasks: Final = Table(
     Column("progress_at", Float),
     # How long the coordinator itself stood still meanwhile.
     Column("paused_s", Float, nullable=False, server_default="0"),
+    # When heartbeats began to come that show no progress; NULL: the last one did.
+    Column("stalled_at", Float),
     # CPU seconds that had been reported when tokens or bytes rose last.
     Column("progress_cpu_s", Float),
     CheckConstraint("state IN ('pending','leased','done','failed')", name="task_state"),
