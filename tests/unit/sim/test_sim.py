@@ -173,7 +173,8 @@ def test_work_that_comes_back_does_not_make_its_next_worker_late():
     fleet = a_fleet(Setting(deaths=0.0, jitter=0.0), text=a_text(400), quorum=0.7)
     for _ in range(6):
         fleet._round(10**6)
-    fleet._given_back.append(fleet._cut(fleet._workers[-1], 0.0, 100, may_retry=True))
+    size = fleet._size(fleet._workers[-1], PLAN.round_s)
+    fleet._given_back.append(fleet._cut(size, 100, may_retry=True))
     lost = fleet.counts.num_lost
 
     fleet._round(10**6)
@@ -216,6 +217,29 @@ def test_nobody_is_two_versions_behind():
     fleet._versions = [(50.0, fleet.published), (60.0, fleet.published)]
 
     assert all(claim.claimed_at > 50.0 for claim in fleet._claims(10**6))
+
+
+def test_who_works_ahead_hands_in_every_window_that_is_done_when_the_round_is_due():
+    setting = Setting(deaths=0.0, jitter=0.0)
+    fleet = a_fleet(setting, text=a_text(400), plan=GRADIENT, works_ahead=True)
+    fleet._round(10**6)
+    fleet._due += fleet._recipe.plan.round_s
+
+    claims = fleet._claims(10**6)
+
+    assert len(claims) == len(fleet._workers)
+    for claim in claims:
+        one_more_s = 1.05 / claim.worker.speed
+        assert claim.back_at <= fleet._due < claim.back_at + one_more_s
+
+
+def test_a_round_that_is_due_waits_for_no_lease():
+    fleet = a_fleet(Setting(deaths=1.0), plan=GRADIENT, works_ahead=True)
+
+    fleet._round(10**6)
+
+    assert fleet.counts.num_lost == len(fleet._workers)
+    assert fleet.now == fleet._due == fleet._recipe.plan.round_s
 
 
 def test_local_steps_can_not_change_their_weights_on_the_way():
