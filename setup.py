@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from itertools import chain
+from typing import Any
 
 from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 # One wheel for every CPython from 3.11 on: the limited API of 3.11.
 LIMITED_API = "0x030B0000"
@@ -37,7 +42,25 @@ extensions = [
     )
 ]
 
+
+class BuildSideBySide(build_ext):
+    """Compiles as many files of the extension at a time as there are CPUs."""
+
+    def build_extensions(self) -> None:
+        """Compile and link; what is linked has its usual order."""
+        compile_files = self.compiler.compile
+
+        def compile_side_by_side(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                each = pool.map(lambda file: compile_files([file], **options), sources)
+                return list(chain.from_iterable(each))
+
+        self.compiler.compile = compile_side_by_side
+        super().build_extensions()
+
+
 setup(
+    cmdclass={"build_ext": BuildSideBySide},
     packages=find_packages(
         include=["bitnet_ext*", "coordinator*", "worker*", "webui*"]
     ),
