@@ -169,6 +169,7 @@ def fleet() -> FleetView:
             round_reason=PACE,
             overhead_s=3.0,
             round_kind="delta",
+            aggregation="rounds",
             codec="int8",
             broadcast="exact",
             lanes=[
