@@ -126,7 +126,8 @@ def test_the_held_out_loss_falls(trained: Trained) -> None:
     first, last = trained.status["evaluations"][0], trained.status["evaluations"][-1]
 
     assert last["version"] == trained.status["run"]["newest_version"]
-    assert last["loss"] < first["loss"] - 0.5
+    # A wrong sign, on a busy machine, was seen to let it fall by half as much.
+    assert last["loss"] < first["loss"] - 1.0
 
 
 def test_both_workers_took_part(trained: Trained) -> None:
