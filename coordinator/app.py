@@ -40,7 +40,7 @@ from coordinator.service.adopting import adopt_corpus
 from coordinator.service.closing import RoundCloser
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet, OnEvent
-from coordinator.service.grace import CLOCK_FACT, extend_leases
+from coordinator.service.grace import extend_leases
 from coordinator.service.lag import LoopLag
 from coordinator.service.own_files import look_again
 from coordinator.service.starting import RunSettings, reconcile
@@ -51,8 +51,9 @@ from coordinator.service.sweeping import (
     keep_clock,
     sweep,
 )
+from coordinator.service.ternary_health import examine_next
 from coordinator.settings import CoordinatorSettings
-from coordinator.store import workers
+from coordinator.store import clock, workers
 from coordinator.store.blobs import Blobs
 from coordinator.store.engine import Store, clear_errors
 from coordinator.store.lock import DataLock
@@ -101,14 +102,14 @@ def _make_fleet(
     on_event: OnEvent,
 ) -> Fleet:
     rng, fs = SystemRng(), OsFs()
-    stored = store.read_now(lambda connection: workers.fact(connection, CLOCK_FACT))
+    ran_until = store.read_now(clock.ran_until)
     fresh = rng.token(32)
     secret = store.write_now(lambda c: workers.server_secret(c, fresh))
     return Fleet(
         store=store,
         blobs=Blobs(settings.data, fs, rng),
         fs=fs,
-        clock=LeaseClock(float(stored or 0.0)),
+        clock=LeaseClock(ran_until or 0.0),
         rng=rng,
         corpus=settings.corpus,
         on_event=on_event,
@@ -116,6 +117,7 @@ def _make_fleet(
         workbench=workbench,
         heartbeat_s=settings.heartbeat_s,
         keep_versions=settings.keep_versions,
+        roll_back=settings.roll_back,
     )
 
 
@@ -191,6 +193,7 @@ def _background(
         every(CLOCK_S, partial(keep_clock, fleet), "clock"),
         # Apart from the sweep: hashing a file can take longer than a lease may wait.
         every(SWEEP_S, partial(look_again, fleet), "looking at broken files"),
+        every(SWEEP_S, partial(examine_next, fleet), "looking at a scored version"),
         every(SWEEP_S, closer.run, "closing a round"),
         every(SWEEP_S, feed.run, "the live feed"),
         every(SWEEP_S, lag.run, "the lag metric"),

@@ -29,6 +29,7 @@ from coordinator.control import (
     AcknowledgeReset,
     Command,
     DrainWorker,
+    GoBack,
     KickStuck,
     MarkGone,
     ReadmitWorker,
@@ -36,10 +37,12 @@ from coordinator.control import (
     ResetPassword,
     ResumeWorker,
     Seed,
+    SetRoundTime,
     TrainFor,
 )
 from coordinator.demo.story import DemoOptions, run_demo
 from coordinator.domain.errors import FleetError, StartError
+from coordinator.domain.plan import AUTO
 from coordinator.login.handlers import HOME_PATH
 from coordinator.service.corpus import Recipe
 from coordinator.service.exporting import Pick, parse_version
@@ -54,11 +57,13 @@ _SETTINGS: Final = {
     "port": "port to listen on, 0 for any",
     "preset": "size of the model; another than the run's replaces the run",
     "seed": "seed of a new run",
+    "aggregation": "what makes a version: rounds, or per-arrival",
 }
 
 
 #: Commands that are passed on as they are; tag and docstring are name and help.
 _ORDERS: Final[tuple[type[Command], ...]] = (
+    GoBack,
     AcknowledgeReset,
     DrainWorker,
     ResumeWorker,
@@ -121,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     stop = add("train-for", _train_for, "stop giving out training after a while")
     stop.add_argument("seconds", help="seconds from now, or `ever`")
+    pace = add("set-round-time", _set_round_time, "fix the round time, or let it be")
+    pace.add_argument("seconds", help="seconds, or auto: the coordinator chooses")
     for order in _ORDERS:
         about = (order.__doc__ or "").rstrip(".")
         name = str(order.__struct_config__.tag)
@@ -146,7 +153,7 @@ def _add_fields(parser: argparse.ArgumentParser, order: type[Command]) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    for name in ("host", "port", "preset", "seed"):
+    for name in ("host", "port", "preset", "seed", "aggregation"):
         parser.add_argument(f"--{name}", help=_SETTINGS[name])
     parser.add_argument(
         "--insecure-http",
@@ -282,16 +289,27 @@ def _seed(options: argparse.Namespace) -> int:
 
 
 def _train_for(options: argparse.Namespace) -> int:
-    seconds = None
-    if options.seconds != "ever":
-        try:
-            seconds = float(options.seconds)
-        except ValueError:
-            raise StartError(
-                f"seconds must be a number or `ever`, got {options.seconds!r}"
-            ) from None
+    seconds = _seconds(options.seconds, unless="ever")
     print(verbs.command(_settings(options), TrainFor(seconds=seconds)))
     return 0
+
+
+def _set_round_time(options: argparse.Namespace) -> int:
+    seconds = _seconds(options.seconds, unless=AUTO)
+    print(verbs.command(_settings(options), SetRoundTime(seconds=seconds)))
+    return 0
+
+
+def _seconds(text: str, *, unless: str) -> float | None:
+    """Return a number of seconds; None for the word that stands for none."""
+    if text == unless:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise StartError(
+            f"seconds must be a number or {unless}, got {text!r}"
+        ) from None
 
 
 def _pass_on(order: type[Command]) -> Callable[[argparse.Namespace], int]:

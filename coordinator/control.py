@@ -20,9 +20,16 @@ from msgspec import Struct
 
 from coordinator.domain.errors import FleetError, StartError
 from coordinator.login.passwords import new_password, reset_admin_password
+from coordinator.service.exporting import parse_version
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet
-from coordinator.service.steering import acknowledge_reset, seed_epoch, train_until
+from coordinator.service.rolling_back import ask_for_rollback
+from coordinator.service.steering import (
+    acknowledge_reset,
+    seed_epoch,
+    set_round_time,
+    train_until,
+)
 from coordinator.service.tending import (
     Kicked,
     drain_worker,
@@ -83,6 +90,25 @@ class TrainFor(Struct, frozen=True, kw_only=True, tag="train-for"):
             )
 
 
+class GoBack(Struct, frozen=True, kw_only=True, tag="roll-back"):
+    """Go back to an earlier version once the round is closed: a number, or `best`."""
+
+    version: str
+
+
+class SetRoundTime(Struct, frozen=True, kw_only=True, tag="set-round-time"):
+    """Fix the round time from the next round on; `seconds` None: it is chosen."""
+
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0.0 < self.seconds <= MAX_SECONDS:
+            raise ValueError(
+                f"seconds must be a number above 0, at most {MAX_SECONDS:.0f}, or "
+                f"auto, got {self.seconds}"
+            )
+
+
 class AcknowledgeReset(Struct, frozen=True, tag="acknowledge-reset"):
     """Take the banner of a hard reset down."""
 
@@ -133,7 +159,9 @@ class ResetPassword(Struct, frozen=True, tag="reset-admin-password"):
 Tending = (
     ReadmitWorker | DrainWorker | ResumeWorker | MarkGone | KickStuck | RequeueFailed
 )
-Command = Seed | TrainFor | AcknowledgeReset | ResetPassword | Tending
+Command = (
+    Seed | TrainFor | SetRoundTime | GoBack | AcknowledgeReset | ResetPassword | Tending
+)
 
 
 class KeyOrigin(Struct, frozen=True, tag="key-origin"):
@@ -176,6 +204,16 @@ async def obey(fleet: Fleet, command: Command) -> str:
         case TrainFor():
             await train_until(fleet, None)
             return "training until the token budget is used up"
+        case GoBack(version=version):
+            to = await ask_for_rollback(fleet, parse_version(version))
+            return (
+                f"the run goes back to version {to} once its round is closed; no "
+                "training is given out until then"
+            )
+        case SetRoundTime(seconds=seconds):
+            kept_s = await set_round_time(fleet, seconds)
+            how = "is chosen" if seconds is None else f"is {seconds:g} s"
+            return f"the round time {how} after this round, which keeps its {kept_s:g}"
         case AcknowledgeReset():
             await acknowledge_reset(fleet)
             return "reset acknowledged"

@@ -19,10 +19,12 @@ import msgspec
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire.messages import MAX_HEARTBEAT_S
 from coordinator.domain.errors import StartError
-from coordinator.domain.plan import CHOICES, TrainingPlan
+from coordinator.domain.plan import AUTO, CHOICES, MOST, Aggregation, TrainingPlan
+from coordinator.domain.rollback import RollBack
 
 PREFIX: Final = "BITNET_COORD_"
 MIN_KEY_CHARS: Final = 32
+_ROUND_RULE: Final = f"{AUTO} or a number of seconds above 0, at most {MOST:g}"
 _LEVELS: Final = ("debug", "info", "warning", "error")
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 #: Hosts that stand for all addresses of the machine.
@@ -60,6 +62,8 @@ class CoordinatorSettings:
     heartbeat_s: float
     #: Newest versions that keep their blobs.
     keep_versions: int
+    #: When a run goes back to its best version by itself.
+    roll_back: RollBack
     log_level: str
     plan: TrainingPlan
 
@@ -93,6 +97,7 @@ class CoordinatorSettings:
             ),
             heartbeat_s=_seconds(given, "HEARTBEAT_S", 5.0),
             keep_versions=_whole(given, "KEEP_VERSIONS", 20, 1, 10**9),
+            roll_back=_roll_back(given),
             log_level=_level(given),
             plan=_plan(given),
         )
@@ -216,6 +221,13 @@ def _preset(env: Mapping[str, str]) -> str | None:
     return value
 
 
+def _roll_back(env: Mapping[str, str]) -> RollBack:
+    value = env.get("ROLL_BACK", RollBack.NEVER)
+    if value not in tuple(RollBack):
+        raise _wrong("ROLL_BACK", f"one of {', '.join(RollBack)}", value)
+    return RollBack(value)
+
+
 def _level(env: Mapping[str, str]) -> str:
     value = env.get("LOG_LEVEL", "info").lower()
     if value not in _LEVELS:
@@ -232,11 +244,15 @@ def _plan(env: Mapping[str, str]) -> TrainingPlan:
     for name, words in CHOICES.items():
         if name in given and given[name] not in words:
             raise _wrong(name.upper(), f"one of {', '.join(words)}", given[name])
+    if given.get("aggregation") == Aggregation.PER_ARRIVAL:
+        given.setdefault("outer_momentum", "0")
     try:
         return msgspec.convert(given, TrainingPlan, strict=False)
     except msgspec.ValidationError as error:
         found = re.search(r"\$\.([a-z0-9_]+)", str(error))
         name = found.group(1) if found else ""
-        raise StartError(
-            f"{PREFIX}{name.upper()}: {error}, got {given.get(name)!r}"
-        ) from None
+        if name == "round_s":
+            raise _wrong(name.upper(), _ROUND_RULE, given[name]) from None
+        # A number may be wrong beside another one, and be a default itself.
+        shown = f", got {given[name]!r}" if name in given else ""
+        raise StartError(f"{PREFIX}{name.upper()}: {error}{shown}") from None

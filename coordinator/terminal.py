@@ -10,6 +10,7 @@ from typing import Final
 from bitnet_ext.wire.verdicts import Verdict
 from coordinator.service.view import (
     FleetView,
+    RollbackView,
     RoundView,
     RunView,
     TasksView,
@@ -57,6 +58,7 @@ def _lines(view: FleetView) -> Iterator[str]:
         yield from _run(view.run)
     if view.round is not None:
         yield f"round    {_round(view.round)}"
+        yield f"time     {view.round.round_s:g} s a round. {view.round.round_reason}"
     if view.tasks is not None:
         yield f"tasks    {_tasks(view.tasks)}"
     yield f"workers  {_amounts(view.workers)}"
@@ -74,6 +76,10 @@ def _run(run: RunView) -> Iterator[str]:
         f"version {run.newest_version}, {run.tokens_accepted}{budget} tokens{speed}"
     )
     yield f"ETA      {_eta(run)}"
+    if run.loss_alarm is not None:
+        yield f"ALARM    Held-out loss has risen. {run.loss_alarm}"
+    if run.rollback is not None:
+        yield f"rollback {_rollback(run.rollback)}"
 
 
 def _eta(run: RunView) -> str:
@@ -84,6 +90,21 @@ def _eta(run: RunView) -> str:
         f"{moment(eta.at)}, between {moment(eta.earliest_at)} and "
         f"{moment(eta.latest_at)}. {eta.reason}"
     )
+
+
+def _rollback(rollback: RollbackView) -> str:
+    left, to = rollback.from_version, rollback.to_version
+    ways = (
+        f"from version {left} ({_loss(rollback.from_loss)}) to version {to} "
+        f"({_loss(rollback.to_loss)})"
+    )
+    if rollback.version is None:
+        return f"about to go back {ways}, once the round is closed"
+    return f"went back {ways}, which is version {rollback.version} now"
+
+
+def _loss(loss: float | None) -> str:
+    return "not scored" if loss is None else f"held-out loss {loss:.4f}"
 
 
 def _round(live: RoundView) -> str:

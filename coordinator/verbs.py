@@ -38,7 +38,6 @@ from coordinator.domain.manifest import Manifest
 from coordinator.service.corpus import Recipe, Stage, prepare_corpus
 from coordinator.service.exporting import Chosen, Pick, choose, export_version
 from coordinator.service.fleet import RUNNING, FileFault, Fleet, Known, Served
-from coordinator.service.grace import CLOCK_FACT
 from coordinator.service.looking import look
 from coordinator.service.scoring import (
     export_to_score,
@@ -56,7 +55,7 @@ from coordinator.service.steering import check_task_size
 from coordinator.service.telemetry import Telemetry, collect
 from coordinator.service.view import FleetView
 from coordinator.settings import PREFIX, CoordinatorSettings
-from coordinator.store import runs, workers
+from coordinator.store import clock, runs
 from coordinator.store.engine import read_once
 from coordinator.store.rows import RunRow
 from coordinator.store.schema import check_newest, has_tables
@@ -149,8 +148,8 @@ def _at_rest(
 
     def read(connection: Connection) -> T:
         check_newest(connection)
-        ran_until = workers.fact(connection, CLOCK_FACT)
-        return act(connection, known, float(ran_until or time.time()))
+        ran_until = clock.ran_until(connection)
+        return act(connection, known, ran_until or time.time())
 
     return read_once(settings.data / DATABASE_NAME, read)
 

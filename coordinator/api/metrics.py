@@ -32,6 +32,10 @@ def _figures(view: FleetView, worst_lag_s: float) -> Iterator[Figure]:
         yield _by_fate(view.run.tally)
         yield _gauge("fleet_version_newest", view.run.newest_version)
         yield _gauge("fleet_tokens_per_second", view.run.tokens_per_s or 0.0)
+    if view.round is not None:
+        yield _gauge("fleet_round_seconds", view.round.round_s)
+        if view.round.overhead_s is not None:
+            yield _gauge("fleet_round_overhead_seconds", view.round.overhead_s)
     if view.tasks is not None:
         yield from _tasks(view.tasks)
     if view.evaluations:

@@ -13,6 +13,8 @@ from typing import Final
 #: Rounds that the guess is made from: at least, and at most.
 MIN_ROUNDS: Final = 5
 NUM_ROUNDS: Final = 20
+#: Twenty in each of as many windows tell enough, however short these are.
+MANY_ARRIVALS: Final = 400
 #: The speed of the fleet has changed where the newer half of these differs so much.
 MOST_CHANGE: Final = 1.5
 #: No guess where a fast round is so many times as fast as a slow one ...
@@ -47,21 +49,43 @@ class Closed:
         return self.tokens / max(self.seconds, 1e-3)
 
 
+def windows(arrivals: Sequence[tuple[float, int]], seconds: float) -> list[Closed]:
+    """Return what arrived, as if it had come in rounds of at least so many seconds.
+
+    `arrivals` are (Unix seconds, tokens), oldest first; the first only begins the
+    first window. From `MANY_ARRIVALS` on windows may be shorter, to be `NUM_ROUNDS`.
+    """
+    found: list[Closed] = []
+    if not arrivals:
+        return found
+    began_at, sum_tokens = arrivals[0][0], 0
+    if len(arrivals) >= MANY_ARRIVALS:
+        seconds = min(seconds, (arrivals[-1][0] - began_at) / NUM_ROUNDS)
+    for at, tokens in arrivals[1:]:
+        sum_tokens += tokens
+        if at - began_at >= seconds:
+            found.append(Closed(at=at, tokens=sum_tokens, seconds=at - began_at))
+            began_at, sum_tokens = at, 0
+    return found
+
+
 def estimate(
     *,
     now: float,
     tokens_left: int | None,
     stop_at: float | None,
     rounds: Sequence[Closed],
+    round_s: float,
 ) -> Eta:
     """Return when the run ends by tokens or by time, whichever comes first.
 
     `rounds` are the last ones, oldest first; the spread of their rates is the window.
+    The open one has `round_s`, which may be more than they had.
     """
     if tokens_left is None:
         return _unknown("No token budget is set.", stop_at)
     window = _steady(rounds[-NUM_ROUNDS:])
-    reason = _doubt(now, window)
+    reason = _doubt(now, window, round_s)
     if reason is not None:
         return _unknown(reason, stop_at)
     slow, middle, fast = _rates(window)
@@ -109,11 +133,11 @@ def _rates(rounds: Sequence[Closed]) -> tuple[float, float, float]:
     return rates[tenth], rates[len(rates) // 2], rates[-1 - tenth]
 
 
-def _doubt(now: float, rounds: Sequence[Closed]) -> str | None:
+def _doubt(now: float, rounds: Sequence[Closed], round_s: float) -> str | None:
     """Return why these rounds do not tell when the run ends; None: they do."""
     if len(rounds) < MIN_ROUNDS:
         return f"Needs {MIN_ROUNDS} closed rounds, there are {len(rounds)}."
-    usual_s = sorted(one.seconds for one in rounds)[len(rounds) // 2]
+    usual_s = max(round_s, sorted(one.seconds for one in rounds)[len(rounds) // 2])
     silence_s = now - rounds[-1].at
     if silence_s > max(MIN_SILENCE_S, MOST_SILENCE * usual_s):
         return (

@@ -56,7 +56,12 @@ def hard_at(claimed_at: float, predicted_s: float) -> float:
 
 
 def first_hard_at(
-    claimed_at: float, predicted_s: float | None, *, round_s: float, fixed_size: bool
+    claimed_at: float,
+    predicted_s: float | None,
+    *,
+    num_steps: int,
+    round_s: float,
+    fixed_size: bool,
 ) -> float:
     """Return the same at the claim; `predicted_s` goes by this worker's own speed.
 
@@ -64,14 +69,17 @@ def first_hard_at(
     may be a hundred times slower. A prediction counts for `MAX_ROUNDS` at most, else a
     worker that takes all it may would be given more for each task. Where the size was
     not cut to the round it counts for as long as that worker had before it was
-    measured.
+    measured. A task of one step (`num_steps`) gets as many step times as a step may
+    take: its worker is at work, or else called stuck, until then.
     """
     if predicted_s is None:
         return claimed_at + MAX_UNMEASURED_S
     most_s = MAX_ROUNDS * round_s
     if fixed_size:
         most_s = max(most_s, MAX_UNMEASURED_S)
-    return hard_at(claimed_at, min(predicted_s, most_s))
+    step_s = min(predicted_s, most_s) / num_steps
+    due_s = max(predicted_s, CPU_GRACE_STEPS * step_s / HARD_FACTOR)
+    return hard_at(claimed_at, min(due_s, most_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +107,8 @@ class Lease:
     reported: Reported
     #: For how long the coordinator stood still since the claim.
     paused_s: float = 0.0
+    #: When heartbeats began to come that show no progress; None: the last one did.
+    stalled_at: float | None = None
 
 
 def ends_at(expires_at: float, hard_at: float | None) -> float:
@@ -125,6 +135,7 @@ def renewed(
     # More tokens than there are would be progress without end.
     after = replace(said, tokens_done=min(said.tokens_done, lease.num_tokens))
     progress_at, expires_at = lease.progress_at, lease.expires_at
+    stalled_at: float | None = now if lease.stalled_at is None else lease.stalled_at
     if shows_progress(
         before,
         after,
@@ -132,7 +143,7 @@ def renewed(
         advanced_after_s=progress_at - lease.claimed_at,
         usual_step_s=usual_step_s,
     ):
-        expires_at = max(expires_at, now + ttl_s)
+        expires_at, stalled_at = max(expires_at, now + ttl_s), None
     if advanced(before, after):
         progress_at = now
     if usual_step_s is None:
@@ -151,6 +162,7 @@ def renewed(
             cpu_s=max(before.cpu_s, after.cpu_s),
             step_s=after.step_s,
         ),
+        stalled_at=stalled_at,
     )
 
 
@@ -178,12 +190,17 @@ def resumed(lease: Lease, *, ttl_s: float, now: float, away_s: float) -> Lease:
         expires_at=max(lease.expires_at, now + ttl_s),
         hard_at=lease.hard_at + max(0.0, away_s),
         paused_s=lease.paused_s + max(0.0, away_s),
+        stalled_at=None,
     )
 
 
-def no_progress_s(expires_at: float, *, ttl_s: float, heartbeat_at: float) -> float:
-    """Return for how long heartbeats have come that did not move `expires_at` on."""
-    return max(0.0, heartbeat_at - (expires_at - ttl_s))
+def no_progress_s(stalled_at: float | None, *, heartbeat_at: float) -> float:
+    """Return for how long heartbeats have come that show no progress.
+
+    From the first of them: of the silence before it nobody knows what it was. One
+    heartbeat after a worker slept, or its network was away, proves nothing.
+    """
+    return 0.0 if stalled_at is None else max(0.0, heartbeat_at - stalled_at)
 
 
 def _own_limit(lease: Lease, after: Reported, now: float) -> float:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from itertools import pairwise
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -18,10 +18,18 @@ from bitnet_ext.wire.messages import EXACT, HyperParameters
 from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain.muon import StepSizes
 
-# Bounded above: JSON has no infinity, so a plan that held one could not be read again.
-Positive = Annotated[float, Meta(gt=0.0, le=1e9)]
+#: Numbers are bounded above: JSON has no infinity, and a plan must be read again.
+MOST: Final = 1e9
+Positive = Annotated[float, Meta(gt=0.0, le=MOST)]
 Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Count = Annotated[int, Meta(ge=1)]
+
+
+class Aggregation(StrEnum):
+    """What makes a version."""
+
+    ROUNDS = "rounds"  #: all that was claimed on the version before
+    PER_ARRIVAL = "per-arrival"  #: each submission as it comes, however old its base
 
 
 class AcceptLate(StrEnum):
@@ -31,6 +39,9 @@ class AcceptLate(StrEnum):
     ROUND = "round"  #: as long as its round is open: nothing is stale
     STALE = "stale"  #: up to two rounds later too, with a lower weight
 
+
+#: In place of a round time: it is chosen by `coordinator.domain.round_time`.
+AUTO: Final = "auto"
 
 #: Codecs of what workers send, and of what they download.
 CODECS: Final = ("ternary", "int8", "fp32")
@@ -47,6 +58,8 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: `delta`: workers make local steps by AdamW, an outer step follows; `gradient`:
     #: they send mean gradients, and the coordinator steps by Muon and AdamW.
     round_kind: RoundKind = RoundKind.DELTA
+    #: `per-arrival`: nobody waits for another, each submission is a round of its own.
+    aggregation: Aggregation = Aggregation.ROUNDS
     #: Peak learning rate: of the local steps, or of the gradient step.
     learning_rate: Positive = 2e-3
     #: Accepted tokens over which the rate rises linearly from zero.
@@ -59,7 +72,7 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     second_stage_at: Share = 0.5
     second_stage_rate: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.667
     #: Decoupled decay up to the second stage, and for good without a schedule.
-    weight_decay: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.1
+    weight_decay: Annotated[float, Meta(ge=0.0, le=MOST)] = 0.1
     beta1: Share = 0.9
     beta2: Share = 0.95
     eps: Positive = 1e-8
@@ -70,8 +83,10 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     outer_momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.8
     #: Sequences in one local step.
     batch_size: Count = 8
-    #: Seconds that each task of a round should take.
-    round_s: Positive = 60.0
+    #: Seconds that each task of a round should take; or they are chosen, within bounds.
+    round_s: Positive | Literal["auto"] = AUTO
+    round_min_s: Positive = 10.0
+    round_max_s: Positive = 600.0
     #: Share of a round's tokens after which it waits a grace period only; 1: for all.
     quorum: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     #: Whether a result counts that comes after its lease, and nobody else has its task.
@@ -85,17 +100,40 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     evaluate_every: Count = 10
 
     def __post_init__(self) -> None:
-        """Refuse a second stage that begins before the warm-up has ended."""
+        """Refuse bounds and stages the wrong way round, and what arrivals lack."""
+        if self.round_min_s > self.round_max_s:
+            raise ValueError(
+                f"$.round_min_s must be at most round_max_s ({self.round_max_s:g}), "
+                f"not {self.round_min_s:g}"
+            )
         if self.warmup_tokens >= _second_stage(self):
             raise ValueError(
                 f"$.schedule_tokens must reach its second stage after warmup_tokens "
                 f"({self.warmup_tokens}), not after {_second_stage(self):.0f}"
+            )
+        if self.aggregation is Aggregation.PER_ARRIVAL:
+            _check_arrivals(self)
+
+
+def _check_arrivals(plan: TrainingPlan) -> None:
+    """Refuse what makes no sense where each submission makes a version."""
+    for field, due, got in (
+        # The steps of Muon and AdamW are as long for a gradient that counts half.
+        ("round_kind", RoundKind.DELTA, plan.round_kind),
+        # Momentum does not go well with pseudo-gradients of older weights.
+        ("outer_momentum", 0.0, plan.outer_momentum),
+        ("quorum", 1.0, plan.quorum),
+    ):
+        if got != due:
+            raise ValueError(
+                f"$.{field} must be {due} with aggregation {plan.aggregation}"
             )
 
 
 #: The fields that take one of a few words, and these words.
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "round_kind": tuple(RoundKind),
+    "aggregation": tuple(Aggregation),
     "accept_late": tuple(AcceptLate),
     "codec": CODECS,
     "broadcast": BROADCASTS,

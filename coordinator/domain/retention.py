@@ -15,7 +15,8 @@ def versions_to_prune(
     """Return the versions that lose both blobs, oldest first.
 
     `kept` are those that still have them; `pinned` are in use: leased, waiting for
-    an evaluation, the best, the root of a live round.
+    an evaluation, the best, what the run may go back to, what the next scored one is
+    compared with, the root of a live round.
     """
     return sorted(
         version

@@ -10,9 +10,9 @@ from bitnet_ext.wire.verdicts import Verdict
 #: Silence of this many heartbeats (and at least MIN_SILENCE_S) means lost.
 SILENT_HEARTBEATS: Final = 6
 MIN_SILENCE_S: Final = 30.0
-#: Heartbeats without progress for this share of that mean stuck. Before its lease
-#: ends, so that the word is there to be seen.
-STUCK_SHARE: Final = 0.5
+#: Heartbeats without progress for this share of that mean stuck: from the third of
+#: them on, and before its lease ends, so that the word is there to be seen.
+STUCK_SHARE: Final = 0.3
 #: So many heartbeats past its prediction a worker is slow: that knows nothing of how
 #: old the last one is.
 SLOW_HEARTBEATS: Final = 2.0
@@ -29,7 +29,7 @@ class WorkerFacts:
     #: Tokens done and due of the task that it holds; None when it holds none.
     tokens_done: int | None
     num_tokens: int | None
-    #: How long heartbeats have come that did not renew the lease.
+    #: For how long heartbeats have come that show no progress, from the first of them.
     no_progress_s: float
     #: How long it has held the task, less what the coordinator was away, and how
     #: long that should take; None: unknown.

@@ -17,10 +17,11 @@ from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskKind, TaskS
 from coordinator.domain import sizing
 from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
+from coordinator.domain.plan import Aggregation
 from coordinator.domain.throughput import waited_s
 from coordinator.service.bookkeeping import book_end
 from coordinator.service.fleet import Fleet, no_run
-from coordinator.service.late import leased_task
+from coordinator.service.late import leased_task, round_closing
 from coordinator.service.returning import is_held, lease_lost, settle_round
 from coordinator.service.roster import plan_of, seq_len_of
 from coordinator.service.seeding import add_epoch_if_done
@@ -108,6 +109,8 @@ def accept(
             )
         return msgspec.json.decode(known.answer_json, type=SubmissionAnswer), False
     run, task = acceptable(connection, meta, now)
+    if plan_of(run).aggregation is Aggregation.PER_ARRIVAL:
+        task = _in_live_round(connection, task)
     if arrived.kept is None or task.round_id is None or task.claimed_at is None:
         raise lease_lost(meta.task_id)
     answer = SubmissionAnswer(
@@ -119,8 +122,21 @@ def accept(
     _record(connection, arrived, arrived.kept, task, answer, now)
     trained = _shortened(connection, task, meta.tokens)
     _count(connection, run, trained, meta, now)
-    _settle(connection, fleet, trained, now)
+    _settle(connection, fleet, run, trained, now)
     return answer, True
+
+
+def _in_live_round(connection: Connection, task: TaskRow) -> TaskRow:
+    """Return the task as part of the round that takes what arrives now.
+
+    Raises RefusedError `busy` while that one is being closed.
+    """
+    live = rounds.live_round(connection, task.run_id)
+    if live is None:
+        raise LookupError(f"run {task.run_id} has no live round")
+    if live.state != "open":
+        raise round_closing(live)
+    return msgspec.structs.replace(task, round_id=live.round_id)
 
 
 def _shortened(connection: Connection, task: TaskRow, tokens: int) -> TaskRow:
@@ -219,9 +235,15 @@ def _count(
     )
 
 
-def _settle(connection: Connection, fleet: Fleet, task: TaskRow, now: float) -> None:
+def _settle(
+    connection: Connection, fleet: Fleet, run: RunRow, task: TaskRow, now: float
+) -> None:
     """Tell the round, or the epoch, that this task is done."""
     live = rounds.find_round(connection, task.round_id or 0)
+    if plan_of(run).aggregation is Aggregation.PER_ARRIVAL:
+        rounds.note_first_submission(connection, live.round_id, now)
+        rounds.change_round(connection, live.round_id, state="closing")
+        return
     if live.base_version == task.base_version:
         rounds.note_first_submission(connection, live.round_id, now)
         settle_round(connection, live.round_id)
@@ -229,6 +251,6 @@ def _settle(connection: Connection, fleet: Fleet, task: TaskRow, now: float) -> 
     # What is stale only goes along: it neither ends the claims of a round nor closes
     # it, or those that it is open for would find nothing to do. So where it was the
     # last of its epoch, no version that closes the round would begin the next one.
-    run = runs.newest_run(connection)
-    if run is not None:
-        add_epoch_if_done(connection, run, fleet.the_manifest(), now)
+    newest = runs.newest_run(connection)
+    if newest is not None:
+        add_epoch_if_done(connection, newest, fleet.the_manifest(), now)

@@ -48,9 +48,7 @@ def facts_of(
         tokens_done=task.tokens_done,
         num_tokens=task.num_tokens,
         no_progress_s=leases.no_progress_s(
-            task.expires_at or now,
-            ttl_s=leases.ttl_s(interval_s),
-            heartbeat_at=worker.heartbeat_at,
+            task.stalled_at, heartbeat_at=worker.heartbeat_at
         ),
         # Without a coordinator `now` is when its clock was stored last: maybe earlier.
         elapsed_s=max(0.0, now - (task.claimed_at or now) - task.paused_s),

@@ -1,6 +1,7 @@
 """A claim: one task for one worker, cut to its measured speed, in one transaction.
 
-- a round takes claims until its first submission arrives, one from each worker
+- a round takes claims until its first submission arrives, one from each worker; where
+  each submission makes a version, nobody waits for a round
 - work that came back goes first where it fits or has waited, then what is cut from the
   ranges of the epoch
 - an evaluation goes to a worker that has nothing to train, or to anyone once it
@@ -21,7 +22,7 @@ from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain import leases, sizing
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Shard
-from coordinator.domain.plan import TrainingPlan, hyper_parameters
+from coordinator.domain.plan import Aggregation, TrainingPlan, hyper_parameters
 from coordinator.service.bookkeeping import recent_work
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
@@ -112,17 +113,18 @@ class _Claim:
         )
 
     def _lease_next(self, run: RunRow, worker: WorkerRow) -> Task | None:
-        plan = plan_of(run)
-        evaluation = self._next_pending(run, TaskKind.EVALUATE)
-        if evaluation and self._now - evaluation.created_at > plan.round_s:
-            return self._lease(run, worker, evaluation, None)
         live = rounds.live_round(self._connection, run.run_id)
-        if live is not None and self._may_join(live, worker):
+        if live is None:
+            return None
+        plan, evaluation = plan_of(run), self._next_pending(run, TaskKind.EVALUATE)
+        if evaluation and self._now - evaluation.created_at > live.round_s:
+            return self._lease(run, worker, evaluation, live)
+        if run.roll_back_to is None and self._may_join(plan, live, worker):
             found = self._take_training(run, plan, live, worker)
             if found is not None:
                 return self._lease(run, worker, found, live)
         if evaluation is not None:
-            return self._lease(run, worker, evaluation, None)
+            return self._lease(run, worker, evaluation, live)
         return None
 
     def _next_pending(
@@ -143,9 +145,11 @@ class _Claim:
         manifest = self._fleet.the_manifest()
         return next_in_corpus(self._connection, run, manifest, find, self._now)
 
-    def _may_join(self, live: RoundRow, worker: WorkerRow) -> bool:
+    def _may_join(self, plan: TrainingPlan, live: RoundRow, worker: WorkerRow) -> bool:
         if live.state != "open" or live.first_submission_at is not None:
             return False
+        if plan.aggregation is Aggregation.PER_ARRIVAL:
+            return True
         claimed = rounds.claims_of(self._connection, live.round_id)
         return all(claim.worker_id != worker.worker_id for claim in claimed)
 
@@ -188,7 +192,7 @@ class _Claim:
         self, run: RunRow, plan: TrainingPlan, live: RoundRow, worker: WorkerRow
     ) -> int | None:
         """Return the tokens that suit this worker; None when time is up."""
-        seconds = self._seconds_left(plan, live)
+        seconds = self._seconds_left(live)
         if run.stop_at is not None:
             seconds = min(seconds, run.stop_at - self._now)
             if seconds < MIN_TASK_S:
@@ -203,9 +207,9 @@ class _Claim:
             largest=max((one.tokens for one in recent), default=None),
         )
 
-    def _seconds_left(self, plan: TrainingPlan, live: RoundRow) -> float:
+    def _seconds_left(self, live: RoundRow) -> float:
         started = self._now if live.first_claim_at is None else live.first_claim_at
-        return sizing.seconds_left(plan.round_s, round_age_s=self._now - started)
+        return sizing.seconds_left(live.round_s, round_age_s=self._now - started)
 
     def _allowed(self, run: RunRow) -> int:
         """Return the tokens that the budget still allows to give out.
@@ -261,21 +265,26 @@ class _Claim:
         return tasks.find_task(self._connection, fresh)
 
     def _lease(
-        self, run: RunRow, worker: WorkerRow, task: TaskRow, live: RoundRow | None
+        self, run: RunRow, worker: WorkerRow, task: TaskRow, live: RoundRow
     ) -> Task:
-        """Give `task` to `worker`; in round `live`, or outside any (evaluation)."""
+        """Give `task` to `worker`; in round `live`, or beside it (evaluation)."""
         ttl, plan = leases.ttl_s(heartbeat_s(self._fleet, worker)), plan_of(run)
-        base = live.base_version if live is not None else task.version
+        trains = task.kind == TaskKind.TRAIN
+        base = live.base_version if trains else task.version
         predicted = self._predicted_s(worker, task)
         # The fleet's speed says nothing of a box that nobody has measured.
         own = None if worker.tokens_per_s is None else predicted
         hard_at = leases.first_hard_at(
-            self._now, own, round_s=plan.round_s, fixed_size=task.fixed_size
+            self._now,
+            own,
+            num_steps=-(-task.num_tokens // (plan.batch_size * seq_len_of(run))),
+            round_s=live.round_s,
+            fixed_size=task.fixed_size,
         )
         terms = self._terms(run, task, base or 0, ttl)
-        if live is not None:
+        if trains:
             stop_after_s = sizing.stop_after_s(
-                meant_s=self._seconds_left(plan, live),
+                meant_s=self._seconds_left(live),
                 predicted_s=own,
                 limit_s=hard_at - self._now,
                 fixed_size=task.fixed_size,
@@ -289,26 +298,28 @@ class _Claim:
             lease_worker_id=worker.worker_id,
             lease_terms_json=_without_lease_id(terms),
             base_version=terms.base_version,
-            round_id=None if live is None else live.round_id,
+            round_id=live.round_id if trains else None,
             claimed_at=self._now,
             progress_at=self._now,
             expires_at=self._now + ttl,
             hard_at=hard_at,
             predicted_s=predicted,
         )
-        if live is not None:
-            self._join(live, worker, task, predicted, terms.lease_id)
+        if trains:
+            self._join(plan, live, worker, task, predicted, terms.lease_id)
         return terms
 
     def _join(
         self,
+        plan: TrainingPlan,
         live: RoundRow,
         worker: WorkerRow,
         task: TaskRow,
         predicted_s: float | None,
         lease_id: str,
     ) -> None:
-        if live.first_claim_at is None:
+        # Where no round is waited for, nobody's task is cut to end with it.
+        if live.first_claim_at is None and plan.aggregation is Aggregation.ROUNDS:
             rounds.change_round(
                 self._connection, live.round_id, first_claim_at=self._now
             )

@@ -1,5 +1,7 @@
 """Closing a round: from its accepted submissions to the next weight version.
 
+Between two rounds the run may go back to an earlier version (`rolling_back`).
+
 Journey: read the round and its submissions in their fixed order; judge them, average
 what is left, take the step and encode the blobs, off the loop; make them durable; then
 one transaction makes the version, marks the submissions applied, closes the round and
@@ -23,9 +25,13 @@ from coordinator.service.bookkeeping import book_merge
 from coordinator.service.broadcast import publication
 from coordinator.service.fleet import Fleet
 from coordinator.service.judging import Judged, give_tokens_back, judge_round, record
+from coordinator.service.lines import rollbacks_of
+from coordinator.service.pacing import measure_round, open_next
 from coordinator.service.pruning import prune_versions
+from coordinator.service.rolling_back import make_rollback
 from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_epoch_if_done, add_evaluation
+from coordinator.service.steering import the_run
 from coordinator.service.stepping import Closing, next_state
 from coordinator.service.version_blobs import (
     Published,
@@ -93,14 +99,14 @@ class RoundCloser:
         )
 
     async def close_one(self) -> bool:
-        """Close the round that is ready; return False when none is.
+        """Close the round that is ready, or go back a version; False: neither is due.
 
         Raises OSError, FrameError or PayloadError when one of its files does not
         help; the round stays as it is.
         """
         closing = await self._fleet.store.read(_find)
         if closing is None:
-            return False
+            return await self._roll_back()
         base = self._state
         if base is None or base.version != closing.live.base_version:
             base = await self._fleet.off_loop(
@@ -118,6 +124,14 @@ class RoundCloser:
             await self._publish(judged, base, stepped)
         self._fleet.work.ring()
         self._fleet.changed.ring()
+        return True
+
+    async def _roll_back(self) -> bool:
+        made = await make_rollback(self._fleet)
+        if made is None:
+            return False
+        self._fleet.publish("version.published", await self._fleet.store.read(_newest))
+        await prune_versions(self._fleet)
         return True
 
     async def _publish(
@@ -185,6 +199,7 @@ def _find(connection: Connection) -> Closing | None:
         recent_sizes=rounds.recent_sizes(
             connection, run.run_id, newest=guards.NUM_RECENT
         ),
+        rollbacks=rollbacks_of(connection, run.run_id),
     )
 
 
@@ -201,6 +216,7 @@ def version_point(row: PointRow) -> VersionPoint:
         num_submissions=row.num_submissions,
         train_loss=row.train_loss,
         tokens_per_s=tokens_per_s,
+        rolled_back_to=row.rolled_back_to,
     )
 
 
@@ -240,6 +256,11 @@ def _commit(
     rounds.apply_submissions(connection, live.round_id, closing.version)
     book_merge(connection, closing.submissions, Fate.APPLIED)
     _open_next(connection, fleet, run, live, closing.version, now)
+    return _newest(connection)
+
+
+def _newest(connection: Connection) -> VersionPoint:
+    run = the_run(connection)
     return version_point(versions.points_of(connection, run.run_id, newest=1)[0])
 
 
@@ -253,10 +274,11 @@ def _open_next(
 ) -> None:
     """Close the round, open the next, and make what the new version calls for."""
     manifest = fleet.the_manifest()
+    measure_round(connection, run, live, now)
     rounds.change_round(
         connection, live.round_id, state="closed", closed_at=now, version=version
     )
-    rounds.open_round(connection, run_id=run.run_id, base_version=version, now=now)
+    open_next(connection, run, live, version=version, now=now)
     workers.add_event(
         connection,
         at=now,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
 
 import msgspec
 from sqlalchemy import Connection
@@ -13,13 +12,18 @@ from sqlalchemy import Connection
 from bitnet_ext.wire.messages import EvaluationAnswer, EvaluationRequest
 from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain.errors import RefusedError
-from coordinator.domain.guards import NUM_RISEN, has_risen
 from coordinator.domain.manifest import Shard
+from coordinator.domain.rollback import loss_alarm
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
+from coordinator.service.lines import (
+    line_of,
+    roll_back_if_due,
+    rollbacks_of,
+)
 from coordinator.service.returning import held_task, lease_lost
 from coordinator.service.view import EvaluationPoint
-from coordinator.store import tasks, versions, workers
+from coordinator.store import runs, tasks, versions, workers
 from coordinator.store.rows import EvaluationRow, VersionRow
 
 log = logging.getLogger(__name__)
@@ -36,10 +40,11 @@ async def take_evaluation(
     now = await awake(fleet)
     shard = fleet.the_manifest().held_out_shard()
     answer, point = await fleet.store.write(
-        lambda connection: _take(connection, shard, task_id, request, now)
+        lambda connection: _take(connection, fleet, shard, task_id, request, now)
     )
     if point is not None:
         fleet.publish("version.evaluated", point)
+        fleet.round_ready.ring()  # the run may be about to go back
         fleet.changed.ring()
     return answer
 
@@ -61,6 +66,7 @@ def bits_per_byte(row: EvaluationRow) -> float:
 
 def _take(
     connection: Connection,
+    fleet: Fleet,
     shard: Shard,
     task_id: str,
     request: EvaluationRequest,
@@ -81,7 +87,11 @@ def _take(
     answer = EvaluationAnswer(
         submission_id=request.submission_id, task_id=task_id, version=request.version
     )
-    return answer, _record(connection, request, answer, body_sha256, now)
+    point = _record(connection, request, answer, body_sha256, now)
+    run = runs.newest_run(connection)
+    if run is not None:
+        roll_back_if_due(connection, fleet, run, now)
+    return answer, point
 
 
 def _check(
@@ -151,24 +161,12 @@ def _record(
 
 def _alarm_if_due(connection: Connection, row: EvaluationRow, now: float) -> None:
     """Record that held-out loss has risen, when this score is the one that says so."""
-    scores = versions.evaluations_of(connection, row.run_id)
-    without = [score for score in scores if score.version != row.version]
-    reason = loss_alarm(scores)
-    if reason is None or loss_alarm(without) is not None:
+    rollbacks = rollbacks_of(connection, row.run_id)
+    line = line_of(connection, row.run_id)
+    without = {n: loss for n, loss in line.items() if n != row.version}
+    reason = loss_alarm(line, rollbacks)
+    if reason is None or loss_alarm(without, rollbacks) is not None:
         return
     log.error(reason, extra={"event": "loss.risen", "version": row.version})
     body = {"version": row.version, "reason": reason}
     workers.add_event(connection, at=now, kind="loss.risen", body=body)
-
-
-def loss_alarm(scores: Sequence[EvaluationRow]) -> str | None:
-    """Return what is wrong with the scores of a run, by version; None: nothing."""
-    losses = [score.nats / score.tokens for score in scores]
-    if not has_risen(losses):
-        return None
-    best = min(range(len(losses)), key=losses.__getitem__)
-    least = 100.0 * (min(losses[-NUM_RISEN:]) / losses[best] - 1.0)
-    return (
-        f"The last {NUM_RISEN} evaluations are {least:.1f} % or more above version "
-        f"{scores[best].version}, the best."
-    )

@@ -16,6 +16,7 @@ from typing import ClassVar, Final, Protocol, TypeVar
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Manifest
+from coordinator.domain.rollback import RollBack
 from coordinator.domain.seams import Clock, Fs, Rng
 from coordinator.service.shard_check import Stamp
 from coordinator.store.blobs import Blobs
@@ -110,6 +111,8 @@ class Fleet:
     heartbeat_s: float
     #: Newest versions that keep their blobs.
     keep_versions: int
+    #: When a run goes back to its best version by itself.
+    roll_back: RollBack = RollBack.NEVER
     #: The prepared corpus; None until there is one.
     manifest: Manifest | None = None
     #: When leases were last looked at, `Clock.monotonic`; None before that.

@@ -15,15 +15,13 @@ from coordinator.domain.leases import Lease, Reported
 from coordinator.domain.verdicts import heard_at
 from coordinator.service.fleet import Fleet
 from coordinator.service.roster import heartbeat_s
-from coordinator.store import tasks, workers
+from coordinator.store import clock, tasks, workers
 from coordinator.store.rows import TaskRow
 
 log = logging.getLogger(__name__)
 
 #: Leases are looked at each second; later than this, the process itself stood still.
 SLEPT_S: Final = 10.0
-#: How far the lease clock had come, as stored now and then.
-CLOCK_FACT: Final = "clock_high_water"
 
 
 def extend_leases(fleet: Fleet) -> None:
@@ -35,8 +33,8 @@ def extend_leases(fleet: Fleet) -> None:
     now = fleet.clock.now()
 
     def extend(connection: Connection) -> None:
-        stored = workers.fact(connection, CLOCK_FACT)
-        away_s = 0.0 if stored is None else now - float(stored)
+        ran_until = clock.ran_until(connection)
+        away_s = 0.0 if ran_until is None else now - ran_until
         _give_grace(connection, fleet, now, away_s)
 
     fleet.store.write_now(extend)
@@ -81,6 +79,7 @@ def _give_grace(
             expires_at=lease.expires_at,
             hard_at=lease.hard_at,
             paused_s=lease.paused_s,
+            stalled_at=lease.stalled_at,
         )
     for worker in by_id.values():
         heard = heard_at(worker.heartbeat_at, now=now, away_s=away_s)
@@ -108,4 +107,5 @@ def lease_of(task: TaskRow, now: float) -> Lease:
             step_s=task.step_s,
         ),
         paused_s=task.paused_s,
+        stalled_at=task.stalled_at,
     )

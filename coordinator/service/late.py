@@ -25,7 +25,7 @@ from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.returning import expire_overdue, held_task, ring
 from coordinator.service.roster import plan_of
 from coordinator.service.seeding import budget_left
-from coordinator.store import rounds, tallies, tasks, workers
+from coordinator.store import rounds, tallies, tasks, versions, workers
 from coordinator.store.rows import ClaimRow, RoundRow, RunRow, TaskRow
 
 
@@ -66,12 +66,10 @@ def _late_task(
     began = rounds.find_round(connection, claim.round_id)
     if not _may_join(run, live, began) or not _fits_budget(connection, run, task):
         return None
+    if _is_of_an_old_line(connection, run, began):
+        return None
     if live.state != "open":
-        raise RefusedError(
-            ErrorCode.BUSY,
-            f"round {live.round_id} is being closed, come again for the next",
-            retry_after_s=1.0,
-        )
+        raise round_closing(live)
     return msgspec.structs.replace(
         task,
         lease_hash=lease_hash,
@@ -79,6 +77,15 @@ def _late_task(
         base_version=began.base_version,
         round_id=live.round_id,
         claimed_at=claim.claimed_at,
+    )
+
+
+def round_closing(live: RoundRow) -> RefusedError:
+    """Return the refusal of what may come again once a round is closed."""
+    return RefusedError(
+        ErrorCode.BUSY,
+        f"round {live.round_id} is being closed, come again for the next",
+        retry_after_s=1.0,
     )
 
 
@@ -110,6 +117,15 @@ def _may_join(run: RunRow, live: RoundRow, began: RoundRow) -> bool:
         case AcceptLate.STALE:
             base_version = live.base_version + (0 if is_open else 1)
             return base_version - began.base_version <= MAX_STALENESS
+
+
+def _is_of_an_old_line(connection: Connection, run: RunRow, began: RoundRow) -> bool:
+    """Return whether the run has gone back, or is about to, since a round began."""
+    made = versions.rollbacks_of(connection, run.run_id)
+    live = rounds.live_round(connection, run.run_id)
+    if run.roll_back_to is not None:
+        return live is None or began.round_id != live.round_id
+    return bool(made) and began.base_version < made[-1].version
 
 
 def _fits_budget(connection: Connection, run: RunRow, task: TaskRow) -> bool:

@@ -12,15 +12,21 @@ from sqlalchemy import Connection
 from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskKind, TaskState, Verdict
 from coordinator.domain.accounting import tally
-from coordinator.domain.eta import NUM_ROUNDS, Closed, estimate
+from coordinator.domain.eta import MANY_ARRIVALS, NUM_ROUNDS, Closed, estimate, windows
+from coordinator.domain.plan import Aggregation
+from coordinator.domain.rollback import loss_alarm
+from coordinator.domain.round_time import reason, usual
 from coordinator.domain.verdicts import verdict
 from coordinator.service.assessing import facts_of
 from coordinator.service.bookkeeping import duration_alarm
 from coordinator.service.closing import version_point
-from coordinator.service.evaluating import evaluation_point, loss_alarm
+from coordinator.service.evaluating import evaluation_point
 from coordinator.service.fleet import FINISHED, RUNNING, Known
+from coordinator.service.lines import line_of, rollback_view, rollbacks_of
+from coordinator.service.pacing import recently_measured
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
+from coordinator.service.ternary_health import newest_health
 from coordinator.service.view import (
     BooksView,
     EtaView,
@@ -73,12 +79,13 @@ def look(
             round=None,
             tasks=None,
             workers=[],
+            ternary=None,
             server=server,
             versions=[],
             evaluations=[],
         )
     held = {task.lease_worker_id or "": task for task in tasks.all_leased(connection)}
-    lanes = _claims(connection, run)
+    lanes = _claims(connection, run, held)
     seen = _workers(connection, fleet, run, lanes, held, now)
     return FleetView(
         package_version=package_version("bitnet-fleet"),
@@ -88,6 +95,7 @@ def look(
         round=_round(connection, run, lanes, held),
         tasks=_tasks(connection, run, seen, held),
         workers=seen,
+        ternary=next(iter(newest_health(connection, run.run_id, 1)), None),
         server=server,
         versions=_versions(connection, run) if history else [],
         evaluations=_evaluations(connection, run) if history else [],
@@ -140,15 +148,32 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
         best_version=versions.best_version(connection, run.run_id),
         gzip_bits_per_byte=None if manifest is None else manifest.gzip_bits_per_byte(),
         tokens_per_s=sum(moving) / len(moving) if moving else None,
-        eta=_eta(run, closed, now) if why_over is None else _no_eta(why_over),
+        eta=_no_eta(why_over)
+        if why_over is not None
+        else _eta(connection, run, closed, now),
         tally=_tally(tallies.tokens_of_run(connection, run.run_id)),
-        loss_alarm=loss_alarm(versions.evaluations_of(connection, run.run_id)),
+        loss_alarm=loss_alarm(
+            line_of(connection, run.run_id), rollbacks_of(connection, run.run_id)
+        ),
+        rollback=rollback_view(connection, run),
         reset_from_version=None if run.reset_acknowledged else run.reset_from_version,
     )
 
 
 def _closed(connection: Connection, run: RunRow) -> list[Closed]:
-    """Return the last rounds that became versions, oldest first."""
+    """Return the last rounds that became versions, oldest first.
+
+    Where each submission makes a version: what came in each stretch of time.
+    """
+    plan = plan_of(run)
+    if plan.aggregation is Aggregation.PER_ARRIVAL:
+        points = versions.points_of(connection, run.run_id, newest=MANY_ARRIVALS)
+        arrivals = [
+            (point.created_at, point.tokens_total - (point.tokens_before or 0))
+            for point in points
+        ]
+        (newest,) = rounds.newest_rounds(connection, run.run_id, 1)
+        return windows(arrivals, newest.round_s)[-NUM_ROUNDS:]
     return [
         Closed(
             at=point.created_at,
@@ -171,9 +196,16 @@ def _no_eta(reason: str) -> EtaView:
     return EtaView(at=None, earliest_at=None, latest_at=None, reason=reason)
 
 
-def _eta(run: RunRow, closed: list[Closed], now: float) -> EtaView:
+def _eta(
+    connection: Connection, run: RunRow, closed: list[Closed], now: float
+) -> EtaView:
+    live = rounds.live_round(connection, run.run_id)
     eta = estimate(
-        now=now, tokens_left=budget_left(run), stop_at=run.stop_at, rounds=closed
+        now=now,
+        tokens_left=budget_left(run),
+        stop_at=run.stop_at,
+        rounds=closed,
+        round_s=0.0 if live is None else live.round_s,
     )
     return EtaView(
         at=eta.at,
@@ -193,9 +225,22 @@ def _tally(tokens: Mapping[str, int]) -> TallyView:
     )
 
 
-def _claims(connection: Connection, run: RunRow) -> list[ClaimRow]:
+def _claims(
+    connection: Connection, run: RunRow, held: Mapping[str, TaskRow]
+) -> list[ClaimRow]:
+    """Return the claims of the live round, and of earlier ones those still out."""
     live = rounds.live_round(connection, run.run_id)
-    return [] if live is None else rounds.claims_of(connection, live.round_id)
+    if live is None:
+        return []
+    earlier = [
+        task.lease_hash or ""
+        for task in held.values()
+        if task.round_id not in (None, live.round_id)
+    ]
+    return [
+        *rounds.claims_of_leases(connection, earlier),
+        *rounds.claims_of(connection, live.round_id),
+    ]
 
 
 def _round(
@@ -207,15 +252,19 @@ def _round(
     live = rounds.live_round(connection, run.run_id)
     if live is None:
         return None
-    plan = plan_of(run)
+    plan, measured = plan_of(run), recently_measured(connection, run)
+    known = usual(measured)
     return RoundView(
         round_id=live.round_id,
         base_version=live.base_version,
         state=live.state,
         opened_at=live.opened_at,
-        first_claim_at=live.first_claim_at,
-        round_s=plan.round_s,
+        first_claim_at=min((claim.claimed_at for claim in claims), default=None),
+        round_s=live.round_s,
+        round_reason=reason(plan, live.round_s, measured),
+        overhead_s=None if known is None else known.overhead_s,
         round_kind=plan.round_kind,
+        aggregation=plan.aggregation,
         codec=plan.codec,
         broadcast=plan.broadcast,
         lanes=[_lane(claim, held.get(claim.worker_id)) for claim in claims],

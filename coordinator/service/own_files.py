@@ -132,7 +132,7 @@ def _mended(blobs: Blobs, row: VersionRow) -> tuple[bool, str | None]:
             f"{row.published_sha256}, and so is {state}: restore them from a backup"
         )
     try:
-        remake_published(blobs, row.version, row.published_sha256)
+        remake_published(blobs, row)
     except (OSError, FrameError, PayloadError) as error:
         return True, f"{path} is missing or damaged, and can't be made anew: {error}"
     log.warning(

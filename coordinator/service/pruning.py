@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from coordinator.domain.retention import versions_to_prune
+from coordinator.domain.rollback import best_of
 from coordinator.service.fleet import Fleet
+from coordinator.service.lines import line_of
 from coordinator.service.version_blobs import remove_version
-from coordinator.store import rounds, runs, tasks, versions
+from coordinator.store import health, rounds, runs, tasks, versions
 from coordinator.store.blobs import BlobKind
+from coordinator.store.rows import RunRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def _mark(connection: Connection, keep_last: int) -> _Pruned:
     ]
     newest = versions.newest_version(connection, run.run_id).version
     gone = versions_to_prune(
-        kept, newest=newest, pinned=_pinned(connection, run.run_id), keep_last=keep_last
+        kept, newest=newest, pinned=_pinned(connection, run), keep_last=keep_last
     )
     if not gone:
         return _Pruned([], [])
@@ -61,9 +64,15 @@ def _mark(connection: Connection, keep_last: int) -> _Pruned:
     return _Pruned(gone, payloads)
 
 
-def _pinned(connection: Connection, run_id: str) -> set[int]:
+def _pinned(connection: Connection, run: RunRow) -> set[int]:
     """Return the versions that somebody still needs."""
     leased = {task.base_version for task in tasks.all_leased(connection)}
-    best = versions.best_version(connection, run_id)
-    waiting = tasks.evaluations_open(connection, run_id)
-    return {version for version in {*leased, *waiting, best} if version is not None}
+    waiting = tasks.evaluations_open(connection, run.run_id)
+    best = versions.best_version(connection, run.run_id)
+    # What the run may go back to, or is about to.
+    line = line_of(connection, run.run_id)
+    to = best_of(line) if line else None
+    # The next scored version is compared with it.
+    examined = health.newest_examined(connection, run.run_id)
+    wanted = {*leased, *waiting, best, to, run.roll_back_to, examined}
+    return {version for version in wanted if version is not None}

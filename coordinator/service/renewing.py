@@ -94,6 +94,7 @@ def _renew(
         progress_cpu_s=_progress_cpu_s(task, lease),
         expires_at=lease.expires_at,
         hard_at=lease.hard_at,
+        stalled_at=lease.stalled_at,
     )
     return lease.expires_at
 

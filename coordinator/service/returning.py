@@ -154,9 +154,8 @@ def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
     live = None if run is None else rounds.live_round(connection, run.run_id)
     if run is None or live is None or live.state != "open":
         return 0
-    plan = plan_of(run)
     claimed = _claimed_work(connection, live.round_id)
-    due = stops_waiting_at(claimed, quorum=plan.quorum, round_s=plan.round_s)
+    due = stops_waiting_at(claimed, quorum=plan_of(run).quorum, round_s=live.round_s)
     if due is None or now < due:
         return 0
     out = [
@@ -227,13 +226,14 @@ def settle_round(connection: Connection, round_id: int) -> bool:
     """Return whether a round may close now; one with nothing fresh starts over.
 
     To be called whenever a lease of the round has ended. What is stale waits for
-    something fresh: alone it makes no version, unless the run is over.
+    something fresh: alone it makes no version, unless the run is over. A round that
+    went on without the lease, because each submission makes a version, stays as it is.
     """
-    if tasks.count_leased_in_round(connection, round_id):
+    live = rounds.find_round(connection, round_id)
+    if live.state != "open" or tasks.count_leased_in_round(connection, round_id):
         return False
-    base = rounds.find_round(connection, round_id).base_version
     accepted = rounds.accepted_in_round(connection, round_id)
-    if any(one.base_version == base for one in accepted):
+    if any(one.base_version == live.base_version for one in accepted):
         rounds.change_round(connection, round_id, state="closing")
         return True
     rounds.void_claims(connection, round_id)

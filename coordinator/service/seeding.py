@@ -125,6 +125,11 @@ def budget_left(run: RunRow) -> int | None:
     return max(0, run.token_budget - run.tokens_accepted)
 
 
+def is_over(run: RunRow, now: float) -> bool:
+    """Return whether no new training is given out: by budget, or by time."""
+    return budget_left(run) == 0 or (run.stop_at is not None and run.stop_at <= now)
+
+
 def add_evaluation(
     connection: Connection,
     run: RunRow,

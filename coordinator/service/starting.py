@@ -7,7 +7,6 @@ when a preset is named that its weights do not fit.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,18 +29,21 @@ from coordinator.domain.errors import EXIT_DAMAGED, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan
+from coordinator.domain.round_time import first_round_s
 from coordinator.service.bookkeeping import book_reset
 from coordinator.service.corpus import tokenized_folder
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_evaluation
 from coordinator.service.version_blobs import (
     VersionBlobs,
+    fault_of,
     first_state,
     write_version,
 )
 from coordinator.store import rounds, runs, tasks, versions, workers
 from coordinator.store.blobs import BlobKind, version_blob
-from coordinator.store.rows import RunRow, VersionRow
+from coordinator.store.rows import RunRow
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +228,11 @@ def _add_root(
         state_bytes=blobs.state.num_bytes,
     )
     rounds.open_round(
-        connection, run_id=run.run_id, base_version=run.root_version, now=now
+        connection,
+        run_id=run.run_id,
+        base_version=run.root_version,
+        round_s=first_round_s(plan_of(run)),
+        now=now,
     )
     add_evaluation(
         connection, run, manifest, version=run.root_version, now=now, rng=fleet.rng
@@ -275,7 +281,7 @@ def _check_newest(connection: Connection, fleet: Fleet) -> None:
     if run is None:
         return
     newest = versions.newest_version(connection, run.run_id)
-    fault = _fault(fleet, newest)
+    fault = fault_of(fleet.blobs, newest)
     if fault is None:
         return
     good = _newest_good(connection, fleet)
@@ -289,22 +295,6 @@ def _check_newest(connection: Connection, fleet: Fleet) -> None:
 
 def _newest_good(connection: Connection, fleet: Fleet) -> int | None:
     kept = reversed(versions.kept_versions(connection))
-    return next((row.version for row in kept if _fault(fleet, row) is None), None)
-
-
-def _fault(fleet: Fleet, row: VersionRow) -> str | None:
-    """Return what is wrong with the blobs of a version, None when they are whole."""
-    for kind, num_bytes, sha256 in (
-        (BlobKind.PUBLISHED, row.published_bytes, row.published_sha256),
-        (BlobKind.STATE, row.state_bytes, row.state_sha256),
-    ):
-        name = f"{kind}/{version_blob(row.version)}"
-        try:
-            content = fleet.blobs.read(kind, version_blob(row.version))
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-        if len(content) != num_bytes:
-            return f"{name} must have {num_bytes} bytes, has {len(content)}"
-        if hashlib.sha256(content).hexdigest() != sha256:
-            return f"{name} does not have its SHA-256"
-    return None
+    return next(
+        (row.version for row in kept if fault_of(fleet.blobs, row) is None), None
+    )

@@ -1,4 +1,4 @@
-"""What an operator asks of a running coordinator: more work, a time to stop."""
+"""What an operator asks of a coordinator: more work, a time to stop, a round time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from sqlalchemy import Connection
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Manifest
+from coordinator.domain.plan import AUTO
 from coordinator.service.fleet import RUNNING, Fleet, no_run
+from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_epoch, add_fixed_tasks, budget_left
-from coordinator.store import runs, workers
+from coordinator.store import rounds, runs, workers
 from coordinator.store.rows import RunRow
 
 MAX_TASKS: Final = 100_000
@@ -73,6 +75,32 @@ async def train_until(fleet: Fleet, stop_at: float | None) -> None:
     await fleet.store.write(change)
     fleet.work.ring()
     fleet.changed.ring()
+
+
+async def set_round_time(fleet: Fleet, round_s: float | None) -> float:
+    """Fix how long the tasks of later rounds should take; None: it is chosen.
+
+    Returns the round time of the open round, which keeps it. Raises RefusedError
+    no_run.
+    """
+    now = fleet.clock.now()
+    choice = round_s or AUTO
+
+    def change(connection: Connection) -> float:
+        run = the_run(connection)
+        plan = msgspec.structs.replace(plan_of(run), round_s=choice)
+        plan_json = msgspec.json.encode(plan).decode()
+        runs.change_run(connection, run.run_id, plan_json=plan_json)
+        body = {"run_id": run.run_id, "round_s": choice}
+        workers.add_event(connection, at=now, kind="round_time.set", body=body)
+        live = rounds.live_round(connection, run.run_id)
+        if live is None:
+            raise LookupError(f"run {run.run_id} has no open round")
+        return live.round_s
+
+    kept_s = await fleet.store.write(change)
+    fleet.changed.ring()
+    return kept_s
 
 
 async def acknowledge_reset(fleet: Fleet) -> None:

@@ -20,6 +20,7 @@ from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain.muon import OptimiserState, merged_step
 from coordinator.domain.outer_step import merge_weights, outer_step
 from coordinator.domain.plan import TrainingPlan, step_sizes
+from coordinator.domain.rollback import Rollback, num_steps
 from coordinator.domain.staleness import staleness_weight
 from coordinator.service.roster import plan_of
 from coordinator.service.version_blobs import ServerState
@@ -41,6 +42,8 @@ class Closing:
     tokens_before: int
     #: Sizes of the submissions that were applied last (`coordinator.domain.guards`).
     recent_sizes: Sequence[float] = ()
+    #: Of the run so far, in order.
+    rollbacks: Sequence[Rollback] = ()
     #: Of the numbers of each submission, once the guards have ruled.
     factors: Sequence[float] = ()
 
@@ -101,8 +104,7 @@ def _after_gradient_step(
         closing.plan,
         tokens_before=closing.tokens_before,
         tokens=closing.tokens,
-        # Every version of a run but its root is one step.
-        step=closing.version - closing.run.root_version,
+        step=1 + num_steps(base.version, closing.run.root_version, closing.rollbacks),
     )
     shape = shape_from_json(msgspec.json.decode(closing.run.model_json))
     after = merged_step(before, parts, segments(shape), sizes, threads=num_cores())

@@ -13,12 +13,10 @@ from bitnet_ext.wire.verdicts import TaskState
 from coordinator.domain.errors import FleetError, RefusedError
 from coordinator.service.adopting import adopt_corpus
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
-from coordinator.service.grace import CLOCK_FACT
 from coordinator.service.returning import sweep_leases
-from coordinator.service.seeding import add_evaluation, budget_left
+from coordinator.service.seeding import add_evaluation, is_over
 from coordinator.service.starting import RunSettings
-from coordinator.store import rounds, runs, tasks, versions, workers
-from coordinator.store.rows import RunRow
+from coordinator.store import clock, rounds, runs, tasks, versions, workers
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +49,7 @@ async def sweep(fleet: Fleet, settings: RunSettings) -> None:
 async def keep_clock(fleet: Fleet) -> None:
     """Store how far the lease clock has come: it never goes back over a restart."""
     now = fleet.clock.now()
-    await fleet.store.write(
-        lambda connection: workers.set_fact(connection, CLOCK_FACT, repr(now))
-    )
+    await fleet.store.write(lambda connection: clock.keep(connection, now))
 
 
 async def _look_for_corpus(fleet: Fleet, settings: RunSettings) -> None:
@@ -77,25 +73,21 @@ async def _end_run(fleet: Fleet) -> None:
     run = await fleet.store.read(runs.newest_run)
     if run is None or run.state != RUNNING or not is_over(run, now):
         return
-    ended = await fleet.store.write(
-        lambda connection: _finish(connection, fleet, run, now)
-    )
+    ended = await fleet.store.write(lambda connection: _finish(connection, fleet, now))
     if ended:
         log.info("run finished", extra={"event": "run.finished", "run_id": run.run_id})
     fleet.work.ring()
     fleet.changed.ring()
 
 
-def is_over(run: RunRow, now: float) -> bool:
-    """Return whether no new training is given out: by budget, or by time."""
-    return budget_left(run) == 0 or (run.stop_at is not None and run.stop_at <= now)
-
-
-def _finish(connection: Connection, fleet: Fleet, run: RunRow, now: float) -> bool:
+def _finish(connection: Connection, fleet: Fleet, now: float) -> bool:
+    run = runs.newest_run(connection)
+    if run is None or run.roll_back_to is not None:
+        return False
     live = rounds.live_round(connection, run.run_id)
     if live is None or live.state != "open" or live.first_submission_at is not None:
         return False
-    if tasks.count_leased_in_round(connection, live.round_id):
+    if tasks.leased_tokens(connection, run.run_id):
         return False
     if rounds.accepted_in_round(connection, live.round_id):
         # Only what came late from rounds before: nobody else will close this one.

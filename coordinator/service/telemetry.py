@@ -16,7 +16,8 @@ from coordinator.domain.plan import TrainingPlan
 from coordinator.service.fleet import Known
 from coordinator.service.looking import look
 from coordinator.service.roster import plan_of
-from coordinator.service.view import FleetView, View
+from coordinator.service.ternary_health import newest_health
+from coordinator.service.view import FleetView, TernaryView, View
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.rows import RoundRow, RunRow, WorkerRow
 
@@ -26,6 +27,8 @@ R = TypeVar("R", bound=Struct)
 NUM_ROUNDS: Final = 20
 NUM_EVENTS: Final = 500
 NUM_FAILED: Final = 100
+#: Of the newest versions: their ternary health.
+NUM_EXAMINED: Final = 20
 
 
 class LeaseRecord(View, frozen=True, kw_only=True):
@@ -142,6 +145,8 @@ class Telemetry(View, frozen=True, kw_only=True):
     rounds: list[RoundRow]
     claims: list[ClaimRecord]
     submissions: list[SubmissionRecord]
+    #: Of the last versions that were looked at, newest first.
+    ternary: list[TernaryView]
     events: list[EventRecord]
 
 
@@ -174,6 +179,9 @@ def collect(
         rounds=recent,
         claims=claims,
         submissions=submissions,
+        ternary=[]
+        if run is None
+        else newest_health(connection, run.run_id, NUM_EXAMINED),
         events=[
             EventRecord(
                 event_id=row.event_id,

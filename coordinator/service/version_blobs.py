@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from bitnet_ext.frames import (
 from bitnet_ext.memory import aligned
 from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.store.blobs import BlobKind, Blobs, Written, version_blob
+from coordinator.store.rows import VersionRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,16 +147,36 @@ def read_published(blobs: Blobs, version: int) -> NDArray[np.float32]:
     return decode(header.codec, payload, header.num_elements)
 
 
-def remake_published(blobs: Blobs, version: int, sha256: str) -> None:
+def fault_of(blobs: Blobs, row: VersionRow) -> str | None:
+    """Return what is wrong with the blobs of a version; None: nothing. Blocking."""
+    for kind, num_bytes, sha256 in (
+        (BlobKind.PUBLISHED, row.published_bytes, row.published_sha256),
+        (BlobKind.STATE, row.state_bytes, row.state_sha256),
+    ):
+        name = f"{kind}/{version_blob(row.version)}"
+        try:
+            content = blobs.read(kind, version_blob(row.version))
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if len(content) != num_bytes:
+            return f"{name} must have {num_bytes} bytes, has {len(content)}"
+        if hashlib.sha256(content).hexdigest() != sha256:
+            return f"{name} does not have its SHA-256"
+    return None
+
+
+def remake_published(blobs: Blobs, row: VersionRow) -> None:
     """Write the published frame of a version anew, the same bytes. Blocking.
 
     Raises FrameError, PayloadError or OSError when what it can be made of is gone or
     damaged, or nothing can be written.
     """
+    version = row.version
     header, _ = decode_frame(blobs.read(BlobKind.STATE, version_blob(version)))
     layout = header.layout_hash
-    for weights in _candidates(blobs, version, layout):
-        if published_sha256(weights, layout_hash=layout, version=version) == sha256:
+    for weights in _candidates(blobs, row, layout):
+        found = published_sha256(weights, layout_hash=layout, version=version)
+        if found == row.published_sha256:
             made = replace(header, kind=FrameKind.WEIGHTS, num_elements=len(weights))
             _write(blobs, BlobKind.PUBLISHED, made, weights)
             return
@@ -162,10 +184,14 @@ def remake_published(blobs: Blobs, version: int, sha256: str) -> None:
 
 
 def _candidates(
-    blobs: Blobs, version: int, layout_hash: bytes
+    blobs: Blobs, row: VersionRow, layout_hash: bytes
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield what may have been published: the master weights, or the chain's end."""
+    """Yield what may have been published: master weights, an old version, a link's."""
+    version = row.version
     yield read_state(blobs, version).weights
+    with suppress(OSError, FrameError, PayloadError):
+        if row.rolled_back_to is not None:
+            yield read_published(blobs, row.rolled_back_to)
     with suppress(OSError, FrameError, PayloadError):
         weights = read_published(blobs, version - 1)
         link = blobs.read(BlobKind.LINK, version_blob(version))

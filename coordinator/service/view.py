@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from coordinator.domain.ternary_health import MatrixHealth
 from coordinator.domain.verdicts import WorkerFacts
 
 
@@ -40,6 +41,21 @@ class TallyView(View, frozen=True, kw_only=True):
     applied: int
     #: For nothing, by cause; without those that are zero.
     wasted: dict[str, int]
+
+
+class RollbackView(View, frozen=True, kw_only=True):
+    """The run went back to an earlier version, or is about to."""
+
+    #: The version that is `to_version` again, and when it was made (Unix seconds); None
+    #: while the round is not closed.
+    version: int | None
+    at: float | None
+    #: The newest scored version before; where none was scored since `to_version`, the
+    #: newest. Losses are nats a token, None without a score.
+    from_version: int
+    from_loss: float | None
+    to_version: int
+    to_loss: float | None
 
 
 class RunView(View, frozen=True, kw_only=True):
@@ -71,6 +87,8 @@ class RunView(View, frozen=True, kw_only=True):
     tally: TallyView
     #: Why held-out loss needs a look; None while it falls, or rises little.
     loss_alarm: str | None
+    #: None where the run never went back, and once a later version has a lower loss.
+    rollback: RollbackView | None
     #: Not null after a hard reset that no operator has acknowledged.
     reset_from_version: int | None
 
@@ -99,10 +117,17 @@ class RoundView(View, frozen=True, kw_only=True):
     state: str
     opened_at: float
     first_claim_at: float | None
-    #: Seconds that a task of this run should take.
+    #: Seconds that a task of this round should take, and why.
     round_s: float
+    round_reason: str
+    #: Seconds of a round that go to other things than training, by the last ones; None
+    #: before any was measured.
+    overhead_s: float | None
     #: What workers send (`delta`: weight differences, `gradient`: mean gradients).
     round_kind: str
+    #: What makes a version (`rounds`: all that is claimed on the one before,
+    #: `per-arrival`: each submission).
+    aggregation: str
     #: How submissions are coded, and what workers download of a new version.
     codec: str
     broadcast: str
@@ -197,6 +222,8 @@ class VersionPoint(View, frozen=True, kw_only=True):
     train_loss: float | None
     #: Tokens of its round by the seconds it took; None for the root.
     tokens_per_s: float | None
+    #: The earlier version that it is again; no round led to it, so both are None.
+    rolled_back_to: int | None = None
 
 
 class EvaluationPoint(View, frozen=True, kw_only=True):
@@ -207,6 +234,15 @@ class EvaluationPoint(View, frozen=True, kw_only=True):
     #: Nats a token.
     loss: float
     bits_per_byte: float
+
+
+class TernaryView(View, frozen=True, kw_only=True):
+    """The ternary health of a version, by matrix, in layout order."""
+
+    version: int
+    #: The scored version that flips and drift are since; None: there is none.
+    before: int | None
+    matrices: list[MatrixHealth]
 
 
 class FleetView(View, frozen=True, kw_only=True):
@@ -221,6 +257,8 @@ class FleetView(View, frozen=True, kw_only=True):
     round: RoundView | None
     tasks: TasksView | None
     workers: list[WorkerView]
+    #: Of the newest version that was looked at; None before the first.
+    ternary: TernaryView | None
     server: ServerView
     #: All of the run, oldest first.
     versions: list[VersionPoint]
@@ -234,5 +272,6 @@ class FleetUpdate(View, frozen=True, kw_only=True, omit_defaults=True):
     run: RunView | UnsetType | None = UNSET
     round: RoundView | UnsetType | None = UNSET
     tasks: TasksView | UnsetType | None = UNSET
+    ternary: TernaryView | UnsetType | None = UNSET
     server: ServerView | UnsetType = UNSET
     workers: list[WorkerView] = []

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
 from bitnet_ext.wire.verdicts import SubmissionState
-from coordinator.store.rows import ClaimRow, RoundRow, SubmissionRow, typed
-from coordinator.store.tables import claims, rounds, submissions
+from coordinator.store.rows import ClaimRow, RoundRow, SubmissionRow, WorkRow, typed
+from coordinator.store.tables import claims, rounds, submissions, tasks
 
 
 def open_round(
-    connection: Connection, *, run_id: str, base_version: int, now: float
+    connection: Connection,
+    *,
+    run_id: str,
+    base_version: int,
+    round_s: float,
+    now: float,
 ) -> None:
     """Open the next round on a version."""
     connection.execute(
         insert(rounds).values(
-            run_id=run_id, base_version=base_version, state="open", opened_at=now
+            run_id=run_id,
+            base_version=base_version,
+            round_s=round_s,
+            state="open",
+            opened_at=now,
         )
     )
 
@@ -65,6 +75,18 @@ def claim_of_lease(connection: Connection, lease_hash: str) -> ClaimRow | None:
     return None if row is None else typed(ClaimRow, row)
 
 
+def claims_of_leases(
+    connection: Connection, lease_hashes: Collection[str]
+) -> list[ClaimRow]:
+    """Return the claims that leases were given out for, in order."""
+    rows = connection.execute(
+        select(claims)
+        .where(claims.c.lease_hash.in_(lease_hashes))
+        .order_by(claims.c.claim_seq)
+    )
+    return [typed(ClaimRow, row) for row in rows]
+
+
 def newest_claim_of(connection: Connection, task_id: str) -> ClaimRow | None:
     """Return the last claim of a task."""
     row = connection.execute(
@@ -84,9 +106,11 @@ def change_claim(connection: Connection, claim_seq: int, **columns: Any) -> None
 
 
 def void_claims(connection: Connection, round_id: int) -> None:
-    """Start a round over: its claims no longer keep anybody from claiming."""
+    """Start a round over: claims that have ended keep nobody from claiming again."""
     connection.execute(
-        update(claims).where(claims.c.round_id == round_id).values(outcome="void")
+        update(claims)
+        .where(claims.c.round_id == round_id, claims.c.ended_at.is_not(None))
+        .values(outcome="void")
     )
 
 
@@ -123,6 +147,39 @@ def recent_claims(
         .limit(newest)
     )
     return [typed(ClaimRow, row) for row in rows]
+
+
+def work_of(connection: Connection, round_id: int) -> list[WorkRow]:
+    """Return what the submissions of a round took that were claimed in it, in no order.
+
+    Without the time in which their workers waited for a coordinator that stood still.
+    """
+    took_s = submissions.c.accepted_at - submissions.c.claimed_at
+    rows = connection.execute(
+        select(
+            submissions.c.tokens,
+            (took_s - claims.c.paused_s).label("elapsed_s"),
+            submissions.c.compute_s,
+            tasks.c.fixed_size,
+        )
+        .join(tasks, tasks.c.task_id == submissions.c.task_id)
+        .join(
+            claims,
+            (claims.c.task_id == submissions.c.task_id)
+            & (claims.c.round_id == submissions.c.round_id)
+            & (claims.c.outcome == "back"),
+        )
+        .where(submissions.c.round_id == round_id)
+    )
+    return [typed(WorkRow, row) for row in rows]
+
+
+def ended_at(connection: Connection, round_id: int) -> float | None:
+    """Return when the last claim of a round ended; None without any."""
+    found: float | None = connection.execute(
+        select(func.max(claims.c.ended_at)).where(claims.c.round_id == round_id)
+    ).scalar_one()
+    return found
 
 
 def newest_rounds(connection: Connection, run_id: str, limit: int) -> list[RoundRow]:

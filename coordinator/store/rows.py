@@ -36,6 +36,7 @@ class RunRow(Struct, frozen=True, kw_only=True):
     stop_at: float | None
     reset_from_version: int | None
     reset_acknowledged: bool
+    roll_back_to: int | None
 
 
 class RangeRow(Struct, frozen=True, kw_only=True):
@@ -61,6 +62,18 @@ class RoundRow(Struct, frozen=True, kw_only=True):
     first_submission_at: float | None
     closed_at: float | None
     version: int | None
+    round_s: float
+    overhead_s: float | None
+    shortest_s: float | None
+
+
+class WorkRow(Struct, frozen=True, kw_only=True):
+    """What a submission took, from its row, its claim and its task."""
+
+    tokens: int
+    elapsed_s: float
+    compute_s: float
+    fixed_size: bool
 
 
 class TaskRow(Struct, frozen=True, kw_only=True):
@@ -98,6 +111,7 @@ class TaskRow(Struct, frozen=True, kw_only=True):
     step_s: float
     progress_at: float | None
     paused_s: float
+    stalled_at: float | None
     progress_cpu_s: float | None
 
 
@@ -174,6 +188,7 @@ class VersionRow(Struct, frozen=True, kw_only=True):
     train_loss: float | None
     plan_json: str
     pruned: bool
+    rolled_back_to: int | None
 
 
 class PointRow(Struct, frozen=True, kw_only=True):
@@ -184,6 +199,7 @@ class PointRow(Struct, frozen=True, kw_only=True):
     tokens_total: int
     num_submissions: int
     train_loss: float | None
+    rolled_back_to: int | None
     first_claim_at: float | None
     tokens_before: int | None
 
@@ -203,6 +219,14 @@ class EvaluationRow(Struct, frozen=True, kw_only=True):
     created_at: float
     body_sha256: str
     answer_json: str
+
+
+class HealthRow(Struct, frozen=True, kw_only=True):
+    """A row of `ternary_health`."""
+
+    version: int
+    before: int | None
+    matrices_json: str
 
 
 class WorkerRow(Struct, frozen=True, kw_only=True):

@@ -1,6 +1,6 @@
 """Every table, in SQLAlchemy Core; `migrations/` makes them, this file describes them.
 
-Times are Unix seconds UTC. The columns that end in `_json` hold one JSON object.
+Times are Unix seconds UTC. The columns that end in `_json` hold JSON.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ runs: Final = Table(
     Column("stop_at", Float),
     Column("reset_from_version", BigInteger),
     Column("reset_acknowledged", Boolean, nullable=False, server_default=text("1")),
+    # The version that the run is to go back to once its round is closed.
+    Column("roll_back_to", BigInteger),
     CheckConstraint("state IN ('running','paused','finished')", name="run_state"),
 )
 
@@ -107,6 +109,11 @@ rounds: Final = Table(
     Column("first_submission_at", Float),
     Column("closed_at", Float),
     Column("version", BigInteger),
+    # In force from when it opens to its end, whatever is chosen meanwhile.
+    Column("round_s", Float, nullable=False, server_default="60"),
+    # What it took, once it is closed (`coordinator.domain.round_time`).
+    Column("overhead_s", Float),
+    Column("shortest_s", Float),
     CheckConstraint("state IN ('open','closing','closed')", name="round_state"),
 )
 Index(
@@ -159,6 +166,8 @@ tasks: Final = Table(
     Column("progress_at", Float),
     # How long the coordinator itself stood still meanwhile.
     Column("paused_s", Float, nullable=False, server_default="0"),
+    # When heartbeats began to come that show no progress; NULL: the last one did.
+    Column("stalled_at", Float),
     # CPU seconds that had been reported when tokens or bytes rose last.
     Column("progress_cpu_s", Float),
     CheckConstraint("state IN ('pending','leased','done','failed')", name="task_state"),
@@ -301,6 +310,8 @@ versions: Final = Table(
     Column("train_loss", Float),
     Column("plan_json", Text, nullable=False),
     Column("pruned", Boolean, nullable=False, server_default=text("0")),
+    # The earlier version that this one is again; no round led to it.
+    Column("rolled_back_to", BigInteger),
 )
 Index("ix_versions_run", versions.c.run_id, versions.c.version)
 
@@ -322,6 +333,24 @@ evaluations: Final = Table(
     Column("created_at", Float, nullable=False),
     Column("body_sha256", String(64), nullable=False),
     Column("answer_json", Text, nullable=False),
+)
+
+#: What the forward pass makes of a scored version, by matrix.
+ternary_health: Final = Table(
+    "ternary_health",
+    metadata,
+    Column(
+        "version",
+        BigInteger,
+        ForeignKey("versions.version"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("run_id", String(64), ForeignKey("runs.run_id"), nullable=False),
+    # The scored version that it is compared with.
+    Column("before", BigInteger),
+    # A list of `coordinator.domain.ternary_health.MatrixHealth`; empty: not known.
+    Column("matrices_json", Text, nullable=False),
 )
 
 #: One registered training process. The id is a label, not a right.

@@ -23,6 +23,7 @@ _NO_LEASE: Final[dict[str, Any]] = {
     "hard_at": None,
     "predicted_s": None,
     "progress_at": None,
+    "stalled_at": None,
     "progress_cpu_s": None,
 }
 

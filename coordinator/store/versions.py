@@ -61,6 +61,16 @@ def versions_of(connection: Connection, run_id: str) -> list[VersionRow]:
     return [typed(VersionRow, row) for row in rows]
 
 
+def rollbacks_of(connection: Connection, run_id: str) -> list[VersionRow]:
+    """Return the versions of a run that are earlier ones again, oldest first."""
+    rows = connection.execute(
+        select(versions)
+        .where(versions.c.run_id == run_id, versions.c.rolled_back_to.is_not(None))
+        .order_by(versions.c.version)
+    )
+    return [typed(VersionRow, row) for row in rows]
+
+
 def mark_pruned(connection: Connection, numbers: Iterable[int]) -> None:
     """Record that versions lose their blobs; done before the files go."""
     connection.execute(
@@ -104,6 +114,17 @@ def evaluations_of(connection: Connection, run_id: str) -> list[EvaluationRow]:
     return [typed(EvaluationRow, row) for row in rows]
 
 
+def newest_evaluation_s(connection: Connection, run_id: str) -> float:
+    """Return how long the score of a run's newest scored version took, 0 before any."""
+    found = connection.execute(
+        select(evaluations.c.compute_s)
+        .where(evaluations.c.run_id == run_id)
+        .order_by(evaluations.c.version.desc())
+        .limit(1)
+    ).scalar_one_or_none()
+    return found or 0.0
+
+
 def best_version(connection: Connection, run_id: str) -> int | None:
     """Return the version with the lowest held-out loss, None before any score."""
     return connection.execute(
@@ -128,6 +149,7 @@ def points_of(
             versions.c.tokens_total,
             versions.c.num_submissions,
             versions.c.train_loss,
+            versions.c.rolled_back_to,
             rounds.c.first_claim_at,
             _parents.c.tokens_total.label("tokens_before"),
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coordinator.domain.ternary_health import MatrixHealth
 from coordinator.domain.verdicts import WorkerFacts
 from coordinator.live.hub import BACKLOG_MESSAGES
 from coordinator.service.view import (
@@ -20,11 +21,13 @@ from coordinator.service.view import (
     FleetUpdate,
     FleetView,
     LaneView,
+    RollbackView,
     RoundView,
     RunView,
     ServerView,
     TallyView,
     TasksView,
+    TernaryView,
     VersionPoint,
     WorkerView,
 )
@@ -103,6 +106,30 @@ def version(number: int) -> VersionPoint:
     )
 
 
+def ternary() -> TernaryView:
+    """Return the health of twelve layers."""
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    return TernaryView(
+        version=2,
+        before=1,
+        matrices=[
+            MatrixHealth(
+                name=f"layers.{layer}.{name}",
+                zeros=0.31 + 0.001 * layer,
+                scale=0.02,
+                flips=0.01 * (row + 1),
+                drift=-0.001 * layer,
+            )
+            for layer in range(12)
+            for row, name in enumerate(names)
+        ],
+    )
+
+
+PACE = "Overhead 3 s of 100 s = 3 %. Fixed."
+SENT = "Sent up: weight differences, int8; down: whole versions."
+
+
 def fleet() -> FleetView:
     eta = EtaView(at=NOW + 60, earliest_at=NOW + 50, latest_at=NOW + 90, reason="Soon.")
     return FleetView(
@@ -129,6 +156,7 @@ def fleet() -> FleetView:
             eta=eta,
             tally=TALLY,
             loss_alarm=None,
+            rollback=None,
             reset_from_version=None,
         ),
         round=RoundView(
@@ -138,6 +166,8 @@ def fleet() -> FleetView:
             opened_at=NOW - 50,
             first_claim_at=NOW - 50,
             round_s=100.0,
+            round_reason=PACE,
+            overhead_s=3.0,
             round_kind="delta",
             codec="int8",
             broadcast="exact",
@@ -165,6 +195,7 @@ def fleet() -> FleetView:
             latest_failed=[],
         ),
         workers=[worker("alder", "computing"), worker("birch", "computing")],
+        ternary=ternary(),
         server=ServerView(loop_lag_ms=1.0),
         versions=[version(1), version(2)],
         evaluations=[evaluation(1, 6.0), evaluation(2, 5.0)],
@@ -197,6 +228,29 @@ def text(selector: str) -> str:
     return f"(document.querySelector('{selector}')?.textContent ?? '')"
 
 
+async def switch_theme(page: Page) -> None:
+    colour = "getComputedStyle(document.body).color"
+    before = await page.run(colour)
+    await page.run("dispatchEvent(new KeyboardEvent('keydown', {key: 't'}))")
+    assert await page.run(colour) != before
+
+
+async def see_ternary_health(page: Page) -> None:
+    shown = (await page.run(text(".ternary"))).replace("\xa0", " ")
+    for words in ("31.0 % to 32.1 %", "most in layer 12, down", "1.00 % to 7.00 %"):
+        assert words in shown
+    assert await page.run("document.querySelectorAll('.heat i').length") == 3 * 12 * 7
+
+
+async def see_that_the_run_goes_back(server: PageServer, page: Page) -> None:
+    rollback = RollbackView(
+        version=None, at=None, from_version=3, from_loss=4.0, to_version=2, to_loss=3.5
+    )
+    run = msgspec.structs.replace(fleet().run, rollback=rollback)
+    publish(server, "fleet.updated", FleetUpdate(run=run))
+    await page.until(f"{text('.banner')}?.includes('The run goes back to v2.')")
+
+
 def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path):
     async def watch() -> None:
         async with chromium_page(tmp_path / "profile") as page:
@@ -206,8 +260,9 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
             await page.until(f"{text('.live')}.includes('Live')")
             await page.until("document.querySelector('.chart canvas')")
             assert await page.run(text(".why")) == "<b>not markup</b>"
-            sent = "Sent up: weight differences, int8; down: whole versions."
-            assert sent in await page.run(text(".round .key"))
+            for said in (PACE, SENT):
+                assert said in await page.run(text(".round .key"))
+            await see_ternary_health(page)
 
             await follow_events(page)
             await recover_from_a_lost_backlog(page)
@@ -226,6 +281,7 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
         await page.until("document.title === '1 lost: tiny'")
         await page.until(f"{text('.workers .verdict')}.includes('Lost')")
         assert "Worker birch is lost." in await page.run(text("#news"))
+        await see_that_the_run_goes_back(server, page)
 
     async def recover_from_a_lost_backlog(page: Page) -> None:
         server.view = msgspec.structs.replace(server.view, package_version="9.9.9")
@@ -235,12 +291,6 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
 
         await page.until(f"{text('.foot')}.includes('9.9.9')")
         await page.until("document.title === 'tiny'")
-
-    async def switch_theme(page: Page) -> None:
-        colour = "getComputedStyle(document.body).color"
-        before = await page.run(colour)
-        await page.run("dispatchEvent(new KeyboardEvent('keydown', {key: 't'}))")
-        assert await page.run(colour) != before
 
     async def end_the_session(page: Page) -> None:
         server.store.write_now(lambda connection: connection.execute(sessions.delete()))

@@ -14,7 +14,7 @@ from bitnet_ext.codecs import Codec
 from bitnet_ext.frames import frame_bytes
 from bitnet_ext.layout import num_params
 from bitnet_ext.wire.messages import Task
-from coordinator.control import Seed
+from coordinator.control import GoBack, Seed
 from coordinator.domain.manifest import Manifest
 from tests.integration.fleet import (
     CoordinatorProcess,
@@ -87,8 +87,7 @@ def play(process: CoordinatorProcess, manifest: Manifest, *, killed: bool) -> St
     for number in range(1, NUM_ROUNDS + 1):
         task = hand.claim_training()
         holder.hold(task)
-        noise = np.random.default_rng(number).standard_normal(num_params(hand.shape))
-        hand.client.submit(hand.body(task, (0.01 * noise).astype(np.float32)))
+        train(hand, task, number)
         if killed and number == KILLED_IN_ROUND:
             process.kill()
             process.start()
@@ -97,6 +96,11 @@ def play(process: CoordinatorProcess, manifest: Manifest, *, killed: bool) -> St
     task = hand.claim_training()
     rows = process.rows("SELECT version, published_sha256, state_sha256 FROM versions")
     return Story(holder, sorted(rows), holder.hold(task), Holder(hand).hold(task))
+
+
+def train(hand: Hand, task: Task, seed: int) -> None:
+    noise = np.random.default_rng(seed).standard_normal(num_params(hand.shape))
+    hand.client.submit(hand.body(task, (0.01 * noise).astype(np.float32)))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,34 @@ def test_all_but_the_first_version_come_by_links(stories: list[Story]) -> None:
 def test_who_joins_late_holds_the_same_bytes(stories: list[Story]) -> None:
     for story in stories:
         assert story.joined.tobytes() == story.held.tobytes()
+
+
+def test_a_run_goes_back_over_a_kill_and_the_chain_goes_on(tmp_path: Path) -> None:
+    """Version 4 is the root again: it comes whole, and the next one by a link."""
+    manifest = make_corpus(tmp_path / "corpus", num_files=12, words=300)
+    with coordinator(tmp_path, **SETTINGS) as process:
+        process.tell(Seed(tokens=1024))
+        holder = Holder(Hand(process.url, manifest))
+        hand = holder.hand
+        hand.register()
+        root = holder.hold(task := hand.claim_training()).copy()
+        train(hand, task, 1)
+        holder.hold(task := hand.claim_training())
+        process.tell(GoBack(version="1"))
+        process.kill()
+        process.start()
+        hand.move_to(process.url)
+        # Its round becomes a version as ever, and then comes one more.
+        train(hand, task, 2)
+        again = holder.hold(task := hand.claim_training()).copy()
+        train(hand, task, 3)
+        holder.hold(hand.claim_training())
+        rows = process.rows("SELECT version, rolled_back_to FROM versions")
+
+    assert dict(rows) == {1: None, 2: None, 3: None, 4: 1, 5: None}
+    assert again.tobytes() == root.tobytes()
+    paths = [path for path, _ in holder.fetched]
+    assert paths[-3:] == ["/weights/4?from=2", "/weights/4", "/weights/5?from=4"]
 
 
 def test_a_worker_killed_in_mid_task_goes_on_from_its_disk(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ from worker.errors import LeaseLostError
 
 RATE, DECAY = 0.9, 0.8
 SETTINGS = {
-    "ROUND_S": 2,
+    "ROUND_S": "auto",
+    "ROUND_MIN_S": 1,
+    "ROUND_MAX_S": 2,
     "EVALUATE_EVERY": 1000,
     "WARMUP_TOKENS": 0,
     "KEEP_VERSIONS": 1000,
@@ -63,6 +65,8 @@ class Trained:
     weights: Any
     shape: Any
     rows: list[tuple[Any, ...]]
+    #: Round time and overhead of each round.
+    rounds: list[tuple[Any, ...]]
 
 
 @pytest.fixture(scope="module", params=RoundKind)
@@ -98,6 +102,7 @@ def trained(
             weights=hand.weights(status["run"]["newest_version"]),
             shape=hand.shape,
             rows=process.rows("SELECT task_id, version FROM submissions"),
+            rounds=process.rows("SELECT round_s, overhead_s FROM rounds"),
         )
 
 
@@ -107,7 +112,10 @@ def num_timed(status: Any) -> int:
 
 
 def finished(status: Any) -> Any:
-    return status if status["run"]["state"] == "finished" else None
+    """Return the status once the run is over and its last version was looked at."""
+    run, health = status["run"], status["ternary"]
+    is_known = health is not None and health["version"] == run["newest_version"]
+    return status if run["state"] == "finished" and is_known else None
 
 
 def too_late(hand: Hand) -> BaseException | None:
@@ -128,6 +136,26 @@ def test_the_held_out_loss_falls(trained: Trained) -> None:
     assert last["version"] == trained.status["run"]["newest_version"]
     # A wrong sign, on a busy machine, was seen to let it fall by half as much.
     assert last["loss"] < first["loss"] - 1.0
+
+
+def test_training_flips_some_ternary_values_of_each_matrix(trained: Trained) -> None:
+    health = trained.status["ternary"]
+
+    assert health["before"] in [row["version"] for row in trained.status["evaluations"]]
+    assert len(health["matrices"]) == 7 * trained.shape.num_layers
+    assert all(0.0 < matrix["flips"] < 1.0 for matrix in health["matrices"])
+
+
+def test_the_round_time_goes_by_what_was_measured(trained: Trained) -> None:
+    *closed, (last_s, open_s) = trained.rounds
+
+    assert [round_s for round_s, _ in closed[:3]] == [2.0] * 3
+    assert all(1.0 <= round_s <= 2.0 for round_s, _ in trained.rounds)
+    assert all(overhead_s > 0.0 for _, overhead_s in closed)
+    assert open_s is None
+    shown = trained.status["round"]
+    assert shown["round_s"] == last_s
+    assert shown["round_reason"].startswith(f"Overhead {shown['overhead_s']:.2g} s of")
 
 
 def test_both_workers_took_part(trained: Trained) -> None:

@@ -60,9 +60,9 @@ FLEET_PLAN: Final = {
 }
 LONG_PLAN: Final = {
     **FLEET_PLAN,
-    "learning_rate": 3e-2,
-    "outer_momentum": 0.6,
-    "round_s": 4.6,
+    "learning_rate": 2e-2,
+    "outer_momentum": 0.7,
+    "round_s": 4.0,
 }
 FLEET: Final[dict[str, Any]] = {}
 LONG_FLEET: Final[dict[str, Any]] = {**FLEET, "works_ahead": True}

@@ -22,8 +22,9 @@ from tests.sim import reference
 from tests.sim.happenings import Detected, Seen
 from tests.sim.leases import HEARTBEAT_S, Fleet
 
-#: The rules were looked at with these seeds, and mended: fresh ones say more.
-SEEDS: Final = (100, 101, 102, 103)
+#: No rule was looked at with these. A dozen: what is wasted differs by a tenth from
+#: fleet to fleet, as luck kills young tasks or old ones.
+SEEDS: Final = tuple(range(600, 612))
 NUM_BOXES: Final = 60
 HOURS: Final = 22.0
 QUICK_HOURS: Final = 3.0

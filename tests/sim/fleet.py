@@ -9,9 +9,8 @@ what workers get. Every byte, every second and every optimiser's FLOP is counted
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -30,8 +29,9 @@ from coordinator.domain.muon import OptimiserState, merged_step
 from coordinator.domain.outer_step import merge_weights, outer_step
 from coordinator.domain.plan import TrainingPlan, hyper_parameters, step_sizes
 from coordinator.domain.rounds import ClaimedWork, stops_waiting_at
-from coordinator.domain.throughput import NUM_RECENT, Trained, measured
+from coordinator.domain.throughput import Trained, measured
 from tests.sim import setting as costs
+from tests.sim.crew import Claim, Counts, Stretch, Worker
 from tests.sim.net import SEQ_LEN, Net
 from tests.sim.setting import Setting
 from tests.sim.steps import Local, Moments, clipped, trained
@@ -52,8 +52,9 @@ class Recipe:
     plan: TrainingPlan
     #: Whether moments and residual outlive their process.
     keeps_state: bool = True
-    #: Whether a worker that has handed in begins its next task at once, on the weights
-    #: that it holds, and takes the next version between two windows once it is there.
+    #: Whether rounds have a due time: a worker hands in the windows that it has by
+    #: then, begins its next task at once, on the weights that it holds, and takes the
+    #: next version between two windows once it is there.
     works_ahead: bool = False
     #: What the last worker multiplies its pseudo-gradients by.
     poison: float = 1.0
@@ -65,76 +66,6 @@ class Recipe:
         kind = self.plan.round_kind
         if self.works_ahead and kind is not RoundKind.GRADIENT:
             raise ValueError(f"works_ahead needs gradient rounds, not {kind}")
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """One virtual worker."""
-
-    speed: float
-    moments: Moments
-    tokens_per_s: float | None = None
-    #: What its last tasks came to, newest first.
-    recent: deque[Trained] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
-    residual: Vector | None = None
-    #: The version it has the weights of; None: none.
-    held: int | None = None
-    #: When it can claim again.
-    free_at: float = 0.0
-    #: Whether each of its submissions was left out, oldest first.
-    left_out: list[bool] = field(default_factory=list)
-
-    @property
-    def is_quarantined(self) -> bool:
-        """Whether it gets no more work."""
-        return guards.keeps_failing(self.left_out)
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Stretch:
-    """Consecutive windows of an epoch."""
-
-    epoch: int
-    start: int
-    num: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Claim:
-    """One task of a round, and how it will end."""
-
-    worker: Worker
-    stretch: Stretch
-    claimed_at: float
-    #: How many of its windows are trained on which weights, in order.
-    bases: tuple[tuple[int, Vector], ...]
-    #: When its submission is accepted; None where the worker dies.
-    back_at: float | None
-    #: When its lease is over without a submission.
-    over_at: float
-
-
-@dataclass(slots=True)
-class Counts:
-    """What a run has used."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    bytes_up_fp32: int = 0
-    bytes_down_fp32: int = 0
-    num_rounds: int = 0
-    num_lost: int = 0
-    #: Submissions that the guards left out, of honest workers and of the poisoned.
-    num_honest_left_out: int = 0
-    num_poison_left_out: int = 0
-    num_clipped: int = 0
-    #: Worker seconds that went into work that was applied.
-    useful_s: float = 0.0
-    #: Windows applied, and those of them that were of the version before.
-    num_windows: int = 0
-    num_stale: int = 0
-    optimiser_s: float = 0.0
-    curve: list[tuple[float, int, float]] = field(default_factory=list)
 
 
 class Fleet:
@@ -169,6 +100,8 @@ class Fleet:
         self._versions = [(0.0, self.published), (0.0, self.published)]
         #: Until when the coordinator's optimiser is at work.
         self._busy_until = 0.0
+        #: When the last round was due, of rounds that have a due time.
+        self._due = 0.0
         self._given_back: list[Stretch] = []
         #: Sizes of the last submissions that were merged.
         self._recent: list[float] = []
@@ -225,6 +158,8 @@ class Fleet:
     # One round.
 
     def _round(self, budget: int) -> None:
+        # Not while the coordinator is still at the step before.
+        self._due = max(self._due + self._recipe.plan.round_s, self._versions[-1][0])
         claims = self._claims(budget)
         closes_at = max(self.now, self._closes_at(claims))
         back = [c for c in claims if c.back_at is not None and c.back_at <= closes_at]
@@ -239,35 +174,55 @@ class Fleet:
         """Give out the tasks of a round, in the order in which workers ask."""
         claims: list[Claim] = []
         left = -(-(budget - self.tokens) // SEQ_LEN)
+        plan, ahead = self._recipe.plan, self._recipe.works_ahead
         (before_at, _), (newest_at, _) = self._versions
         # Who works ahead is never more than one version behind.
-        opens_at = before_at if self._recipe.works_ahead else max(self.now, newest_at)
+        opens_at = before_at if ahead else max(self.now, newest_at)
         for worker in sorted(self._workers, key=lambda w: max(opens_at, w.free_at)):
             at = max(opens_at, worker.free_at) + self._setting.round_trip_s
             first_back = min((c.back_at for c in claims if c.back_at), default=None)
-            late = first_back is not None and first_back <= at
+            late = not ahead and first_back is not None and first_back <= at
             if late or left == 0 or worker.is_quarantined:
                 continue
-            age = at - claims[0].claimed_at if claims else 0.0
-            stretch = self._cut(worker, age, left, may_retry=at >= self.now)
+            pace = 1 + self._setting.jitter * self._random.random()
+            if ahead:
+                # Cut with room, and handed in as far as it has come by then.
+                size = self._size(worker, sizing.STOP_FACTOR * (self._due - at))
+                size = min(size, self._num_until_due(worker, at, pace) * SEQ_LEN)
+            else:
+                age = at - claims[0].claimed_at if claims else 0.0
+                left_s = sizing.seconds_left(plan.round_s, round_age_s=age)
+                size = self._size(worker, left_s)
+            # Too late for a single window: its first of the next round.
+            if size == 0:
+                continue
+            stretch = self._cut(size, left, may_retry=at >= self.now)
             left -= stretch.num
-            claims.append(self._timed(worker, stretch, at))
+            claims.append(self._timed(worker, stretch, at, pace))
         return claims
 
-    def _cut(
-        self, worker: Worker, round_age_s: float, most: int, *, may_retry: bool
-    ) -> Stretch:
-        plan = self._recipe.plan
-        size = sizing.task_tokens(
+    def _size(self, worker: Worker, seconds: float) -> int:
+        """Return the tokens of a task of so many seconds, by measured speed."""
+        return sizing.task_tokens(
             worker.tokens_per_s,
-            seconds=sizing.seconds_left(plan.round_s, round_age_s=round_age_s),
-            batch_tokens=plan.batch_size * SEQ_LEN,
+            seconds=seconds,
+            batch_tokens=self._recipe.plan.batch_size * SEQ_LEN,
             seq_len=SEQ_LEN,
             largest=max((one.tokens for one in worker.recent), default=None),
         )
+
+    def _num_until_due(self, worker: Worker, at: float, pace: float) -> int:
+        """Return the windows that a worker has in time to hand them in."""
+        first_s = self._compute_s(worker, 0, pace)
+        each_s = self._compute_s(worker, 1, pace) - first_s
+        up_s = self._setting.transfer_s(self._up_bytes)
+        return max(0, int((self._due - at - up_s - first_s) / each_s))
+
+    def _cut(self, size: int, most: int, *, may_retry: bool) -> Stretch:
         if self._given_back and may_retry:
             found = self._given_back.pop(0)
-            head = sizing.divided(found.num * SEQ_LEN, size, quorum=plan.quorum)
+            quorum = self._recipe.plan.quorum
+            head = sizing.divided(found.num * SEQ_LEN, size, quorum=quorum)
             num = min(head // SEQ_LEN, most)
             if num < found.num:
                 rest = Stretch(found.epoch, found.start + num, found.num - num)
@@ -282,16 +237,14 @@ class Fleet:
         self._next += num
         return stretch
 
-    def _timed(self, worker: Worker, stretch: Stretch, at: float) -> Claim:
+    def _timed(self, worker: Worker, stretch: Stretch, at: float, pace: float) -> Claim:
         """Say how the task will go: how long each part takes, and who dies."""
         setting, counts, random = self._setting, self.counts, self._random
         whole_bytes = frame_bytes(Codec.FP32, self._net.num_params)
-        codec = Codec(self._recipe.plan.codec)
-        up_bytes = frame_bytes(codec, self._net.num_params) + TALK_UP_BYTES
         down_bytes = self._download(worker)
         counts.bytes_down += down_bytes
         counts.bytes_down_fp32 += whole_bytes + TALK_DOWN_BYTES
-        compute_s = self._compute_s(worker, stretch)
+        compute_s = self._compute_s(worker, stretch.num, pace)
         fetch_s = setting.transfer_s(down_bytes)
         # Who works ahead fetches the next version while it trains.
         fetched_at = at if self._recipe.works_ahead else at + fetch_s
@@ -301,9 +254,9 @@ class Fleet:
             silent_s = costs.HEARTBEAT_S * random.random()
             over_at = died_at - silent_s + costs.TTL_S
             return Claim(worker, stretch, at, bases, None, over_at)
-        counts.bytes_up += up_bytes
+        counts.bytes_up += self._up_bytes
         counts.bytes_up_fp32 += whole_bytes + TALK_UP_BYTES
-        back_at = fetched_at + compute_s + setting.transfer_s(up_bytes)
+        back_at = fetched_at + compute_s + setting.transfer_s(self._up_bytes)
         return Claim(worker, stretch, at, bases, back_at, back_at)
 
     def _bases(
@@ -329,10 +282,16 @@ class Fleet:
         worker.held = self._version
         return whole + TALK_DOWN_BYTES
 
-    def _compute_s(self, worker: Worker, stretch: Stretch) -> float:
+    @property
+    def _up_bytes(self) -> int:
+        """Bytes of a submission and all that goes with it."""
+        codec = Codec(self._recipe.plan.codec)
+        return frame_bytes(codec, self._net.num_params) + TALK_UP_BYTES
+
+    def _compute_s(self, worker: Worker, num_windows: int, pace: float) -> float:
         plan, size = self._recipe.plan, self._net.num_params
         num_steps = sizing.num_steps(
-            stretch.num * SEQ_LEN, seq_len=SEQ_LEN, batch_size=plan.batch_size
+            num_windows * SEQ_LEN, seq_len=SEQ_LEN, batch_size=plan.batch_size
         )
         steps_itself = plan.round_kind is RoundKind.DELTA
         each = costs.ADAMW if steps_itself else costs.ACCUMULATE
@@ -340,12 +299,17 @@ class Fleet:
         optimiser_s = self._setting.optimiser_s(
             flop, num_params=size, speed=worker.speed
         )
-        slower = 1 + self._setting.jitter * self._random.random()
-        return (stretch.num / worker.speed + optimiser_s) * slower
+        return (num_windows / worker.speed + optimiser_s) * pace
 
     def _closes_at(self, claims: list[Claim]) -> float:
-        """Return when the round closes: all back or over, or quorum and grace."""
+        """Return when the round closes: all back or over, or quorum and grace.
+
+        Where it has a due time: when all are back, else then.
+        """
         plan = self._recipe.plan
+        if self._recipe.works_ahead:
+            backs = [claim.back_at or self._due for claim in claims]
+            return max(backs, default=self._due)
         claimed = [
             ClaimedWork(
                 num_tokens=claim.stretch.num * SEQ_LEN,

@@ -163,7 +163,13 @@ class Fleet:
             claimed_at=now,
             progress_at=now,
             expires_at=now + ttl_s,
-            hard_at=leases.first_hard_at(now, own, round_s=ROUND_S, fixed_size=False),
+            hard_at=leases.first_hard_at(
+                now,
+                own,
+                num_steps=-(-num_tokens // STEP_TOKENS),
+                round_s=ROUND_S,
+                fixed_size=False,
+            ),
             reported=Reported(tokens_done=0, bytes_done=0, cpu_s=0.0, step_s=0.0),
         )
         work = Work(
@@ -296,13 +302,13 @@ class Fleet:
         if life != box.life or held.dropped or self._busy(self._hand_in, held, life):
             return
         held.dropped = True
-        now = box.heartbeat_at = self._clock.now()
-        ends = self._ends_at(held)
-        if held.over or ends <= now:
+        now = self._clock.now()
+        if held.over or self._ends_at(held) <= now:
             if not held.over:
                 self._expire(held)
             self._ask(box, box.life)
             return
+        box.heartbeat_at = now
         lease, num_tokens = held.lease, held.work.num_tokens
         actual_s = self.t - held.started
         self.seen.task_s.append(actual_s)
@@ -349,8 +355,10 @@ class Fleet:
         lasts_s = float(self._rng.uniform(11.0, 18.0))
         restarts = bool(self._rng.random() < 0.5)
         self._blocked_until = self.t + lasts_s
-        high_water = self._clock.now() - float(self._rng.uniform(0.0, CLOCK_S))
-        before = high_water if restarts else None
+        kept = self._clock.now() - float(self._rng.uniform(0.0, CLOCK_S))
+        # What the clock has stamped is stored too, as `store.clock` knows.
+        stamped = max(box.heartbeat_at for box in self._boxes)
+        before = max(kept, stamped) if restarts else None
         self._later(self._blocked_until, self._wake, before, lasts_s)
         self._plan_coordinator_fault()
 
@@ -390,10 +398,11 @@ class Fleet:
         self.seen.heartbeats += 1
         box.beats += 1
         now = self._clock.now()
-        gap_s, box.heartbeat_at, held.gap = now - box.heartbeat_at, now, False
         if held.over or self._ends_at(held) <= now:
-            self._lose(held)
+            self._lose(held)  # by how long it was silent before this heartbeat
+            box.heartbeat_at = now
             return
+        gap_s, box.heartbeat_at, held.gap = now - box.heartbeat_at, now, False
         held.lease = leases.renewed(
             held.lease,
             self._said(held, sent),
@@ -444,9 +453,7 @@ class Fleet:
                 draining=False,
                 is_gone=False,
                 no_progress_s=leases.no_progress_s(
-                    lease.expires_at,
-                    ttl_s=leases.ttl_s(HEARTBEAT_S),
-                    heartbeat_at=box.heartbeat_at,
+                    lease.stalled_at, heartbeat_at=box.heartbeat_at
                 ),
                 elapsed_s=now - lease.claimed_at - lease.paused_s,
                 predicted_s=held.predicted_s,

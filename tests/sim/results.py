@@ -26,6 +26,7 @@ BASELINE_CODE: Final = (
 CODE: Final = (
     *BASELINE_CODE,
     "tests/sim/fleet.py",
+    "tests/sim/crew.py",
     "bitnet_ext/chain.py",
     "bitnet_ext/codecs.py",
     "bitnet_ext/outer.py",

@@ -25,6 +25,7 @@ export function run(given = {}) {
     eta: { at: null, earliest_at: null, latest_at: null, reason: "Needs a round." },
     tally: tally(),
     loss_alarm: null,
+    rollback: null,
     reset_from_version: null,
     ...given,
   };
@@ -128,7 +129,10 @@ export function round(lanes, given = {}) {
     opened_at: NOW - 60,
     first_claim_at: NOW - 50,
     round_s: 100,
+    round_reason: "Overhead 3 s of 100 s = 3 %. Fixed.",
+    overhead_s: 3,
     round_kind: "delta",
+    aggregation: "rounds",
     codec: "int8",
     broadcast: "exact",
     lanes,
@@ -157,6 +161,7 @@ export function version(number, given = {}) {
     tokens_total: 1000 * number,
     num_submissions: 2,
     train_loss: 3,
+    rolled_back_to: null,
     tokens_per_s: 1700,
     ...given,
   };
@@ -185,10 +190,30 @@ export function fleet(given = {}) {
     round: round([]),
     tasks: tasks(),
     workers: [],
+    ternary: null,
     server: { loop_lag_ms: 2 },
     versions: [version(1, { train_loss: null, tokens_per_s: null })],
     evaluations: [],
     ...given,
+  };
+}
+
+/** The ternary health of v20 against v10: layers of q and down with these flips. */
+export function ternary(...flips) {
+  const matrix = (name, share) => ({
+    name,
+    zeros: 0.3 + share,
+    scale: 0.02,
+    flips: share,
+    drift: -share,
+  });
+  return {
+    version: 20,
+    before: 10,
+    matrices: flips.flatMap((share, i) => [
+      matrix(`layers.${i}.q`, share),
+      matrix(`layers.${i}.down`, share / 2),
+    ]),
   };
 }
 
@@ -199,6 +224,7 @@ if (process.argv[1] === import.meta.filename) {
     round: round([lane("alder")]),
     tasks: tasks({ failed: 1, latest_failed: [failed] }),
     evaluations: evaluations(3, 2),
+    ternary: ternary(0.015, 0.025),
   });
   console.log(JSON.stringify(view));
 }

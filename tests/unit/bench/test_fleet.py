@@ -26,6 +26,7 @@ def versions(*rounds: tuple[float, int]) -> list[PointRow]:
             tokens_total=tokens,
             num_submissions=1,
             train_loss=None,
+            rolled_back_to=None,
             first_claim_at=None,
             tokens_before=None,
         )

@@ -48,6 +48,7 @@ from coordinator.domain.manifest import (
     encode_manifest,
 )
 from coordinator.domain.plan import TrainingPlan
+from coordinator.domain.round_time import first_round_s
 from coordinator.service.claiming import claim
 from coordinator.service.closing import RoundCloser
 from coordinator.service.evaluating import take_evaluation
@@ -251,7 +252,13 @@ class World:
                 state_sha256=blobs.state.sha256,
                 state_bytes=blobs.state.num_bytes,
             )
-            rounds.open_round(connection, run_id="r-1", base_version=1, now=now)
+            rounds.open_round(
+                connection,
+                run_id="r-1",
+                base_version=1,
+                round_s=first_round_s(plan),
+                now=now,
+            )
             run = _found(runs.newest_run(connection))
             if scored:
                 add_evaluation(

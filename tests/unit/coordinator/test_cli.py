@@ -80,6 +80,7 @@ def test_the_worker_key_is_made_once_and_for_its_owner_alone(capsys, tmp_path):
     [
         ["worker-key"],
         ["train-for", "60"],
+        ["set-round-time", "60"],
         ["acknowledge-reset"],
         ["readmit-worker", "w1"],
         ["drain-worker", "w1"],
@@ -118,6 +119,8 @@ def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):
     fixed = said(capsys, "seed-real-tasks", *folders, "300")
     timed = said(capsys, "train-for", *folders, "60")
     ever = said(capsys, "train-for", *folders, "ever")
+    paced = said(capsys, "set-round-time", *folders, "30")
+    chosen = said(capsys, "set-round-time", *folders, "auto")
     reset = said(capsys, "acknowledge-reset", *folders)
 
     # What made a fleet says where: the folder may have been a slip.
@@ -126,6 +129,9 @@ def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):
     assert fixed == "epoch 2: 1504 tokens, 5 tasks\n"
     assert timed == "training for 60 s more\n"
     assert ever == "training until the token budget is used up\n"
+    kept = "after this round, which keeps its 60\n"
+    assert paced == f"the round time is 30 s {kept}"
+    assert chosen == f"the round time is chosen {kept}"
     assert reset == "reset acknowledged\n"
 
 
@@ -285,6 +291,11 @@ def test_before_a_corpus_it_says_what_to_do(capsys, tmp_path):
         ("train-for", "-1", "seconds"),
         ("train-for", "nan", "seconds"),
         ("train-for", "inf", "seconds"),
+        ("set-round-time", "soon", "seconds"),
+        ("set-round-time", "ever", "seconds"),
+        ("set-round-time", "0", "seconds"),
+        ("set-round-time", "nan", "seconds"),
+        ("set-round-time", "inf", "seconds"),
     ],
 )
 def test_a_wrong_amount_is_named_and_shown(capsys, folders, verb, value, name):

@@ -31,7 +31,7 @@ from bitnet_ext.wire.messages import Task
 from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskState
 from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
-from coordinator.domain.plan import TrainingPlan
+from coordinator.domain.plan import Aggregation, TrainingPlan
 from coordinator.service.closing import RoundCloser
 from coordinator.service.grace import extend_leases
 from coordinator.service.returning import sweep_leases
@@ -55,6 +55,7 @@ from coordinator.store.tables import (
     submissions,
     tallies,
     tasks,
+    versions,
 )
 from coordinator.store.tasks import all_leased
 from tests.unit.coordinator.fleets import World, body, frame, open_world
@@ -62,6 +63,13 @@ from tests.unit.coordinator.fleets import World, body, frame, open_world
 NAMES = ["w1", "w2", "w3", "w4"]
 #: Short rounds, so that leases, rounds and epochs end within a short story.
 PLAN = TrainingPlan(batch_size=2, round_s=20.0, codec="fp32", evaluate_every=10**6)
+PLANS = [
+    PLAN,
+    msgspec.structs.replace(PLAN, quorum=0.3),
+    msgspec.structs.replace(
+        PLAN, aggregation=Aggregation.PER_ARRIVAL, outer_momentum=0.0
+    ),
+]
 #: What a submission holds, everywhere: mostly what is fine, now and then what a guard
 #: leaves out (too large, zeros, against all others), or what no step survives.
 VALUES = [*[1e-3] * 6, 1.0, 0.0, -1e-3, 3e38]
@@ -130,7 +138,7 @@ def pieces(connection: Connection) -> dict[tuple[int, str], list[tuple[int, int]
     }
 
 
-def check(world: World) -> None:
+def check(world: World, *, per_arrival: bool) -> None:
     """Every epoch that has begun is covered once, without gap or overlap."""
     found, run = world.read(pieces), world.run_row()
     shards = world.fleet.the_manifest().train_shards()
@@ -142,10 +150,10 @@ def check(world: World) -> None:
                 assert start == position
                 position = end
             assert position == shard.num_tokens
-    world.read(check_rows)
+    world.read(lambda connection: check_rows(connection, per_arrival=per_arrival))
 
 
-def check_rows(connection: Connection) -> None:
+def check_rows(connection: Connection, *, per_arrival: bool) -> None:
     leased = list(connection.execute(select(tasks).where(tasks.c.state == "leased")))
     live = connection.execute(select(rounds).where(rounds.c.state != "closed")).one()
     counted = connection.execute(
@@ -158,8 +166,13 @@ def check_rows(connection: Connection) -> None:
     )
     for (*shard, start, num_tokens), (*other, next_start, _) in pairwise(places):
         assert shard != other or start + num_tokens <= next_start
-    assert {row.round_id for row in leased} <= {live.round_id}
-    assert {row.base_version for row in leased} <= {live.base_version}
+    if per_arrival:
+        assert {row.base_version for row in leased} <= set(range(live.base_version + 1))
+        made = connection.execute(select(versions.c.num_submissions)).scalars()
+        assert set(made) <= {0, 1}
+    else:
+        assert {row.round_id for row in leased} <= {live.round_id}
+        assert {row.base_version for row in leased} <= {live.base_version}
     assert sum(tokens for (tokens,) in counted) == accepted
     check_tallies(connection, accepted)
 
@@ -203,11 +216,12 @@ class Histories(RuleBasedStateMachine):
         self.held: dict[str, Task] = {}
         self.accepted = None
 
-    @initialize(quorum=st.sampled_from([1.0, 0.3]))
-    def begin(self, quorum: float) -> None:
-        self.quorum = quorum
+    @initialize(plan=st.sampled_from(PLANS))
+    def begin(self, plan: TrainingPlan) -> None:
+        self.quorum = plan.quorum
+        self.per_arrival = plan.aggregation is Aggregation.PER_ARRIVAL
         self.world.write(watch_states)
-        self.world.start_run(msgspec.structs.replace(PLAN, quorum=quorum))
+        self.world.start_run(plan)
         for name in NAMES:
             self.world.register(name)
 
@@ -221,7 +235,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def every_token_has_one_place_and_every_state_moved_as_it_may(self) -> None:
-        check(self.world)
+        check(self.world, per_arrival=self.per_arrival)
         for what, which in self.world.read(moves).items():
             assert which <= ALLOWED[what], what
 
@@ -258,9 +272,23 @@ class Histories(RuleBasedStateMachine):
             trained = half_of(task) if in_part else {}
             meta = self.world.meta(task, name, **trained)
             sent = body(meta, frame(task, value))
+            if self.per_arrival:
+                self.make_way(sent)
             if not self.is_late("submission", lambda sent=sent: self.world.send(sent)):
                 self.accepted = (sent, self.world.send(sent))
                 self.happened["part"] += 4 * meta.tokens < task.byte_length
+
+    def make_way(self, sent: bytes) -> None:
+        """Let the round of the submission before be closed: until then all wait."""
+        if self.world.live_round().state != "closing":
+            return
+        try:
+            self.world.send(sent)
+        except RefusedError as error:
+            self.happened[f"{error.code} while closing"] += 1
+        else:
+            raise AssertionError("two submissions in one round")
+        self.world.close_round()
 
     @rule(value=st.sampled_from(VALUES), back=st.sampled_from([1, 3, 4]))
     def do_a_round(self, value: float, back: int) -> None:
@@ -384,6 +412,7 @@ DUE = {
     "part",
     "slept with a lease out",
     "restarted with a lease out",
+    "busy while closing",
     ("tasks", "leased", "done"),
     ("tasks", "leased", "pending"),
     ("rounds", "closing", "closed"),

@@ -19,6 +19,7 @@ from coordinator.control import (
     ControlServer,
     DrainWorker,
     DumpTelemetry,
+    GoBack,
     KickStuck,
     MarkGone,
     Outcome,
@@ -26,14 +27,17 @@ from coordinator.control import (
     ResetPassword,
     ResumeWorker,
     Seed,
+    SetRoundTime,
     Status,
     TrainFor,
     ask,
 )
 from coordinator.domain.errors import StartError
+from coordinator.domain.plan import AUTO
 from coordinator.login.passwords import password_matches
 from coordinator.service.feed import Feed
 from coordinator.service.lag import LoopLag
+from coordinator.service.roster import plan_of
 from coordinator.service.telemetry import Telemetry
 from coordinator.service.view import FleetView
 from coordinator.settings import CoordinatorSettings
@@ -87,6 +91,21 @@ def test_a_key_that_the_running_coordinator_does_not_take_is_not_made(world, tmp
         key_of(world, tmp_path, key_is_set=True)
 
 
+def test_a_run_is_told_to_go_back(running: World, tmp_path: Path):
+    running.train_round(0.5)
+
+    said = asked(running, tmp_path, GoBack(version="1"))
+
+    assert said == [
+        "the run goes back to version 1 once its round is closed; no training is given "
+        "out until then"
+    ]
+    assert running.run_row().roll_back_to == 1
+    for version in ("", "-1", "1.5", "first"):
+        with pytest.raises(StartError, match=f"version must be .*, got '{version}'"):
+            asked(running, tmp_path, GoBack(version=version))
+
+
 def sent(world: World, folder: Path, line: bytes) -> Outcome:
     """Send a line of one's own making; return the answer."""
 
@@ -111,6 +130,8 @@ def test_every_command_reaches_the_fleet(running: World, tmp_path: Path):
         Seed(tokens=300),
         TrainFor(seconds=90.0),
         AcknowledgeReset(),
+        SetRoundTime(seconds=20.0),
+        SetRoundTime(),
     )
 
     assert said == [
@@ -118,8 +139,11 @@ def test_every_command_reaches_the_fleet(running: World, tmp_path: Path):
         "epoch 3: 1504 tokens, 6 tasks",
         "training for 90 s more",
         "reset acknowledged",
+        "the round time is 20 s after this round, which keeps its 60",
+        "the round time is chosen after this round, which keeps its 60",
     ]
     run = running.run_row()
+    assert plan_of(run).round_s == AUTO
     assert (run.epoch, run.stop_at, run.reset_acknowledged) == (3, START + 90.0, True)
     assert running.read(lambda c: runs.range_tokens(c, "r-1")) == 2 * 1504
 
@@ -268,6 +292,9 @@ def test_a_folder_with_a_very_long_name_will_do(running: World, tmp_path: Path):
         b'{"type":"train-for","seconds":-1}\n',
         b'{"type":"train-for","seconds":0}\n',
         b'{"type":"train-for","seconds":1e9}\n',
+        b'{"type":"set-round-time","seconds":0}\n',
+        b'{"type":"set-round-time","seconds":1e10}\n',
+        b'{"type":"set-round-time","seconds":"auto"}\n',
         b" " * 10_000 + b"\n",
         b"\xff\xfe\n",
     ],

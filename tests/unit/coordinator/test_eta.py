@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.domain.eta import Closed, estimate
+from coordinator.domain.eta import MANY_ARRIVALS, NUM_ROUNDS, Closed, estimate, windows
 
 NOW = 1000.0
 
@@ -23,9 +23,13 @@ def rounds(*rates, seconds=10.0):
     ]
 
 
-def guess(*rates, now=NOW, tokens_left=1000, stop_at=None):
+def guess(*rates, now=NOW, tokens_left=1000, stop_at=None, round_s=10.0):
     return estimate(
-        now=now, tokens_left=tokens_left, stop_at=stop_at, rounds=rounds(*rates)
+        now=now,
+        tokens_left=tokens_left,
+        stop_at=stop_at,
+        rounds=rounds(*rates),
+        round_s=round_s,
     )
 
 
@@ -113,6 +117,13 @@ def test_a_fleet_that_stands_still_gives_no_guess(silence_s, known):
         assert eta.reason == "No round was closed for 61 s, and one takes 10 s."
 
 
+@pytest.mark.parametrize(("silence_s", "known"), [(400.0, True), (401.0, False)])
+def test_a_round_may_be_longer_than_those_before_it(silence_s, known):
+    eta = guess(*STEADY, now=NOW + silence_s, round_s=80.0)
+
+    assert (eta.at is not None) is known
+
+
 @given(
     tokens_left=st.integers(0, 10**9),
     stop_at=st.none() | st.floats(NOW, 1e6),
@@ -124,3 +135,19 @@ def test_the_window_holds_the_moment(tokens_left, stop_at, rates):
     if eta.at is not None:
         assert NOW <= eta.earliest_at <= eta.at <= eta.latest_at
     assert eta.reason
+
+
+def test_arrivals_are_grouped_by_time():
+    arrivals = [(0.0, 9), (4.0, 1), (10.0, 2), (11.0, 3), (25.0, 4), (26.0, 5)]
+
+    found = [(one.at, one.tokens, one.seconds) for one in windows(arrivals, 10.0)]
+
+    assert found == [(10.0, 3, 10.0), (25.0, 7, 15.0)]
+    assert windows([], 10.0) == []
+
+
+def test_many_arrivals_in_little_time_make_shorter_windows():
+    found = windows([(0.1 * n, 7) for n in range(MANY_ARRIVALS)], 60.0)
+
+    assert len(found) == pytest.approx(NUM_ROUNDS, abs=1)
+    assert {round(one.rate) for one in found} == {70}

@@ -10,7 +10,6 @@ from sqlalchemy import select
 
 from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain.errors import RefusedError
-from coordinator.service.evaluating import loss_alarm
 from coordinator.service.view import EvaluationPoint
 from coordinator.store import tasks, versions
 from coordinator.store.tables import events
@@ -64,7 +63,6 @@ def test_three_scores_above_the_best_raise_an_alarm_once(world: World):
     )
     reason = "The last 3 evaluations are 3.2 % or more above version 2, the best."
     assert msgspec.json.decode(alarm.body_json) == {"version": 5, "reason": reason}
-    assert loss_alarm(world.read(lambda c: versions.evaluations_of(c, "r-1")))
 
 
 def test_the_same_score_gets_the_same_answer_and_is_told_once(scoring: World):

@@ -45,7 +45,7 @@ def test_the_first_update_holds_everything(running: World, feed: Feed):
     sent = body_of(difference(None, view))
 
     whole = msgspec.to_builtins(view)
-    names = ("missing", "run", "round", "tasks", "server", "workers")
+    names = ("missing", "run", "round", "tasks", "ternary", "server", "workers")
     assert sent == {name: whole[name] for name in names}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,11 +118,28 @@ def test_many_pauses_move_the_hard_limit_by_no_more_than_themselves(pauses):
     assert lease.progress_at <= now
 
 
-def test_heartbeats_without_progress_are_counted_from_the_last_renewal():
-    def still_s(heartbeat_at):
-        return leases.no_progress_s(1040.0, ttl_s=30.0, heartbeat_at=heartbeat_at)
+def test_heartbeats_without_progress_are_counted_from_the_first_of_them():
+    def still_s(*beats):
+        lease = LEASE
+        for now, tokens in beats:
+            lease = leases.renewed(
+                lease, reported(tokens, 5), ttl_s=30.0, now=now, usual_step_s=2.0
+            )
+        return leases.no_progress_s(lease.stalled_at, heartbeat_at=beats[-1][0])
 
-    assert [still_s(at) for at in (1005.0, 1010.0, 1025.0)] == [0.0, 0.0, 15.0]
+    # Of a worker that was away for long, the first one back proves nothing.
+    assert still_s((1035.0, 10)) == 0.0
+    assert still_s((1035.0, 10), (1040.0, 10), (1045.0, 10)) == 10.0
+    assert still_s((1035.0, 10), (1040.0, 11)) == 0.0
+    assert still_s((1035.0, 10), (1040.0, 11), (1055.0, 11), (1060.0, 11)) == 5.0
+
+
+def test_after_a_pause_of_the_coordinator_they_are_counted_anew():
+    stalled = replace(LEASE, stalled_at=1020.0)
+
+    after = leases.resumed(stalled, ttl_s=30.0, now=1520.0, away_s=500.0)
+
+    assert after.stalled_at is None
 
 
 def test_only_an_unmeasured_worker_is_limited_by_its_own_speed():
@@ -147,7 +166,10 @@ LEASE = leases.Lease(
 
 @given(after_s=st.floats(0.0, 1e12), tokens=st.integers(0, 1000))
 def test_what_an_unmeasured_worker_says_gives_it_two_hours_at_most(after_s, tokens):
-    assert leases.first_hard_at(1000.0, None, round_s=60.0, fixed_size=True) == 8200.0
+    first = leases.first_hard_at(
+        1000.0, None, num_steps=1, round_s=60.0, fixed_size=True
+    )
+    assert first == 8200.0
     said = reported(tokens, 5)
     told = leases.renewed(
         LEASE, said, ttl_s=30.0, now=1000.0 + after_s, usual_step_s=None
@@ -169,10 +191,21 @@ def test_a_prediction_counts_for_four_rounds_or_two_hours_where_the_size_is_fixe
     predicted_s, round_s, fixed_size, due_s
 ):
     due = leases.first_hard_at(
-        1000.0, predicted_s, round_s=round_s, fixed_size=fixed_size
+        1000.0, predicted_s, num_steps=2, round_s=round_s, fixed_size=fixed_size
     )
 
     assert due == 1000.0 + 3 * due_s + 60.0
+
+
+@pytest.mark.parametrize(("num_steps", "due_s"), [(1, 500.0), (2, 300.0)])
+def test_one_long_step_may_take_as_long_as_its_cpu_time_keeps_the_lease(
+    num_steps, due_s
+):
+    due = leases.first_hard_at(
+        1000.0, 100.0, num_steps=num_steps, round_s=60.0, fixed_size=False
+    )
+
+    assert due == 1000.0 + due_s + 60.0
 
 
 def test_a_task_is_predicted_from_its_own_speed_once_there_is_one():

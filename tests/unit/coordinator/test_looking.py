@@ -7,11 +7,11 @@ import pytest
 
 from bitnet_ext.layout import num_params
 from coordinator.service.fleet import Known
-from coordinator.service.grace import CLOCK_FACT, extend_leases
+from coordinator.service.grace import extend_leases
 from coordinator.service.looking import look
 from coordinator.service.sweeping import keep_clock
 from coordinator.service.view import FleetView
-from coordinator.store import runs, workers
+from coordinator.store import clock, runs, workers
 from coordinator.verbs import _AtRest
 from tests.fakes import START
 from tests.unit.coordinator.fleets import SHAPE, World
@@ -203,8 +203,8 @@ def test_a_silent_worker_is_lost(running: World):
 
 def test_silence_while_nobody_could_hear_is_not_the_workers(running: World):
     task = running.claimed()
-    ran_until = repr(running.clock.now())
-    running.write(lambda c: workers.set_fact(c, CLOCK_FACT, ran_until))
+    ran_until = running.clock.now()
+    running.write(lambda c: clock.keep(c, ran_until))
     running.clock.advance(300.0)  # as long as no coordinator ran
     extend_leases(running.fleet)
     running.clock.advance(30.0)
@@ -345,7 +345,9 @@ def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):
     task = running.claimed()
     running.clock.advance(10.0)
     running.heartbeat(task, tokens_done=120, cpu_s=3.0)
-    running.clock.advance(5.0)
+    running.clock.advance(2.0)
+    running.heartbeat(task, tokens_done=120, cpu_s=3.0)
+    running.clock.advance(3.0)
     running.heartbeat(task, tokens_done=120, cpu_s=7.5)
     running.clock.advance(2.0)
 
@@ -355,7 +357,7 @@ def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):
     assert (facts.elapsed_s, facts.predicted_s) == (17.0, 60.0)
     assert (facts.tokens_done, facts.num_tokens) == (120, 480)
     assert (facts.progress_age_s, facts.cpu_s_since_progress) == (7.0, 4.5)
-    assert facts.no_progress_s == 5.0
+    assert facts.no_progress_s == 3.0
     running.submit(task)
     facts = worker(looked(running), "w1").facts
     assert (facts.tokens_done, facts.progress_age_s, facts.back_in_round) == (

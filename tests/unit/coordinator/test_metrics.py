@@ -73,6 +73,16 @@ def test_late_tasks_and_those_that_stand_still_are_apart(busy: World):
     assert found["fleet_tasks_stuck"] == 1
 
 
+def test_the_round_time_is_there_and_its_overhead_once_it_is_known(running: World):
+    before = samples(running)
+    running.train_round(0.5)  # 10 s, in one of which it trains
+    after = samples(running)
+
+    assert before["fleet_round_seconds"] == after["fleet_round_seconds"] == 60.0
+    assert "fleet_round_overhead_seconds" not in before
+    assert after["fleet_round_overhead_seconds"] == 9.0
+
+
 def test_before_a_run_there_are_figures_too(world: World):
     found = samples(world)
 

@@ -11,7 +11,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, inspect, text
 
 from coordinator.domain.errors import StartError
-from coordinator.store import tallies
+from coordinator.store import rounds, tallies
 from coordinator.store.engine import Store
 from coordinator.store.schema import _config, migrate, schema_revision
 from coordinator.store.tables import metadata
@@ -138,6 +138,27 @@ def test_what_was_accepted_before_tallies_were_kept_is_in_them(tmp_path):
     engine.dispose()
     assert found == {"w1": {"applied": 128}, "w2": {"filtered": 64}}
     assert (claim.tokens_done, claim.progress_at) == (64, 9.0)
+
+
+def test_rounds_of_before_keep_the_round_time_of_their_plan(tmp_path):
+    engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    with engine.begin() as connection:
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0007")
+        for number, (run_id, round_s) in enumerate([("r", 12.5), ("s", 60.0)]):
+            run = {"run_id": run_id, "state": "running"}
+            _insert(connection, "runs", run | {"plan_json": f'{{"round_s":{round_s}}}'})
+            live = {"round_id": number, "run_id": run_id, "state": "open"}
+            _insert(connection, "rounds", live)
+
+        migrate(connection)
+
+        live = rounds.live_round(connection, "r")
+        other = rounds.live_round(connection, "s")
+    engine.dispose()
+    assert (live.round_s, live.overhead_s, live.shortest_s) == (12.5, None, None)
+    assert other.round_s == 60.0
 
 
 def _insert(connection: Connection, table: str, row: dict[str, object]) -> None:

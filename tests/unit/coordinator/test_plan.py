@@ -101,6 +101,9 @@ def test_a_gradient_step_takes_the_rate_of_the_middle_of_its_round():
         ("outer_momentum", 1.0),
         ("batch_size", 0),
         ("round_s", 0.0),
+        ("round_s", "Auto"),
+        ("round_min_s", 601.0),
+        ("round_max_s", 9.0),
         ("codec", "int4"),
         ("codec", "int8\n"),
         ("evaluate_every", 0),
@@ -116,6 +119,18 @@ def test_a_gradient_step_takes_the_rate_of_the_middle_of_its_round():
 def test_a_plan_out_of_range_is_refused_and_the_field_named(field, value):
     with pytest.raises(msgspec.ValidationError, match=field):
         msgspec.convert({field: value}, TrainingPlan)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("round_kind", "gradient"), ("outer_momentum", 0.8), ("quorum", 0.5)],
+)
+def test_arrivals_refuse_what_only_rounds_can_have(field, value):
+    fine = {"aggregation": "per-arrival", "outer_momentum": 0.0}
+
+    assert msgspec.convert(fine, TrainingPlan).outer_momentum == 0.0
+    with pytest.raises(msgspec.ValidationError, match=field):
+        msgspec.convert(fine | {field: value}, TrainingPlan)
 
 
 def test_a_plan_survives_being_stored():

@@ -325,7 +325,8 @@ def test_a_speed_that_falls_with_each_task_holds_no_round_longer(running: World)
 
 @pytest.mark.parametrize(
     ("speed", "due_s"),
-    [(0.1, 3 * 80.0 + 60.0), (0.01, 3 * 800.0 + 60.0), (0.001, 3 * 7200.0 + 60.0)],
+    # Of one step: that counts five times.
+    [(0.1, 5 * 80.0 + 60.0), (0.01, 5 * 800.0 + 60.0), (0.001, 3 * 7200.0 + 60.0)],
 )
 def test_a_task_of_a_fixed_size_may_take_longer_than_rounds(world: World, speed, due_s):
     task = fixed_task(world, speed)

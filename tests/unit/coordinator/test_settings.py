@@ -29,6 +29,7 @@ GOOD = {
     "TOKEN_BUDGET": ("1000000", 1000000),
     "HEARTBEAT_S": ("2.5", 2.5),
     "KEEP_VERSIONS": ("1", 1),
+    "ROLL_BACK": ("alarm", "alarm"),
     "LOG_LEVEL": ("DEBUG", "debug"),
 }
 GOOD_PLAN = {
@@ -46,7 +47,10 @@ GOOD_PLAN = {
     "OUTER_MOMENTUM": ("0", 0.0),
     "BATCH_SIZE": ("4", 4),
     "ROUND_S": ("30", 30.0),
+    "ROUND_MIN_S": ("2.5", 2.5),
+    "ROUND_MAX_S": ("60", 60.0),
     "QUORUM": ("0.7", 0.7),
+    "AGGREGATION": ("per-arrival", "per-arrival"),
     "ACCEPT_LATE": ("stale", "stale"),
     "CODEC": ("ternary", "ternary"),
     "ROUND_KIND": ("gradient", "gradient"),
@@ -72,6 +76,7 @@ BAD = [
     ("HEARTBEAT_S", "60.1"),
     ("HEARTBEAT_S", "soon"),
     ("KEEP_VERSIONS", "0"),
+    ("ROLL_BACK", "always"),
     ("LOG_LEVEL", "loud"),
     ("LEARNING_RATE", "0"),
     ("LEARNING_RATE", "fast"),
@@ -86,12 +91,19 @@ BAD = [
     ("BATCH_SIZE", "0"),
     ("BATCH_SIZE", "2.5"),
     ("ROUND_S", "nan"),
+    ("ROUND_S", "0"),
+    ("ROUND_S", "Auto"),
+    ("ROUND_MIN_S", "0"),
+    ("ROUND_MIN_S", "auto"),
+    ("ROUND_MIN_S", "601"),
+    ("ROUND_MAX_S", "inf"),
     ("QUORUM", "0"),
     ("QUORUM", "1.1"),
     ("ACCEPT_LATE", "always"),
     ("CODEC", "int4"),
     ("ROUND_KIND", "gradients"),
     ("BROADCAST", "fp32"),
+    ("AGGREGATION", "arrival"),
     ("EVALUATE_EVERY", "0"),
 ]
 
@@ -105,7 +117,9 @@ def read(**given: str) -> CoordinatorSettings:
     [
         ("ACCEPT_LATE", "never, round, stale"),
         ("ROUND_KIND", "delta, gradient"),
+        ("AGGREGATION", "rounds, per-arrival"),
         ("CODEC", "ternary, int8, fp32"),
+        ("ROLL_BACK", "never, alarm"),
         ("BROADCAST", "exact, ternary, int8"),
         ("LOG_LEVEL", "debug, info, warning, error"),
     ],
@@ -115,6 +129,26 @@ def test_a_wrong_word_is_shown_with_those_that_there_are(name, words):
         read(**{name: "bogus"})
 
     assert str(caught.value) == f"{PREFIX}{name} must be one of {words}, got 'bogus'"
+
+
+def test_a_round_time_is_a_number_or_the_word_that_leaves_it_to_the_coordinator():
+    assert read(ROUND_S="auto").plan.round_s == "auto"
+    with pytest.raises(StartError) as caught:
+        read(ROUND_S="soon")
+
+    assert str(caught.value) == (
+        f"{PREFIX}ROUND_S must be auto or a number of seconds above 0, at most 1e+09, "
+        "got 'soon'"
+    )
+
+
+def test_bounds_the_wrong_way_round_are_shown_both():
+    with pytest.raises(StartError) as caught:
+        read(ROUND_MAX_S="5")
+
+    assert str(caught.value) == (
+        f"{PREFIX}ROUND_MIN_S: $.round_min_s must be at most round_max_s (5), not 10"
+    )
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -135,6 +169,14 @@ def test_every_number_of_the_plan_is_read(name):
 
     assert getattr(plan, name.lower()) == due
     assert plan != TrainingPlan()
+
+
+def test_arrivals_have_no_momentum_unless_one_is_asked_for_and_refused():
+    assert read(AGGREGATION="per-arrival").plan.outer_momentum == 0.0
+    with pytest.raises(StartError, match=r"OUTER_MOMENTUM: .* per-arrival.*'0.8'"):
+        read(AGGREGATION="per-arrival", OUTER_MOMENTUM="0.8")
+    with pytest.raises(StartError, match=r"ROUND_KIND: .* per-arrival.*'gradient'"):
+        read(AGGREGATION="per-arrival", ROUND_KIND="gradient")
 
 
 def test_there_is_no_setting_that_these_tests_leave_out():

@@ -7,15 +7,14 @@ import asyncio
 import pytest
 
 from bitnet_ext.wire.verdicts import LeaseState, TaskKind
-from coordinator.service.grace import CLOCK_FACT
+from coordinator.service.seeding import is_over
 from coordinator.service.starting import RunSettings
 from coordinator.service.sweeping import (
     every,
-    is_over,
     keep_clock,
     sweep,
 )
-from coordinator.store import runs, tasks, workers
+from coordinator.store import clock, runs, tasks
 from coordinator.store.system import LeaseClock
 from tests.unit.coordinator.fleets import PLAN, World
 
@@ -184,13 +183,24 @@ def test_the_clock_goes_on_from_where_it_was_kept(running: World):
     running.clock.advance(1e9)
     running.do(keep_clock(running.fleet))
 
-    kept = float(running.read(lambda c: workers.fact(c, CLOCK_FACT)))
+    kept = running.read(clock.ran_until)
 
     assert kept == running.clock.now()
     assert LeaseClock(kept).now() >= kept
     running.clock.advance(1.0)
     running.do(keep_clock(running.fleet))
-    assert float(running.read(lambda c: workers.fact(c, CLOCK_FACT))) == kept + 1.0
+    assert running.read(clock.ran_until) == kept + 1.0
+
+
+def test_after_a_restart_the_clock_is_past_every_claim(running: World):
+    running.do(keep_clock(running.fleet))
+    running.clock.advance(8.0)
+    task = running.claimed()  # and the coordinator dies; its wall clock is set back
+
+    ran_until = running.read(clock.ran_until)
+
+    begun = LeaseClock(ran_until, wall=lambda: 0.0, monotonic=lambda: 5.0).now()
+    assert begun >= running.task(task.task_id).claimed_at
 
 
 def test_what_fails_is_logged_and_tried_again(caplog):

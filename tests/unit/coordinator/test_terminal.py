@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from coordinator.service.view import RollbackView
 from coordinator.store import workers
 from coordinator.terminal import status_text
 from tests.unit.coordinator.fleets import World
@@ -30,6 +31,7 @@ def test_a_fleet_is_shown_worst_first(running: World):
         "run      r-1 (tiny), running, epoch 1, version 1, 0 tokens",
         "ETA      unknown. No token budget is set.",
         "round    1 (delta) on version 1, open, 0 of 2 back",
+        "time     60 s a round. Overhead not measured yet. Fixed.",
         "tasks    0 pending, 2 leased (1 soft-expired, 1 stuck), 0 done, 0 failed; "
         "1264 tokens not cut yet",
         "workers  1 slow, 1 idle, 1 lost, 1 gone",
@@ -43,6 +45,33 @@ def test_a_fleet_is_shown_worst_first(running: World):
         "idle     alder   -               -         0 s        -        -          "
         "Holds no task.",
     ]
+
+
+def test_a_run_that_goes_back_says_so_with_both_versions_and_losses(running: World):
+    view = looked(running)
+    rollback = RollbackView(
+        version=None,
+        at=None,
+        from_version=70,
+        from_loss=5.5,
+        to_version=40,
+        to_loss=None,
+    )
+
+    def lines(rollback: RollbackView) -> list[str]:
+        run = msgspec.structs.replace(
+            view.run, loss_alarm="It rose.", rollback=rollback
+        )
+        shown = msgspec.structs.replace(view, run=run)
+        return status_text(shown).splitlines()[2:4]
+
+    ways = "from version 70 (held-out loss 5.5000) to version 40 (not scored)"
+    assert lines(rollback) == [
+        "ALARM    Held-out loss has risen. It rose.",
+        f"rollback about to go back {ways}, once the round is closed",
+    ]
+    made = msgspec.structs.replace(rollback, version=72, at=1e9)
+    assert lines(made)[1] == f"rollback went back {ways}, which is version 72 now"
 
 
 def test_the_end_is_a_moment_with_its_window(running: World):

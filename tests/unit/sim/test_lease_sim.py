@@ -109,7 +109,7 @@ def test_without_a_stuck_limit_the_hung_are_found_when_their_lease_ends(monkeypa
     by_limit = figures([seen(often(Fault.HANG))])[name]
     monkeypatch.setattr(verdicts, "STUCK_SHARE", 1e9)
 
-    assert figures([seen(often(Fault.HANG))])[name] > by_limit + 15.0
+    assert figures([seen(often(Fault.HANG))])[name] > by_limit + 10.0
 
 
 def test_speeds_that_are_never_measured_make_tasks_of_the_wrong_length(monkeypatch):

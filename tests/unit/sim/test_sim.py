@@ -10,7 +10,8 @@ import torch
 from bitnet_ext.wire.verdicts import RoundKind
 from tests.sim import results
 from tests.sim.alone import alone, plan_for
-from tests.sim.fleet import Fleet, Recipe
+from tests.sim.fleet import Claim, Fleet, Recipe, Stretch
+from tests.sim.joiners import Begins, Joining
 from tests.sim.net import NO_TARGET, SEQ_LEN, Net, Shape, _bit_linear
 from tests.sim.results import Job, kept_or_done
 from tests.sim.setting import TTL_S, Setting
@@ -172,7 +173,8 @@ def test_work_that_comes_back_does_not_make_its_next_worker_late():
     fleet = a_fleet(Setting(deaths=0.0, jitter=0.0), text=a_text(400), quorum=0.7)
     for _ in range(6):
         fleet._round(10**6)
-    fleet._given_back.append(fleet._cut(fleet._workers[-1], 0.0, 100, may_retry=True))
+    size = fleet._size(fleet._workers[-1], PLAN.round_s)
+    fleet._given_back.append(fleet._cut(size, 100, may_retry=True))
     lost = fleet.counts.num_lost
 
     fleet._round(10**6)
@@ -215,6 +217,29 @@ def test_nobody_is_two_versions_behind():
     fleet._versions = [(50.0, fleet.published), (60.0, fleet.published)]
 
     assert all(claim.claimed_at > 50.0 for claim in fleet._claims(10**6))
+
+
+def test_who_works_ahead_hands_in_every_window_that_is_done_when_the_round_is_due():
+    setting = Setting(deaths=0.0, jitter=0.0)
+    fleet = a_fleet(setting, text=a_text(400), plan=GRADIENT, works_ahead=True)
+    fleet._round(10**6)
+    fleet._due += fleet._recipe.plan.round_s
+
+    claims = fleet._claims(10**6)
+
+    assert len(claims) == len(fleet._workers)
+    for claim in claims:
+        one_more_s = 1.05 / claim.worker.speed
+        assert claim.back_at <= fleet._due < claim.back_at + one_more_s
+
+
+def test_a_round_that_is_due_waits_for_no_lease():
+    fleet = a_fleet(Setting(deaths=1.0), plan=GRADIENT, works_ahead=True)
+
+    fleet._round(10**6)
+
+    assert fleet.counts.num_lost == len(fleet._workers)
+    assert fleet.now == fleet._due == fleet._recipe.plan.round_s
 
 
 def test_local_steps_can_not_change_their_weights_on_the_way():
@@ -286,3 +311,21 @@ def test_the_standard_library_is_text_enough():
     assert len(text.train) > 36_000
     assert len(text.held_out) == 1024
     assert (np.sort(text.order(7, 0)) == np.arange(len(text.train))).all()
+
+
+@pytest.mark.parametrize("begins", [Begins.KEPT, Begins.ZEROS, Begins.COPIED])
+def test_who_has_lost_its_disk_begins_as_the_study_of_joiners_says(begins):
+    recipe = Recipe(plan=PLAN, keeps_state=begins is Begins.KEPT)
+    fleet = Joining(NET, a_text(), recipe, seed=0, setting=Setting(deaths=0.0))
+    fleet.begins = begins
+    fleet.losses(2)
+    (last,) = fleet._workers[-1:]
+    dies = Claim(last, Stretch(0, 0, 1), 0.0, (), None, TTL_S)
+    own, copied = last.moments.copy(), fleet.kept
+
+    fleet._end(dies, 0.0, is_back=False)
+
+    due = {Begins.KEPT: own.step, Begins.ZEROS: 0, Begins.COPIED: copied.step}
+    assert 0 < copied.step < own.step
+    assert last.moments.step == due[begins]
+    assert bool(last.moments.square.any()) == (begins is not Begins.ZEROS)

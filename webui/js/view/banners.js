@@ -2,6 +2,7 @@
 
 import { age, clockTime } from "../format.js";
 import { html, signal } from "../lib.js";
+import { rollbackWords } from "../rollback.js";
 import { downForS, fleet, link, offline, tick } from "../store.js";
 import { Icon } from "./icons.js";
 
@@ -15,6 +16,7 @@ export function Banners({ tryNow }) {
     ${offline.value && html`<${Offline} tryNow=${tryNow} />`}
     ${view?.insecure_http && html`<${InsecureHttp} />`}
     ${view?.run?.loss_alarm && html`<${LossAlarm} reason=${view.run.loss_alarm} />`}
+    ${view?.run?.rollback && html`<${Rollback} rollback=${view.run.rollback} />`}
     ${view?.run?.reset_from_version != null && html`<${HardReset} run=${view.run} />`}
   `;
 }
@@ -57,6 +59,11 @@ function LossAlarm({ reason }) {
   return html`
     <${Banner} tone="slow" icon="warn"><b>Held-out loss has risen.</b>${" "}${reason}<//>
   `;
+}
+
+function Rollback({ rollback }) {
+  const { head, rest } = rollbackWords(rollback);
+  return html`<${Banner} tone="slow" icon="reset"><b>${head}</b>${" "}${rest}<//>`;
 }
 
 function HardReset({ run }) {

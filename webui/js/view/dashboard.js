@@ -11,6 +11,7 @@ import { LossPanel } from "./loss.js";
 import { Command } from "./parts.js";
 import { RoundPanel } from "./round.js";
 import { TokenTally } from "./tally.js";
+import { TernaryPanel } from "./ternary.js";
 import { WorkersPanel } from "./workers.js";
 
 /** Draw all there is to see. */
@@ -30,6 +31,7 @@ export function Dashboard() {
         : null
     }
     <${FailedTasks} tasks=${view.tasks} />
+    ${view.ternary && html`<${TernaryPanel} ternary=${view.ternary} />`}
     ${view.run !== null && html`<${ExportsPanel} view=${view} />`}
     <p class="foot">
       bitnet-fleet ${view.package_version}. Event loop of the coordinator: at most

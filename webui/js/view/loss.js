@@ -140,7 +140,7 @@ function Tip({ view, series, point, width }) {
     <div class="tip" style=${{ left: `${left}px` }}>
       <b>v${id}</b> <span>${short(tokens)} tokens${
         version && `, ${dayTime(version.at, now.value, { seconds: true })}`
-      }</span>
+      }${version?.rolled_back_to ? `, v${version.rolled_back_to} again` : ""}</span>
       <dl>
         ${rows.map(([name, value]) => html`<dt>${name}</dt><dd>${number(value, 3)}</dd>`)}
       </dl>

@@ -36,6 +36,7 @@ export function RoundPanel() {
 }
 
 function standing(round, { numBack, leftS }) {
+  if (round.aggregation === "per-arrival") return "each submission makes a version";
   if (round.state === "closing") return "all back, the step is computed";
   if (round.lanes.length === 0) return "";
   return html`
@@ -73,7 +74,7 @@ function Lanes({ round, laid }) {
     </div>
     <p class="key">
       ${hidden && html`Not listed: ${hidden}. `}Solid: back. Outline: computing. Tick:
-      forecast. Hatch: late. Dotted: ${duration(round.round_s)}, what a task should take.
+      forecast. Hatch: late. Dotted: ${duration(round.round_s)}, what a task should take. ${round.round_reason}
       Sent up: ${KINDS[round.round_kind]}, ${round.codec}; down: ${round.broadcast === "exact" ? "whole versions" : `${round.broadcast} links`}.
     </p>
   `;

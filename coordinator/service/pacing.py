@@ -1,0 +1,60 @@
+"""Measures what a round took, and opens the next one with the round time that fits.
+
+All functions run inside the caller's transaction.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from sqlalchemy import Connection
+
+from coordinator.domain import round_time
+from coordinator.domain.round_time import Measured, Work
+from coordinator.service.roster import plan_of, seq_len_of
+from coordinator.store import rounds, versions
+from coordinator.store.rows import RoundRow, RunRow
+
+
+def measure_round(
+    connection: Connection, run: RunRow, live: RoundRow, now: float
+) -> None:
+    """Record what a round took that becomes a version `now`."""
+    works = rounds.work_of(connection, live.round_id)
+    ended_at = rounds.ended_at(connection, live.round_id)
+    found = round_time.measured(
+        [msgspec.convert(row, Work, from_attributes=True) for row in works],
+        merge_s=now - (ended_at or now),
+        evaluation_s=versions.newest_evaluation_s(connection, run.run_id),
+        plan=plan_of(run),
+        seq_len=seq_len_of(run),
+    )
+    if found is not None:
+        rounds.change_round(
+            connection,
+            live.round_id,
+            overhead_s=found.overhead_s,
+            shortest_s=found.shortest_s,
+        )
+
+
+def open_next(
+    connection: Connection, run: RunRow, live: RoundRow, *, version: int, now: float
+) -> None:
+    """Open the round on `version`, after `live` has been closed."""
+    round_s = round_time.next_round_s(
+        plan_of(run), live.round_s, recently_measured(connection, run)
+    )
+    rounds.open_round(
+        connection, run_id=run.run_id, base_version=version, round_s=round_s, now=now
+    )
+
+
+def recently_measured(connection: Connection, run: RunRow) -> list[Measured]:
+    """Return what the newest closed rounds took, oldest first."""
+    # The open one comes on top.
+    newest = rounds.newest_rounds(connection, run.run_id, round_time.NUM_ROUNDS + 1)
+    return [
+        Measured(overhead_s=row.overhead_s, shortest_s=row.shortest_s)
+        for row in newest
+        if row.overhead_s is not None and row.shortest_s is not None
+    ]
