@@ -134,7 +134,8 @@ def test_the_held_out_loss_falls(trained: Trained) -> None:
     first, last = trained.status["evaluations"][0], trained.status["evaluations"][-1]
 
     assert last["version"] == trained.status["run"]["newest_version"]
-    assert last["loss"] < first["loss"] - 0.5
+    # A wrong sign, on a busy machine, was seen to let it fall by half as much.
+    assert last["loss"] < first["loss"] - 1.0
 
 
 def test_training_flips_some_ternary_values_of_each_matrix(trained: Trained) -> None:

@@ -57,10 +57,12 @@ def names(wheel):
 def python(wheel, tmp_path_factory):
     """An interpreter that has the wheel, NumPy and msgspec, and nothing else."""
     folder = tmp_path_factory.mktemp("venv")
-    run(sys.executable, "-m", "venv", folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
     pins = folder / "pins.txt"
     pins.write_text(locked("numpy") + locked("msgspec"))
-    pip = (folder / "bin/python", "-m", "pip", "install", "--quiet", "--no-deps")
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin/python", "install")
+    # Nothing here lives long enough to pay for byte code.
+    pip += ("--quiet", "--no-deps", "--no-compile")
     run(*pip, "--only-binary=:all:", "--require-hashes", "-r", pins)
     run(*pip, "--no-index", wheel)
     return folder / "bin/python"

@@ -1,6 +1,6 @@
 """With the sign of the outer step turned round, the sign tests must fail.
 
-They run again in a process of their own, against a coordinator that walks uphill.
+They run again in processes of their own, against a coordinator that walks uphill.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.integration.fleet import MODULE_VARIABLE, ROOT
 
 HERE = "tests/integration"
+FILES = ("test_signs", "test_fleet")
 UPHILL = "tests.integration.uphill_coordinator"
 MUST_FAIL = {
     "test_the_new_weights_are_the_trained_ones",
@@ -27,26 +28,30 @@ MUST_PASS = {"test_both_workers_took_part"}
 
 
 def test_a_wrong_sign_is_caught(tmp_path: Path) -> None:
-    report = tmp_path / "report.xml"
-    tests = [f"{HERE}/test_signs.py", f"{HERE}/test_fleet.py"]
     chosen = " or ".join(MUST_FAIL | MUST_PASS)
+    reports = [tmp_path / f"{name}.xml" for name in FILES]
 
-    subprocess.run(
-        [sys.executable, "-m", "pytest", *tests, "-k", chosen, f"--junitxml={report}"],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            MODULE_VARIABLE: f"{HERE.replace('/', '.')}.uphill_coordinator",
-        },
-        capture_output=True,
-        timeout=600,
-        check=False,
-    )
+    # Side by side: each file mostly waits for processes of its own.
+    running = [
+        subprocess.Popen(
+            [
+                *[sys.executable, "-m", "pytest", f"{HERE}/{name}.py", "-k", chosen],
+                *[f"--junitxml={report}", f"--basetemp={tmp_path / name}"],
+            ],
+            cwd=ROOT,
+            env={**os.environ, MODULE_VARIABLE: UPHILL},
+            stdout=subprocess.DEVNULL,
+        )
+        for name, report in zip(FILES, reports, strict=True)
+    ]
+    for process in running:
+        process.wait(600.0)
 
     cases: dict[str, list[set[str]]] = {}
-    for case in ET.parse(report).iter("testcase"):
-        name = str(case.get("name")).partition("[")[0]
-        cases.setdefault(name, []).append({child.tag for child in case})
+    for report in reports:
+        for case in ET.parse(report).iter("testcase"):
+            name = str(case.get("name")).partition("[")[0]
+            cases.setdefault(name, []).append({child.tag for child in case})
     assert cases.keys() == MUST_FAIL | MUST_PASS
     for name in MUST_FAIL:
         # With each codec where there are several.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from coordinator.service.demo_text import write_demo_text
 
+ROOT = Path(__file__).parents[3]
 LONG = "Words that fill a module up." * 10
 
 
@@ -100,11 +104,24 @@ def test_a_source_without_docstrings_is_refused_and_leaves_nothing(tmp_path):
 @pytest.mark.slow
 def test_this_interpreter_gives_a_megabyte_and_always_the_same(tmp_path):
     before = set(sys.modules)
+    code = (
+        "import sys; from pathlib import Path; "
+        "from coordinator.service.demo_text import write_demo_text; "
+        "print(write_demo_text(Path(sys.argv[1])))"
+    )
 
-    first = write_demo_text(tmp_path / "first")
-    second = write_demo_text(tmp_path / "second")
+    # Beside this one, in a process whose hashes are others.
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "second"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        first = write_demo_text(tmp_path / "first")
+        second, _ = other.communicate()
 
-    assert first == second
+    assert second == f"{first}\n"
     assert first.num_bytes > 1_000_000
     assert first.num_modules > 200
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
