@@ -63,7 +63,8 @@ def windows(arrivals: Sequence[tuple[float, int]], seconds: float) -> list[Close
         seconds = min(seconds, (arrivals[-1][0] - began_at) / NUM_ROUNDS)
     for at, tokens in arrivals[1:]:
         sum_tokens += tokens
-        if at - began_at >= seconds:
+        # Without a token it says nothing: a version may be an earlier one again.
+        if sum_tokens and at - began_at >= seconds:
             found.append(Closed(at=at, tokens=sum_tokens, seconds=at - began_at))
             began_at, sum_tokens = at, 0
     return found

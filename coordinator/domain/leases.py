@@ -69,17 +69,20 @@ def first_hard_at(
     may be a hundred times slower. A prediction counts for `MAX_ROUNDS` at most, else a
     worker that takes all it may would be given more for each task. Where the size was
     not cut to the round it counts for as long as that worker had before it was
-    measured. A task of one step (`num_steps`) gets as many step times as a step may
-    take: its worker is at work, or else called stuck, until then.
+    measured. A task of one step (`num_steps`) can't be cut to the round: it gets as
+    many step times as a step may take, within what an unmeasured worker gets. Its
+    worker is at work, or else called stuck, until then.
     """
     if predicted_s is None:
         return claimed_at + MAX_UNMEASURED_S
     most_s = MAX_ROUNDS * round_s
     if fixed_size:
         most_s = max(most_s, MAX_UNMEASURED_S)
-    step_s = min(predicted_s, most_s) / num_steps
-    due_s = max(predicted_s, CPU_GRACE_STEPS * step_s / HARD_FACTOR)
-    return hard_at(claimed_at, min(due_s, most_s))
+    limit = hard_at(claimed_at, min(predicted_s, most_s))
+    if num_steps > 1:
+        return limit
+    step_s = CPU_GRACE_STEPS * predicted_s + HARD_SLACK_S
+    return max(limit, claimed_at + min(step_s, MAX_UNMEASURED_S))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Final
 
 from bitnet_ext.wire.verdicts import RoundKind
-from coordinator.domain.plan import AUTO, TrainingPlan
+from coordinator.domain.plan import AUTO, Aggregation, TrainingPlan
 
 #: The round time of a run that begins, within its bounds.
 FIRST_S: Final = 60.0
@@ -159,6 +159,8 @@ def _told_choice(plan: TrainingPlan, round_s: float, rounds: Sequence[Measured])
         if plan.round_s == round_s:
             return "Fixed."
         return f"Fixed at {plan.round_s:g} s from the next round on."
+    if plan.aggregation is Aggregation.PER_ARRIVAL:
+        return "Not measured, as each submission makes a version."
     bounds = f"between {plan.round_min_s:g} and {plan.round_max_s:g} s"
     if len(rounds) < MIN_ROUNDS:
         return f"Chosen {bounds} once {MIN_ROUNDS} rounds are measured."

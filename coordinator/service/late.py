@@ -17,7 +17,7 @@ from bitnet_ext.wire.messages import SubmissionMeta
 from bitnet_ext.wire.verdicts import ErrorCode, TaskState
 from coordinator.domain import leases
 from coordinator.domain.errors import RefusedError
-from coordinator.domain.plan import AcceptLate
+from coordinator.domain.plan import AcceptLate, Aggregation
 from coordinator.domain.staleness import MAX_STALENESS
 from coordinator.domain.throughput import waited_s
 from coordinator.service.bookkeeping import measure
@@ -108,8 +108,11 @@ def _may_join(run: RunRow, live: RoundRow, began: RoundRow) -> bool:
     """
     if began.run_id != run.run_id:
         return False
-    is_open = live.state == "open"
-    match plan_of(run).accept_late:
+    is_open, plan = live.state == "open", plan_of(run)
+    if plan.aggregation is Aggregation.PER_ARRIVAL:
+        # However stale: so is what comes in time.
+        return plan.accept_late is not AcceptLate.NEVER
+    match plan.accept_late:
         case AcceptLate.NEVER:
             return False
         case AcceptLate.ROUND:

@@ -228,6 +228,8 @@ async def _give_up(fleet: Fleet, due: _Due, fault: str) -> None:
     now, body = fleet.clock.now(), {"to_version": due.to.version, "reason": fault}
 
     def forget(connection: Connection) -> None:
+        if _find(connection) != due:  # an operator has said another since
+            return
         runs.change_run(connection, due.run.run_id, roll_back_to=None)
         workers.add_event(connection, at=now, kind="rollback.refused", body=body)
 

@@ -8,7 +8,7 @@ import pytest
 
 from bitnet_ext.wire.verdicts import ErrorCode, TaskState
 from coordinator.domain.errors import RefusedError
-from coordinator.domain.plan import Aggregation
+from coordinator.domain.plan import AUTO, Aggregation
 from coordinator.service.closing import RoundCloser
 from coordinator.service.exporting import parse_version
 from coordinator.service.looking import look
@@ -17,6 +17,7 @@ from coordinator.service.starting import reconcile
 from coordinator.service.sweeping import sweep
 from coordinator.store import rounds, versions
 from tests.unit.coordinator.fleets import PLAN, World
+from tests.unit.coordinator.test_looking import looked
 
 ARRIVALS = msgspec.structs.replace(
     PLAN,
@@ -237,3 +238,26 @@ def test_a_run_goes_back_once_all_that_is_out_has_arrived(two: World) -> None:
     assert two.read(versions.highest_number) == 4
     assert np.array_equal(two.state(4).weights, two.state(1).weights)
     assert two.claimed("w1").base_version == 4
+
+
+def test_what_comes_after_its_lease_is_taken_however_stale(two: World) -> None:
+    first, late = two.claimed("w1"), two.claimed("w2")
+    arrive(two, first, "w1")
+    two.clock.advance(31.0)
+    two.sweep()
+    assert two.task(late.task_id).state == TaskState.PENDING
+
+    arrive(two, late, "w2")
+
+    assert two.task(late.task_id).state == TaskState.DONE
+
+
+def test_no_round_time_is_measured_where_no_round_is_waited_for(world: World) -> None:
+    world.start_run(msgspec.structs.replace(ARRIVALS, round_s=AUTO))
+    world.register("w1")
+    for _ in range(6):
+        arrive(world, world.claimed("w1"), "w1")
+
+    view = looked(world).round
+    assert (view.round_s, view.overhead_s) == (60.0, None)
+    assert view.round_reason.endswith("as each submission makes a version.")

@@ -144,6 +144,9 @@ def test_arrivals_are_grouped_by_time():
 
     assert found == [(10.0, 3, 10.0), (25.0, 7, 15.0)]
     assert windows([], 10.0) == []
+    # Versions without a token end none.
+    (only,) = windows([(0.0, 7), (11.0, 0), (22.0, 0), (33.0, 5)], 10.0)
+    assert (only.tokens, only.seconds) == (5, 33.0)
 
 
 def test_many_arrivals_in_little_time_make_shorter_windows():

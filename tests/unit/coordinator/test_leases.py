@@ -208,6 +208,15 @@ def test_one_long_step_may_take_as_long_as_its_cpu_time_keeps_the_lease(
     assert due == 1000.0 + due_s + 60.0
 
 
+def test_one_step_may_take_longer_than_any_round_but_not_than_two_hours():
+    def limit_s(predicted_s):
+        return leases.first_hard_at(
+            0.0, predicted_s, num_steps=1, round_s=10.0, fixed_size=False
+        )
+
+    assert [limit_s(p) for p in (200.0, 1000.0, 1e9)] == [1060.0, 5060.0, 7200.0]
+
+
 def test_a_task_is_predicted_from_its_own_speed_once_there_is_one():
     def predicted(done, elapsed_s):
         return leases.predicted_from_progress(

@@ -320,7 +320,8 @@ def test_a_speed_that_falls_with_each_task_holds_no_round_longer(running: World)
         assert running.close_round()
 
     assert spans[0] == 7200.0
-    assert spans[1:] == pytest.approx([3 * 240.0 + 60.0] * 5)
+    # Of one step: no longer than one that nobody has measured.
+    assert max(spans[1:]) == pytest.approx(7200.0)
 
 
 @pytest.mark.parametrize(

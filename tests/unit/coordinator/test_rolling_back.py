@@ -17,6 +17,7 @@ from coordinator.domain.errors import RefusedError
 from coordinator.domain.muon import OptimiserState, gradient_step
 from coordinator.domain.plan import AcceptLate, step_sizes
 from coordinator.domain.rollback import RollBack, Rollback
+from coordinator.service import rolling_back
 from coordinator.service.broadcast import publication
 from coordinator.service.closing import RoundCloser
 from coordinator.service.exporting import Pick
@@ -512,3 +513,14 @@ def test_a_damaged_version_and_a_finished_run_are_refused(watched: World):
     watched.fleet.blobs.path(BlobKind.STATE, version_blob(1)).unlink()
     with pytest.raises(RefusedError, match="one that is whole, got 1: state/"):
         by_hand(watched, 1)
+
+
+def test_a_newer_wish_outlives_the_refusal_of_an_older(watched: World):
+    rise(watched, 190.0, 186.0, 187.0)
+    by_hand(watched, 1)
+    due = watched.read(rolling_back._find)
+    by_hand(watched, 2)  # while the files of 1 are looked at
+
+    watched.do(rolling_back._give_up(watched.fleet, due, "damaged"))
+
+    assert watched.run_row().roll_back_to == 2
