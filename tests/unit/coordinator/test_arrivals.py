@@ -11,7 +11,6 @@ from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import AUTO, Aggregation
 from coordinator.service.closing import RoundCloser
 from coordinator.service.exporting import parse_version
-from coordinator.service.looking import look
 from coordinator.service.rolling_back import ask_for_rollback
 from coordinator.service.starting import reconcile
 from coordinator.service.sweeping import sweep
@@ -179,16 +178,7 @@ def test_the_page_shows_who_is_out_since_before_the_round(two: World) -> None:
     arrive(two, first, "w1")
     two.claimed("w1")
 
-    view = two.read(
-        lambda connection: look(
-            connection,
-            two.fleet,
-            now=two.clock.now(),
-            loop_lag_ms=0.0,
-            insecure_http=False,
-            history=True,
-        )
-    )
+    view = looked(two)
 
     assert view.round.aggregation == "per-arrival"
     assert view.round.first_claim_at == began
@@ -210,16 +200,7 @@ def test_speed_and_eta_go_by_what_arrives_in_a_while(world: World) -> None:
         world.clock.advance(1.0)
         arrive(world, second, "w2")
 
-    view = world.read(
-        lambda connection: look(
-            connection,
-            world.fleet,
-            now=world.clock.now(),
-            loop_lag_ms=0.0,
-            insecure_http=False,
-            history=False,
-        )
-    )
+    view = looked(world)
 
     assert view.run.tokens_per_s == pytest.approx(64 / 20, rel=0.15)
     assert view.run.eta.at is not None
