@@ -181,6 +181,24 @@ def decode_add(codec: Codec, payload: Bytes, into: Vector, weight: float) -> Non
             trits.add(data, weight, into)
 
 
+def decode_dot(codec: Codec, payload: Bytes, vector: Vector) -> float:
+    """Return the inner product of the decoded numbers and `vector`, float32 (n,).
+
+    Products are exact in float64, and summed there in blocks of 4096, each in 16
+    lanes: the same bits on every CPU. Not finite where a number of `vector` isn't.
+    Errors as in `decode`.
+    """
+    vector = flat(vector, "vector")
+    data = _checked(codec, payload, vector.size)
+    match codec:
+        case Codec.FP32:
+            return _kernels.dot_fp32(data, vector)
+        case Codec.INT8:
+            return _kernels.dot_int8(data, vector)
+        case Codec.TERNARY:
+            return trits.dot(data, vector)
+
+
 def is_finite(vector: Vector) -> bool:
     """Return whether no number is NaN or infinite; float32 of any shape."""
     numbers = flat(vector.reshape(-1), "vector")

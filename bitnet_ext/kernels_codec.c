@@ -13,6 +13,8 @@
 #define SURE_BELOW 0.49996f
 /* Bytes: far enough to hide memory, near enough to stay in the caches. */
 enum { FETCH_AHEAD = 4096 };
+/* Sums have so many lanes, and so the same bits, on every machine. */
+enum { LANES = 16 };
 
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)

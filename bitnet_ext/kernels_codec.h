@@ -11,7 +11,7 @@
 /* Outputs from this size on go past the caches: no reader finds them there anyway,
    and a line that is written whole need not be read first. */
 enum { STREAM_FROM = 8 << 20 };
-/* Numbers that the outer step takes at a time. */
+/* Numbers that the outer step and products take at a time. */
 enum { STEP_BLOCK = 4096 };
 /* A block of base-3 packing: five planes of 64 values, a byte for one of each. */
 enum { PLANES = 5, PLANE = 64, TRITS = PLANES * PLANE };
@@ -56,6 +56,8 @@ struct codecs {
     int (*unpack3)(const uint8_t *codes, ptrdiff_t count, int8_t *out);
     /* Numbers first..end of the outer step; `first` is a multiple of STEP_BLOCK. */
     void (*outer_stretch)(struct outer *o, ptrdiff_t first, ptrdiff_t end);
+    /* Sum of products, in lanes of doubles; of STEP_BLOCK numbers at most. */
+    double (*dot)(const float *x, const float *y, ptrdiff_t count);
 };
 
 /* bf16 is also for those who know `struct loops` only. */
@@ -81,6 +83,13 @@ enum { MOST_LARGE = 96 };
 int encode_trits(const float *x, const float *minus, const float *residual,
                  ptrdiff_t count, uint8_t *payload, float *lost);
 int check_trits(const uint8_t *payload, ptrdiff_t count);
-void add_trits(const uint8_t *payload, ptrdiff_t count, float weight, float *into);
+/* Numbers first..first + size of `count`; `first` is a multiple of BLOCK. */
+void add_trits(const uint8_t *payload, ptrdiff_t count, ptrdiff_t first,
+               ptrdiff_t size, float weight, float *into);
+
+/* Products of the numbers of a checked payload with those of a vector, summed. */
+double dot_int8(const uint8_t *payload, ptrdiff_t count, const float *vector);
+double dot_fp32(const uint8_t *payload, ptrdiff_t count, const float *vector);
+double dot_trits(const uint8_t *payload, ptrdiff_t count, const float *vector);
 
 #endif

@@ -1,4 +1,4 @@
-# Payloads, conversions, packings and the outer step; a part of _kernels.pyx.
+# Payloads and their products, conversions, packings, the outer step; a part of _kernels.pyx.
 
 cdef extern from "kernels_codec.h" nogil:
     cdef enum:
@@ -52,7 +52,12 @@ cdef extern from "kernels_codec.h" nogil:
         const float *, const float *, const float *, Py_ssize_t, uint8_t *, float *
     )
     int c_check_trits "check_trits"(const uint8_t *, Py_ssize_t)
-    void c_add_trits "add_trits"(const uint8_t *, Py_ssize_t, float, float *)
+    void c_add_trits "add_trits"(
+        const uint8_t *, Py_ssize_t, Py_ssize_t, Py_ssize_t, float, float *
+    )
+    double c_dot_int8 "dot_int8"(const uint8_t *, Py_ssize_t, const float *)
+    double c_dot_fp32 "dot_fp32"(const uint8_t *, Py_ssize_t, const float *)
+    double c_dot_trits "dot_trits"(const uint8_t *, Py_ssize_t, const float *)
     const codecs *active_codecs()
     void c_outer_step "outer_step"(outer *o, int threads)
 
@@ -339,4 +344,40 @@ def add_trits(
     if count == 0:
         return
     with nogil:
-        c_add_trits(&payload[0], count, weight, &into[0])
+        c_add_trits(&payload[0], count, 0, count, weight, &into[0])
+
+
+def dot_int8(const uint8_t[::1] payload not None, const float[::1] vector not None):
+    """Return the sum of products of a checked payload with a vector."""
+    cdef Py_ssize_t count = vector.shape[0]
+    cdef double total
+    _must(payload.shape[0] == count + 4 * _up(count, BLOCK), "payload")
+    if count == 0:
+        return 0.0
+    with nogil:
+        total = c_dot_int8(&payload[0], count, &vector[0])
+    return total
+
+
+def dot_fp32(const uint8_t[::1] values not None, const float[::1] vector not None):
+    """Return the sum of products of finite values, given as bytes, with a vector."""
+    cdef Py_ssize_t count = vector.shape[0]
+    cdef double total
+    _must(values.shape[0] == 4 * count, "values")
+    if count == 0:
+        return 0.0
+    with nogil:
+        total = c_dot_fp32(&values[0], count, &vector[0])
+    return total
+
+
+def dot_trits(const uint8_t[::1] payload not None, const float[::1] vector not None):
+    """Return the sum of products of a checked payload with a vector."""
+    cdef Py_ssize_t count = vector.shape[0]
+    cdef double total
+    _must(payload.shape[0] == _trits_bytes(count), "payload")
+    if count == 0:
+        return 0.0
+    with nogil:
+        total = c_dot_trits(&payload[0], count, &vector[0])
+    return total

@@ -180,6 +180,21 @@ TARGET static void NAME(add_fp32)(const uint8_t *values, ptrdiff_t count, float 
         into[i] += weight * load_float(values + 4 * i);
 }
 
+/* A product of two floats is exact as a double: only the order of sums matters. */
+TARGET static double NAME(dot)(const float *x, const float *y, ptrdiff_t count)
+{
+    double lanes[LANES] = {0}, sum = 0;
+    ptrdiff_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            lanes[lane] += (double)x[i + lane] * (double)y[i + lane];
+    for (int lane = 0; i < count; i++, lane++)
+        lanes[lane] += (double)x[i] * (double)y[i];
+    for (int lane = 0; lane < LANES; lane++)
+        sum += lanes[lane];
+    return sum;
+}
+
 /* To nearest, halves to even; a NaN keeps its sign and top bits and stays a NaN. The
    functions of a part return the bits of the largest of all sizes. */
 TARGET static inline __attribute__((always_inline)) int32_t

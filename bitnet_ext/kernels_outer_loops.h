@@ -86,5 +86,5 @@ const struct codecs NAME(codecs) = {
     NAME(encode_int8), NAME(decode_int8), NAME(check_int8), NAME(add_int8),
     NAME(check_fp32),  NAME(add_fp32),    NAME(to_fp16),    NAME(from_fp16),
     NAME(pack2),       NAME(unpack2),     NAME(pack3),      NAME(unpack3),
-    NAME(outer_stretch),
+    NAME(outer_stretch), NAME(dot),
 };

@@ -194,18 +194,36 @@ int check_trits(const uint8_t *payload, ptrdiff_t count)
     return OK;
 }
 
-void add_trits(const uint8_t *payload, ptrdiff_t count, float weight, float *into)
+/* The bits of up to 64 numbers; zeros beyond the last. Whole words, because the end of
+   a walk over their bits is a branch that no CPU foresees. */
+static uint64_t word_of(const uint8_t *bits, ptrdiff_t num_bytes)
+{
+    uint64_t word = 0;
+    if (num_bytes >= 8)
+        memcpy(&word, bits, 8);
+    else
+        memcpy(&word, bits, (size_t)num_bytes);
+    return word;
+}
+
+void add_trits(const uint8_t *payload, ptrdiff_t count, ptrdiff_t first,
+               ptrdiff_t size, float weight, float *into)
 {
     struct trit_parts from = parts_of(payload, count);
-    for (ptrdiff_t start = 0; start < count; start += BLOCK) {
+    ptrdiff_t block = first / BLOCK;
+    from.sizes += 2 * block, from.bits += BIT_BYTES * block;
+    from.signs += SIGN_BYTES * block;
+    for (ptrdiff_t start = 0; start < size; start += BLOCK) {
         float values[2] = {size_of(from.sizes) * weight, 0};
-        int place = 0;
+        unsigned place = 0;
         values[1] = -values[0];
-        for (ptrdiff_t i = 0; i < BIT_BYTES && start + 8 * i < count; i++)
-            for (unsigned bits = from.bits[i]; bits; bits &= bits - 1, place++) {
-                int sign = from.signs[place / 8] >> place % 8 & 1;
-                into[start + 8 * i + __builtin_ctz(bits)] += values[sign];
+        for (ptrdiff_t i = 0; i < BLOCK && start + i < size; i += 64) {
+            uint64_t bits = word_of(from.bits + i / 8, (size - start - i + 7) / 8);
+            for (; bits; bits &= bits - 1, place++) {
+                unsigned sign = from.signs[place / 8] >> place % 8 & 1;
+                into[start + i + __builtin_ctzll(bits)] += values[sign];
             }
+        }
         from.sizes += 2, from.bits += BIT_BYTES, from.signs += SIGN_BYTES;
     }
 }

@@ -13,6 +13,8 @@ from bitnet_ext.packing import PLANE, PLANES
 from bitnet_ext.ternary import TOKENS, QuantisedRows
 from bitnet_ext.trits import MOST_LARGE
 
+#: Numbers that are summed at a time.
+STEP_BLOCK = 4096
 _LANES = 16
 _SMALLEST = np.finfo(np.float32).smallest_normal
 
@@ -223,6 +225,17 @@ def decode_ternary(payload: bytes, num_elements: int) -> Vector:
 def decode_add(decoded: Vector, into: Vector, weight: float) -> Vector:
     """Return into + weight * decoded, two float32 roundings for each number."""
     return into + np.float32(weight) * decoded
+
+
+def decode_dot(decoded: Vector, vector: Vector) -> float:
+    """Return the inner product: 16 lanes of doubles for each 4096 numbers."""
+    products, total = decoded.astype(np.float64) * vector, 0.0
+    for start in range(0, products.size, STEP_BLOCK):
+        block = products[start : start + STEP_BLOCK]
+        rows = np.pad(block, (0, -block.size % _LANES)).reshape(-1, _LANES)
+        lanes = np.add.accumulate(rows, axis=0)[-1]
+        total += float(np.add.accumulate(lanes)[-1])
+    return total
 
 
 def outer_step(

@@ -59,3 +59,8 @@ def add(payload: Payload, weight: float, into: Vector) -> None:
     The product is rounded once, and the sum once, as float32.
     """
     _kernels.add_trits(payload, weight, into)
+
+
+def dot(payload: Payload, vector: Vector) -> float:
+    """Return the sum of products of a sound payload with a vector, float32 (n,)."""
+    return _kernels.dot_trits(payload, vector)

@@ -7,21 +7,22 @@ Pure rules on the submissions of one round, in the order in which they are merge
 - zeros among others are left out
 - a worker that is left out again and again is to be quarantined
 
-Norms and cosines are made of float32 operations, one number after the other, and of
-sums in float64 in a fixed order. So a round that is closed again is judged the same.
+The mean is made of float32 operations, one number after the other; norms and products
+of exact ones in float64, summed in a fixed order. So a round that is closed again is
+judged the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
 import numpy as np
 
-from bitnet_ext.codecs import Bytes, Codec, Vector, decode_add
+from bitnet_ext.codecs import Bytes, Codec, Vector, decode_add, decode_dot
 from bitnet_ext.fused import norm_of
 from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain.outer_step import merge_weights
@@ -121,23 +122,32 @@ def judge(
     `recent` are sizes of the last submissions that were applied. `read` is called
     for rounds of `FEWEST` or more only. Raises PayloadError as `decode_add` does.
     """
-    sizes = [candidate.size for candidate in candidates]
-    rulings = [
-        Ruling(factor=factor, reason=reason)
-        for factor, reason in zip(
-            _factors(sizes, recent), map(_of_odd_size(sizes), sizes), strict=True
-        )
-    ]
-    memory = _Memory(num_elements, threads)
+    rulings = _by_size([candidate.size for candidate in candidates], recent)
+    mean = np.empty(num_elements, dtype=np.float32)
     while places := _left(rulings):
-        if not _drop_worst(candidates, rulings, places, read, memory):
-            return Judgement(rulings=rulings, mean=memory.mean)
+        weights = _weights(candidates, rulings, places)
+        mean_norm = norm_of(_added_up(weights, read, mean), threads=threads)
+        for place, weight in weights.items():
+            norms = candidates[place].norm, mean_norm
+            cosine = _cosine(read(place), mean, weight, norms)
+            rulings[place] = replace(rulings[place], cosine=cosine)
+        if not _drop_worst(rulings, places):
+            return Judgement(rulings=rulings, mean=mean)
     return Judgement(rulings=rulings, mean=None)
 
 
 def keeps_failing(left_out: Sequence[bool]) -> bool:
     """Return whether a worker is to be quarantined: 5 of its last 8 were left out."""
     return sum(left_out[-NUM_JUDGED:]) >= MOST_LEFT_OUT
+
+
+def _by_size(sizes: Sequence[float], recent: Sequence[float]) -> list[Ruling]:
+    """Return what sizes alone say of each submission."""
+    reasons = map(_of_odd_size(sizes), sizes)
+    return [
+        Ruling(factor=factor, reason=reason)
+        for factor, reason in zip(_factors(sizes, recent), reasons, strict=True)
+    ]
 
 
 def _of_odd_size(sizes: Sequence[float]) -> Callable[[float], str | None]:
@@ -170,19 +180,6 @@ def has_risen(losses: Sequence[float]) -> bool:
     return bool(before) and min(last) > (1.0 + RISE) * min(before)
 
 
-class _Memory:
-    """Two vectors to work in."""
-
-    def __init__(self, num_elements: int, threads: int) -> None:
-        self.mean, self.both = (
-            np.empty(num_elements, dtype=np.float32) for _ in range(2)
-        )
-        self.threads = threads
-
-    def norm(self, vector: Vector) -> float:
-        return norm_of(vector, threads=self.threads)
-
-
 def _left(rulings: Sequence[Ruling]) -> list[int]:
     """Return the places of what is left; none where that can't judge one another."""
     places = [place for place, ruling in enumerate(rulings) if ruling.reason is None]
@@ -190,27 +187,27 @@ def _left(rulings: Sequence[Ruling]) -> list[int]:
     return places if enough else []
 
 
-def _drop_worst(
-    candidates: Sequence[Candidate],
-    rulings: list[Ruling],
-    places: Sequence[int],
-    read: Read,
-    memory: _Memory,
-) -> bool:
-    """Set the cosines of what is left, and leave the worst out; False: none is bad."""
+def _weights(
+    candidates: Sequence[Candidate], rulings: Sequence[Ruling], places: Sequence[int]
+) -> dict[int, float]:
+    """Return by place how much of each is part of the mean, as it will be merged."""
     shares = merge_weights([candidates[place].tokens for place in places])
-    weights = [
-        share * rulings[place].factor
+    return {
+        place: share * rulings[place].factor
         for place, share in zip(places, shares, strict=True)
-    ]
-    memory.mean.fill(0)
-    for place, weight in zip(places, weights, strict=True):
-        decode_add(*read(place), memory.mean, weight)
-    length = memory.norm(memory.mean)
-    for place, weight in zip(places, weights, strict=True):
-        norm = candidates[place].norm
-        cosine = _cosine(read(place), norm, weight, length, memory)
-        rulings[place] = replace(rulings[place], cosine=cosine)
+    }
+
+
+def _added_up(weights: Mapping[int, float], read: Read, mean: Vector) -> Vector:
+    """Return `mean` with what is left written over it, in order."""
+    mean.fill(0)
+    for place, weight in weights.items():
+        decode_add(*read(place), mean, weight)
+    return mean
+
+
+def _drop_worst(rulings: list[Ruling], places: Sequence[int]) -> bool:
+    """Leave out the one that is most against the rest; False: none is bad."""
     known = {place: rulings[place].cosine for place in places}
     cosines = {place: cosine for place, cosine in known.items() if cosine is not None}
     if not cosines:
@@ -232,24 +229,19 @@ def _lowest(cosines: Sequence[float]) -> float:
 
 def _cosine(
     payload: tuple[Codec, Bytes],
-    norm: float,
+    mean: Vector,
     weight: float,
-    length: float,
-    memory: _Memory,
+    norms: tuple[float, float],
 ) -> float | None:
     """Return the cosine of a payload with the rest of a mean.
 
-    `norm` is its own, `length` that of the mean, `weight` of it is part of the mean.
-    None where one of them is zeros, or a number overflows. The product m'y is that of
-    |m + c y|^2 = |m|^2 + c^2 |y|^2 + 2 c m'y, with c so that both are as long.
+    `weight` of it is part of the mean; `norms` are its own and that of the mean. None
+    where one of them is zeros, or a number overflows.
     """
-    scale = np.float32(length / norm) if norm > 0.0 else np.float32(0.0)
-    if not 0.0 < scale < math.inf or length == math.inf:
+    norm, length = norms
+    if norm == 0.0 or not 0.0 < length < math.inf:
         return None
-    np.copyto(memory.both, memory.mean)
-    decode_add(*payload, memory.both, float(scale))
-    own = float(scale) * norm
-    product = (memory.norm(memory.both) ** 2 - length**2 - own**2) / (2 * float(scale))
+    product = decode_dot(*payload, mean)
     of_rest = length**2 - 2 * weight * product + (weight * norm) ** 2
     if not 0.0 < of_rest < math.inf:
         return None

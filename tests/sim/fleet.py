@@ -391,17 +391,12 @@ class Fleet:
         if not self._recipe.guarded:
             return dict.fromkeys(range(len(claims)), 1.0), None
         codec, size = Codec(self._recipe.plan.codec), self._net.num_params
-        self._spend(costs.JUDGE * len(claims) * size)
+        self._spend(costs.PRODUCT * len(claims) * size)
         candidates = [
             self._candidate(claim, norm_of(decode(codec, payload, size)))
             for claim, payload in zip(claims, payloads, strict=True)
         ]
-        judgement = guards.judge(
-            candidates,
-            self._recent,
-            lambda place: (codec, payloads[place]),
-            num_elements=size,
-        )
+        judgement = self._judgement(candidates, codec, payloads)
         rulings = judgement.rulings
         for claim, candidate, ruling in zip(claims, candidates, rulings, strict=True):
             self._note(claim, candidate, ruling)
@@ -411,6 +406,22 @@ class Fleet:
             if ruling.reason is None
         }
         return factors, judgement.mean
+
+    def _judgement(
+        self, candidates: list[guards.Candidate], codec: Codec, payloads: list[bytes]
+    ) -> guards.Judgement:
+        """Judge, and let that take its time: once more where one is left out."""
+        size, num_reads = self._net.num_params, 0
+
+        def read(place: int) -> tuple[Codec, bytes]:
+            nonlocal num_reads
+            num_reads += 1
+            return codec, payloads[place]
+
+        judgement = guards.judge(candidates, self._recent, read, num_elements=size)
+        # Half of the times for the mean, half to compare with it.
+        self._spend(costs.JUDGE * num_reads / 2 * size)
+        return judgement
 
     def _candidate(self, claim: Claim, norm: float) -> guards.Candidate:
         plan, tokens = self._recipe.plan, claim.stretch.num * SEQ_LEN

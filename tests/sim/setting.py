@@ -20,8 +20,10 @@ ACCUMULATE: Final = 1
 #: Decoding and adding one number of a payload, and encoding one.
 DECODE: Final = 3
 ENCODE: Final = 6
-#: Adding one number of a payload to the mean that it is judged by, then comparing it.
-JUDGE: Final = 8
+#: Decoding a number and multiplying it, by itself for a norm or by the mean's.
+PRODUCT: Final = 2
+#: Adding a number to the mean by which it is judged, and comparing it with that.
+JUDGE: Final = DECODE + PRODUCT
 #: Share of the step's rate of FLOP at which all of these run.
 OPTIMISER_RATE: Final = 0.25
 #: A heartbeat, and how long a lease outlives the last one.

@@ -16,12 +16,14 @@ from bitnet_ext.codecs import (
     PayloadError,
     decode,
     decode_add,
+    decode_dot,
     encode,
     encode_with_feedback,
     fp32_payload,
     is_finite,
     payload_bytes,
 )
+from bitnet_ext.isa import active_isa, choose_isa, supported_isas
 
 SIZES = [0, 1, 255, 256, 257, 1000, 4096]
 
@@ -215,6 +217,78 @@ def test_adding_rounds_twice_and_fuses_nothing(codec, size):
     decoded = decode(codec, payload, size)
     expected = reference.decode_add(decoded, start, 1 / 3)
     assert into.tobytes() == expected.tobytes()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("size", [*SIZES, 4097, 20_003])
+def test_a_product_is_that_of_the_decoded_numbers_to_the_bit(codec, size):
+    payload, vector = encode(codec, normal(size)), normal(size, seed=1)
+    copy = vector.copy()
+
+    product = decode_dot(codec, payload, vector)
+
+    decoded = decode(codec, payload, size)
+    assert product == reference.decode_dot(decoded, vector)
+    assert product == pytest.approx(np.dot(decoded.astype(float), vector), abs=1e-9)
+    np.testing.assert_array_equal(vector, copy)
+
+
+anything = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(st.sampled_from(Codec), vectors, st.lists(anything, max_size=40))
+def test_a_product_is_the_same_on_any_numbers_and_variant(codec, vector, others):
+    other = np.resize(np.array(others or [0], dtype=np.float32), vector.size)
+    payload = encode(codec, vector)
+    decoded = decode(codec, payload, vector.size)
+    due = reference.decode_dot(decoded, other)
+
+    before = active_isa()
+    found = []
+    for name in supported_isas():
+        choose_isa(name)
+        found.append(decode_dot(codec, payload, other))
+    choose_isa(before)
+    assert found == [due] * len(found)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("codec", Codec)
+def test_a_product_may_start_at_any_address(codec):
+    payload, vector = encode(codec, normal(5000)), normal(5003)
+    due = reference.decode_dot(decode(codec, payload, 5000), vector[3:])
+
+    shifted = memoryview(b"x" + payload)[1:]
+
+    assert decode_dot(codec, shifted, vector[3:]) == due
+
+
+@pytest.mark.usefixtures("isa")
+def test_products_of_the_largest_numbers_do_not_overflow():
+    most = np.full(5000, np.finfo(np.float32).max)
+
+    product = decode_dot(Codec.FP32, encode(Codec.FP32, most), -most)
+
+    assert product == pytest.approx(-5000 * float(most[0]) ** 2)
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_a_product_with_what_is_not_finite_is_not_finite(codec):
+    vector = normal(300)
+    vector[7] = np.inf
+
+    assert not np.isfinite(decode_dot(codec, encode(codec, normal(300)), vector))
+
+
+def test_a_product_of_other_lengths_or_with_a_bad_byte_is_refused():
+    payload = bytearray(encode(Codec.INT8, normal(600)))
+
+    with pytest.raises(PayloadError, match="must have 611 bytes for 599 numbers"):
+        decode_dot(Codec.INT8, payload, normal(599))
+    payload[-1] = 128
+    with pytest.raises(PayloadError, match="never written"):
+        decode_dot(Codec.INT8, payload, normal(600))
 
 
 @pytest.mark.parametrize("weight", [np.nan, np.inf, 1e39])

@@ -167,7 +167,7 @@ def test_the_cosine_is_that_of_the_decoded_numbers_with_the_rest(codec):
         )
         mine = decoded[place]
         due = mine @ rest / (np.linalg.norm(mine) * np.linalg.norm(rest))
-        assert ruling.cosine == pytest.approx(due, abs=1e-5)
+        assert ruling.cosine == pytest.approx(due, abs=1e-6)
 
 
 def test_rulings_are_the_same_to_the_bit_for_every_number_of_threads():
