@@ -82,6 +82,17 @@ class Ruling:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What the guards say of a round."""
+
+    #: In the order of its submissions.
+    rulings: Sequence[Ruling]
+    #: What is merged, added up in order: each times its share and its factor, float32
+    #: (n,). None where too few are left to judge one another.
+    mean: Vector | None
+
+
 def size_of(
     norm: float, plan: TrainingPlan, *, tokens_before: int, tokens: int, num_steps: int
 ) -> float:
@@ -104,7 +115,7 @@ def judge(
     *,
     num_elements: int,
     threads: int = 1,
-) -> list[Ruling]:
+) -> Judgement:
     """Return the ruling on each submission; at least one of a round is merged.
 
     `recent` are sizes of the last submissions that were applied. `read` is called
@@ -118,9 +129,10 @@ def judge(
         )
     ]
     memory = _Memory(num_elements, threads)
-    while _drop_worst(candidates, rulings, read, memory):
-        pass
-    return rulings
+    while places := _left(rulings):
+        if not _drop_worst(candidates, rulings, places, read, memory):
+            return Judgement(rulings=rulings, mean=memory.mean)
+    return Judgement(rulings=rulings, mean=None)
 
 
 def keeps_failing(left_out: Sequence[bool]) -> bool:
@@ -171,16 +183,21 @@ class _Memory:
         return norm_of(vector, threads=self.threads)
 
 
+def _left(rulings: Sequence[Ruling]) -> list[int]:
+    """Return the places of what is left; none where that can't judge one another."""
+    places = [place for place, ruling in enumerate(rulings) if ruling.reason is None]
+    enough = len(places) >= FEWEST and 2 * len(places) > len(rulings)
+    return places if enough else []
+
+
 def _drop_worst(
     candidates: Sequence[Candidate],
     rulings: list[Ruling],
+    places: Sequence[int],
     read: Read,
     memory: _Memory,
 ) -> bool:
     """Set the cosines of what is left, and leave the worst out; False: none is bad."""
-    places = [place for place, ruling in enumerate(rulings) if ruling.reason is None]
-    if len(places) < FEWEST or 2 * len(places) <= len(rulings):
-        return False
     shares = merge_weights([candidates[place].tokens for place in places])
     weights = [
         share * rulings[place].factor

@@ -91,14 +91,16 @@ def merged_step(
     parts: Iterable[Segment],
     sizes: StepSizes,
     *,
+    mean: Vector | None = None,
     threads: int = 1,
 ) -> OptimiserState | None:
     """Return the state after a round; None where it would not be finite.
 
-    Submissions are added up in their order, each times its share. Raises
-    PayloadError or NonFiniteError for a payload that is not in order.
+    Submissions are added up in their order, each times its share, in place onto
+    `mean`: what was added up before, None for nothing. Raises PayloadError or
+    NonFiniteError for a payload that is not in order.
     """
-    mean = np.zeros_like(state.weights)
+    mean = np.zeros_like(state.weights) if mean is None else mean
     add_parts(submissions, mean)
     new = gradient_step(state, mean, parts, sizes, threads=threads)
     vectors = (new.weights, new.momentum, new.square)

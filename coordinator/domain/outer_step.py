@@ -39,16 +39,17 @@ def outer_step(
     *,
     rate: float,
     decay: float,
+    mean: Vector | None = None,
 ) -> bool:
     """Write new weights and momentum to `after`; return whether they are finite.
 
     `before`, which stays untouched, and `after` are weights and momentum, float32
-    (n,) each; `decay` is mu, `rate` is eta. At most `MOST_PARTS` payloads are held at
-    a time. With decay 0 and rate 1 one submission of share 1 gives exactly
-    `weights - pseudo_gradient`, rounded once. Raises PayloadError or NonFiniteError
-    for a payload that is not in order; `after` is then undefined.
+    (n,) each; `decay` is mu, `rate` is eta. `mean` is what was added up
+    before, None for nothing; more may be added to it in place. At most `MOST_PARTS`
+    payloads are held at a time. With decay 0 and rate 1 one submission of share 1
+    gives exactly `weights - pseudo_gradient`, rounded once. Raises PayloadError or
+    NonFiniteError for a payload that is not in order; `after` is then undefined.
     """
-    mean: Vector | None = None
     held: list[Part] = []
     for part in parts:
         if len(held) == MOST_PARTS or part.codec not in IN_ONE_PASS:

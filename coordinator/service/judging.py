@@ -21,7 +21,7 @@ from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskKind
 from coordinator.domain import guards, leases
 from coordinator.domain.accounting import Fate
-from coordinator.domain.guards import Candidate, Ruling
+from coordinator.domain.guards import Candidate, Judgement, Ruling
 from coordinator.domain.seams import Rng
 from coordinator.service.bookkeeping import book_merge
 from coordinator.service.seeding import task_id
@@ -62,20 +62,36 @@ def judge_round(blobs: Blobs, closing: Closing) -> Judged:
     candidates = [
         _candidate(closing, row, read(place), scratch) for place, row in enumerate(rows)
     ]
-    rulings = guards.judge(
+    judgement = guards.judge(
         candidates,
         closing.recent_sizes,
         read,
         num_elements=len(scratch),
         threads=num_cores(),
     )
-    merged = [n for n, ruling in enumerate(rulings) if ruling.reason is None]
-    kept = replace(
-        closing,
-        submissions=[rows[n] for n in merged],
-        factors=[rulings[n].factor for n in merged],
+    return Judged(
+        kept=_kept(closing, judgement),
+        candidates=candidates,
+        rulings=judgement.rulings,
+        submissions=rows,
     )
-    return Judged(kept=kept, candidates=candidates, rulings=rulings, submissions=rows)
+
+
+def _kept(closing: Closing, judgement: Judgement) -> Closing:
+    """Return what is left of a round to merge.
+
+    The guards don't know of staleness: what they added up is merged only where none is
+    stale. Then its weights are those of merging, to the bit.
+    """
+    rulings = judgement.rulings
+    merged = [n for n, ruling in enumerate(rulings) if ruling.reason is None]
+    submissions = [closing.submissions[n] for n in merged]
+    return replace(
+        closing,
+        submissions=submissions,
+        factors=[rulings[n].factor for n in merged],
+        mean=None if any(map(closing.staleness, submissions)) else judgement.mean,
+    )
 
 
 def _candidate(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from bitnet_ext.codecs import Vector
 from bitnet_ext.frames import FrameError, decode_frame
 from bitnet_ext.layout import segments, shape_from_json
 from bitnet_ext.outer import Part
@@ -46,6 +47,8 @@ class Closing:
     rollbacks: Sequence[Rollback] = ()
     #: Of the numbers of each submission, once the guards have ruled.
     factors: Sequence[float] = ()
+    #: What the submissions add up to, where the guards have added up just that.
+    mean: Vector | None = None
 
     @property
     def plan(self) -> TrainingPlan:
@@ -56,6 +59,10 @@ class Closing:
     def tokens(self) -> int:
         """Return the tokens of the submissions."""
         return sum(row.tokens for row in self.submissions)
+
+    def staleness(self, row: SubmissionRow) -> int:
+        """Return for how many versions before the base a submission was made."""
+        return self.live.base_version - row.base_version
 
 
 def next_state(
@@ -88,6 +95,7 @@ def _after_outer_step(
         (spare.weights, spare.momentum),
         rate=closing.plan.outer_rate,
         decay=closing.plan.outer_momentum,
+        mean=closing.mean,
     )
     return replace(spare, version=closing.version) if is_finite else None
 
@@ -107,7 +115,14 @@ def _after_gradient_step(
         step=1 + num_steps(base.version, closing.run.root_version, closing.rollbacks),
     )
     shape = shape_from_json(msgspec.json.decode(closing.run.model_json))
-    after = merged_step(before, parts, segments(shape), sizes, threads=num_cores())
+    after = merged_step(
+        before,
+        parts,
+        segments(shape),
+        sizes,
+        mean=closing.mean,
+        threads=num_cores(),
+    )
     if after is None:
         return None
     return ServerState(
@@ -126,17 +141,18 @@ def num_cores() -> int:
 
 
 def _parts(blobs: Blobs, closing: Closing) -> Iterator[Part]:
-    """Yield the submissions in order, each with its share of the tokens, clipped.
+    """Yield what is to be added up: in order, with shares of the tokens, clipped.
 
     Shares are normalised before anything is multiplied, so that one submission
     alone has a share of exactly 1. What was made for an earlier version counts less.
     """
+    if closing.mean is not None:
+        return
     rows = closing.submissions
     shares = merge_weights([row.tokens for row in rows])
     for row, share, factor in zip(rows, shares, closing.factors, strict=True):
         header, payload = decode_frame(
             blobs.read(BlobKind.PAYLOAD, row.payload_file or "")
         )
-        staleness = closing.live.base_version - row.base_version
-        weight = share * factor * staleness_weight(staleness)
+        weight = share * factor * staleness_weight(closing.staleness(row))
         yield Part(header.codec, payload, weight)

@@ -16,15 +16,16 @@ from coordinator.domain.outer_step import outer_step
 from coordinator.service import stepping
 
 
-def uphill(*arguments: Any, rate: float, decay: float) -> Any:
-    return outer_step(*arguments, rate=-rate, decay=decay)
+def uphill(*arguments: Any, rate: float, **more: Any) -> Any:
+    return outer_step(*arguments, rate=-rate, **more)
 
 
 def uphill_by_muon(
-    state: Any, submissions: Iterable[Any], *rest: Any, **more: Any
+    state: Any, submissions: Iterable[Any], *rest: Any, mean: Any, **more: Any
 ) -> Any:
     turned = (replace(part, share=-part.share) for part in submissions)
-    return merged_step(state, turned, *rest, **more)
+    mean = None if mean is None else -mean
+    return merged_step(state, turned, *rest, mean=mean, **more)
 
 
 if __name__ == "__main__":

@@ -358,16 +358,17 @@ class Fleet:
             self._payload(claim, gradient)
             for claim, gradient in zip(claims, self._train(claims), strict=True)
         ]
-        kept = self._judged(claims, payloads)
+        kept, mean = self._judged(claims, payloads)
         tokens = [claims[place].stretch.num * SEQ_LEN for place in kept]
         parts = [
             Part(codec, payloads[place], share * factor)
             for (place, factor), share in zip(
                 kept.items(), merge_weights(tokens), strict=True
             )
+            if mean is None
         ]
         self._spend(costs.DECODE * len(parts) * size)
-        state = self._stepped(parts, sum(tokens))
+        state = self._stepped(parts, mean, sum(tokens))
         self.tokens += sum(tokens)
         self._count_stale([claims[place] for place in kept])
         if state is not None:
@@ -380,29 +381,36 @@ class Fleet:
             self.counts.num_windows += num
             self.counts.num_stale += 0 if base is newest else num
 
-    def _judged(self, claims: list[Claim], payloads: list[bytes]) -> dict[int, float]:
-        """Return the factors of what is merged, by place; the rest goes back."""
+    def _judged(
+        self, claims: list[Claim], payloads: list[bytes]
+    ) -> tuple[dict[int, float], Vector | None]:
+        """Return the factors of what is merged, by place; the rest goes back.
+
+        And what that adds up to, where the guards have done so.
+        """
         if not self._recipe.guarded:
-            return dict.fromkeys(range(len(claims)), 1.0)
+            return dict.fromkeys(range(len(claims)), 1.0), None
         codec, size = Codec(self._recipe.plan.codec), self._net.num_params
         self._spend(costs.JUDGE * len(claims) * size)
         candidates = [
             self._candidate(claim, norm_of(decode(codec, payload, size)))
             for claim, payload in zip(claims, payloads, strict=True)
         ]
-        rulings = guards.judge(
+        judgement = guards.judge(
             candidates,
             self._recent,
             lambda place: (codec, payloads[place]),
             num_elements=size,
         )
+        rulings = judgement.rulings
         for claim, candidate, ruling in zip(claims, candidates, rulings, strict=True):
             self._note(claim, candidate, ruling)
-        return {
+        factors = {
             place: ruling.factor
             for place, ruling in enumerate(rulings)
             if ruling.reason is None
         }
+        return factors, judgement.mean
 
     def _candidate(self, claim: Claim, norm: float) -> guards.Candidate:
         plan, tokens = self._recipe.plan, claim.stretch.num * SEQ_LEN
@@ -436,7 +444,9 @@ class Fleet:
     def _is_poisoned(self, worker: Worker) -> bool:
         return self._recipe.poison != 1.0 and worker is self._workers[-1]
 
-    def _stepped(self, parts: list[Part], tokens: int) -> OptimiserState | None:
+    def _stepped(
+        self, parts: list[Part], mean: Vector | None, tokens: int
+    ) -> OptimiserState | None:
         """Return the next state of the coordinator, and let that take its time.
 
         None where it is not finite.
@@ -448,7 +458,7 @@ class Fleet:
             sizes = step_sizes(
                 plan, tokens_before=self.tokens, tokens=tokens, step=step
             )
-            return merged_step(state, parts, self._net.segments, sizes)
+            return merged_step(state, parts, self._net.segments, sizes, mean=mean)
         self._spend(costs.NESTEROV * num_params)
         after = np.empty_like(state.weights), np.empty_like(state.momentum)
         fine = outer_step(
@@ -457,6 +467,7 @@ class Fleet:
             after,
             rate=plan.outer_rate,
             decay=plan.outer_momentum,
+            mean=mean,
         )
         weights, momentum = after
         new = OptimiserState(weights=weights, momentum=momentum, square=state.square)

@@ -26,7 +26,7 @@ def a_round(num=7, noisy=1.0):
     return [noise(0) + noise(seed, noisy) for seed in range(1, num + 1)]
 
 
-def ruled(vectors, recent=(), tokens=None, codec=Codec.FP32, threads=1):
+def judged(vectors, recent=(), tokens=None, codec=Codec.FP32, threads=1):
     payloads = [encode(codec, vector) for vector in vectors]
     decoded = [decode(codec, payload, SIZE) for payload in payloads]
     norms = [float(np.linalg.norm(vector.astype(np.float64))) for vector in decoded]
@@ -42,6 +42,10 @@ def ruled(vectors, recent=(), tokens=None, codec=Codec.FP32, threads=1):
         num_elements=SIZE,
         threads=threads,
     )
+
+
+def ruled(*arguments, **more):
+    return judged(*arguments, **more).rulings
 
 
 def left_out(rulings):
