@@ -367,6 +367,20 @@ def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):
     )
 
 
+def test_a_worker_that_slept_is_not_stuck_for_what_was_before(running: World):
+    task = running.claimed()
+    # One without progress, a sleep, and the next two are still busy waking up.
+    for wait_s in (5.0, 5.0, 15.0, 5.0):
+        running.clock.advance(wait_s)
+        running.heartbeat(task, tokens_done=1)
+    assert worker(looked(running), "w1").verdict == "computing"
+
+    running.clock.advance(4.9)
+    running.heartbeat(task, tokens_done=1)
+
+    assert worker(looked(running), "w1").verdict == "stuck"
+
+
 def test_late_tasks_and_those_that_stand_still_are_counted_apart(running: World):
     for name in ("w2", "w3", "w4"):
         running.register(name)
