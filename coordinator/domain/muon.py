@@ -156,8 +156,11 @@ def flop(parts: Iterable[Segment]) -> int:
             short, long = sorted(segment.shape)
             num = _num_blocks(short)
             short //= num
-            squares = NUM_ITERATIONS + 6 * (NUM_ITERATIONS - 1)
-            total += num * (3 * short * short * long + squares * short**3)
+            total += num * 3 * short * short * long
+            # A Gram matrix an iteration, and three products to get to the next.
+            upper = short * short - (short // 2) * (short - short // 2)
+            total += num * NUM_ITERATIONS * short**3
+            total += num * (NUM_ITERATIONS - 1) * 3 * 2 * upper * short
     return total
 
 
@@ -217,9 +220,9 @@ def _orthogonal_block(x_NK: NDArray[np.float32]) -> Matrix:
     gram = exact_gram(x)
     factor = polynomial = _polynomial(gram)
     for _ in range(NUM_ITERATIONS - 1):
-        gram = exact_product(polynomial, exact_product(polynomial, gram))
+        gram = symmetric_product(polynomial, symmetric_product(polynomial, gram))
         polynomial = _polynomial(gram)
-        factor = exact_product(polynomial, factor)
+        factor = symmetric_product(polynomial, factor)
     return exact_product(factor, x)
 
 
@@ -251,6 +254,23 @@ def exact_product(left_NK: Matrix, right_KM: Matrix) -> Matrix:
     left, left_step = _integers(left_NK, bits)
     right, right_step = _integers(right_KM, bits)
     product: Matrix = left @ right
+    product *= left_step * right_step
+    return product
+
+
+def symmetric_product(left_NN: Matrix, right_NN: Matrix) -> Matrix:
+    """Return the product of two symmetric matrices that commute, rounded as above.
+
+    It is symmetric as well: of its four blocks the lower left is not made.
+    """
+    bits = _bits(len(left_NN))
+    left, left_step = _integers(left_NN, bits)
+    right, right_step = _integers(right_NN, bits)
+    half = len(left) // 2
+    product = np.empty_like(left)
+    product[:half] = left[:half] @ right
+    product[half:, half:] = left[half:] @ right[:, half:]
+    product[half:, :half] = product[:half, half:].T
     product *= left_step * right_step
     return product
 
