@@ -65,6 +65,7 @@ def worker(name: str, verdict: str) -> WorkerView:
             quarantine=None,
             draining=False,
             is_gone=verdict == "gone",
+            has_stopped=False,
         ),
         phase="train",
         draining=False,

@@ -452,6 +452,7 @@ class Fleet:
                 quarantine=None,
                 draining=False,
                 is_gone=False,
+                has_stopped=False,
                 no_progress_s=leases.no_progress_s(
                     lease.stalled_at, heartbeat_at=box.heartbeat_at
                 ),

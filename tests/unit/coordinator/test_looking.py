@@ -436,6 +436,29 @@ def test_a_worker_that_is_gone_says_so_and_its_task_does_not_count(running: Worl
     assert (view.tasks.soft_expired, view.tasks.stuck) == (0, 0)
 
 
+def test_a_worker_that_stopped_is_gone_until_it_starts_again(running: World):
+    running.heartbeat(phase="stopping")
+    running.clock.advance(31.0)
+    row = worker(looked(running), "w1")
+    assert (row.verdict, row.evidence[:8]) == ("gone", "Stopped.")
+
+    running.register("w1")
+
+    assert worker(looked(running), "w1").verdict == "idle"
+
+
+def test_a_worker_that_stops_with_a_task_in_hand_is_lost_when_it_falls_silent(
+    running: World,
+):
+    task = running.claimed()
+    running.heartbeat(task, phase="stopping")
+    assert worker(looked(running), "w1").verdict == "computing"
+
+    running.clock.advance(31.0)
+
+    assert worker(looked(running), "w1").verdict == "lost"
+
+
 def test_a_draining_worker_shows_it(running: World):
     running.write(lambda c: workers.change_worker(c, "w1", draining=True))
 
