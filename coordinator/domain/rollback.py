@@ -50,13 +50,13 @@ def newest_line(
     return {n: known[n] for n in sorted(known) if n >= last.version}
 
 
-def that_count(line: Mapping[int, float], lost: Collection[int]) -> dict[int, float]:
-    """Return the losses of a line by which to go back, where some versions are lost.
+def that_count(line: Mapping[int, float], whole: Collection[int]) -> dict[int, float]:
+    """Return the losses of a line by which to go back to one of the `whole` versions.
 
     The newest ones say that loss has risen, whatever has become of their files.
     """
     newest = list(line)[-NUM_RISEN:]
-    return {n: loss for n, loss in line.items() if n not in lost or n in newest}
+    return {n: loss for n, loss in line.items() if n in whole or n in newest}
 
 
 def rollback_due(

@@ -39,22 +39,24 @@ def roll_back_if_due(
     if run.state != RUNNING or is_over(run, now):
         return
     rollbacks = rollbacks_of(connection, run.run_id)
-    line = that_count(line_of(connection, run.run_id), lost_of(connection, run.run_id))
+    line = that_count(line_of(connection, run.run_id), whole_of(connection, run.run_id))
     to = rollback_due(line, rollbacks)
     if to is not None:
         decide(connection, run, to, loss_alarm(line, rollbacks) or "", now)
 
 
-def lost_of(connection: Connection, run_id: str) -> set[int]:
-    """Return the versions that a run can't go back to: pruned, or found damaged.
+def whole_of(connection: Connection, run_id: str) -> set[int]:
+    """Return the versions that a run can go back to: kept, and not found damaged.
 
     Who has been told that one is damaged is not told again with each score.
     """
-    pruned = {
-        row.version for row in versions.versions_of(connection, run_id) if row.pruned
+    kept = {
+        row.version
+        for row in versions.kept_versions(connection)
+        if row.run_id == run_id
     }
     bodies = workers.bodies_of_events(connection, "rollback.refused")
-    return pruned | {msgspec.json.decode(body)["to_version"] for body in bodies}
+    return kept - {msgspec.json.decode(body)["to_version"] for body in bodies}
 
 
 def rollbacks_of(connection: Connection, run_id: str) -> list[Rollback]:

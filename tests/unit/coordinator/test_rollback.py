@@ -48,19 +48,19 @@ def test_a_run_goes_back_to_the_best_of_its_line_once_loss_has_risen():
 
 
 @pytest.mark.parametrize(
-    ("lost", "to"),
+    ("whole", "to"),
     [
-        ({40}, 30),
+        ({20, 30, 50, 60, 70}, 30),
         # The newest ones are judged, whether or not they are kept.
-        ({50, 60, 70}, 40),
+        ({20, 30, 40}, 40),
         # Nothing is 3 % better than the last three.
-        ({30, 40}, None),
+        ({20, 50, 60, 70}, None),
     ],
 )
-def test_nobody_goes_back_to_a_version_that_is_lost(lost, to):
+def test_nobody_goes_back_to_a_version_that_is_lost(whole, to):
     line = {20: 5.25, 30: 5.1} | RISEN
 
-    assert rollback_due(that_count(line, lost), []) == to
+    assert rollback_due(that_count(line, whole), []) == to
 
 
 def test_nobody_goes_back_a_third_time_without_anything_better_in_between():
