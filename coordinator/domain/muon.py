@@ -80,11 +80,6 @@ class StepSizes:
     step: int
 
 
-def is_hidden(segment: Segment) -> bool:
-    """Return whether Muon takes this segment: the matrices between the tables."""
-    return segment.kind in (SegmentKind.LINEAR, SegmentKind.RESIDUAL)
-
-
 def merged_step(
     state: OptimiserState,
     submissions: Iterable[Part],
@@ -140,7 +135,7 @@ def _step_segment(
     grad, momentum = gradient[place], new.momentum[place]
     # What is not finite is looked for in the end.
     with np.errstate(over="ignore", invalid="ignore"):
-        if is_hidden(segment):
+        if segment.is_linear:
             change = _muon_change(grad, momentum, segment.shape, sizes)
         else:
             change = _adamw_change(grad, momentum, new.square[place], sizes)
@@ -154,7 +149,7 @@ def flop(parts: Iterable[Segment]) -> int:
     """Return the FLOP of the products of one step; of symmetric ones half are made."""
     total = 0
     for segment in parts:
-        if is_hidden(segment):
+        if segment.is_linear:
             short, long = sorted(segment.shape)
             num = _num_blocks(short)
             short //= num
