@@ -16,11 +16,11 @@ STATE ?= demo-state
 PORT ?= 0
 QUICK ?= 0
 
-.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning bench-leases bench-fleet wheel lock vendor clean format
+.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning bench-learning-1m bench-leases bench-fleet wheel lock vendor clean format
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | \
-	    awk -F ':.*## ' '{ printf "  %-14s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | \
+	    awk -F ':.*## ' '{ printf "  %-18s %s\n", $$1, $$2 }'
 
 setup: $(VENV)/.built ## Make .venv, install what is needed, build the extension
 
@@ -81,6 +81,10 @@ SEEDS ?=
 bench-learning: setup ## Simulate a fleet next to one worker: SEEDS="100 101" CORPUS=folder QUICK=1
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.sim.bench_learning $(BENCH_OPTIONS) \
 	    --seeds "$(SEEDS)" --corpus "$(CORPUS)" --results "$(RESULTS)"
+
+bench-learning-1m: setup ## The same with 1.4 M parameters, for hours; goes on where it stopped
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.sim.bench_learning $(BENCH_OPTIONS) \
+	    --large --seeds "$(SEEDS)" --corpus "$(CORPUS)" --results "$(RESULTS)"
 
 bench-leases: setup ## Simulate leases, task sizes and verdicts of a fleet: QUICK=1
 	@$(BIN)/python -m tests.sim.bench_leases $(BENCH_OPTIONS)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from bitnet_ext import fused, ternary
 from bitnet_ext.attention import Heads, attend
 from bitnet_ext.fused import Gate, NormInput
-from bitnet_ext.layout import ModelShape, SegmentKind, num_params, segments
+from bitnet_ext.layout import ModelShape, num_params, segments
 from bitnet_ext.operands import PackedTernary
 from bitnet_ext.ternary import QuantisedRows
 
@@ -120,8 +120,7 @@ class Model:
             raise ValueError(f"parts must be those of the layout: {name!r} is {known}")
         ready: dict[str, Any] = {}
         for part in expected:
-            is_linear = part.kind in (SegmentKind.LINEAR, SegmentKind.RESIDUAL)
-            take = _packed if is_linear else _floats
+            take = _packed if part.is_linear else _floats
             ready[part.name] = take(part.name, parts[part.name], part.shape)
         layers = [
             Layer(

@@ -159,6 +159,11 @@ class Segment:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a BitLinear weight: a matrix, ternary in the forward pass."""
+        return self.kind in (SegmentKind.LINEAR, SegmentKind.RESIDUAL)
+
 
 def _named_shapes(
     shape: ModelShape,

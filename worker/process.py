@@ -12,7 +12,8 @@ from contextlib import closing
 from functools import partial
 from typing import Final
 
-from bitnet_ext.wire.messages import ReleaseRequest
+from bitnet_ext.wire.messages import HeartbeatRequest, ReleaseRequest
+from bitnet_ext.wire.verdicts import WorkerPhase
 from worker.client import Client
 from worker.errors import CoordinatorError
 from worker.heartbeat import Heartbeat
@@ -60,6 +61,9 @@ def work(settings: WorkerSettings, trainer: Trainer) -> None:
         Worker(kit, start_threads).run()
     finally:
         heartbeat.stop()
+        if heartbeat.phase is WorkerPhase.STOPPING:
+            with closing(_last_client(settings)) as client:
+                _say_goodbye(client, settings)
         shipper.stop(_last_words_s(settings))
         logging.getLogger().removeHandler(shipper)
 
@@ -74,13 +78,9 @@ def end_now(
     The main thread is in the middle of a step and cannot be interrupted.
     """
     lease = heartbeat.lease
-    # Connecting and reading may each take so long.
-    patience_s = _last_words_s(settings) / 2
     try:
         if lease is not None:
-            with closing(
-                _client(settings, connect_s=patience_s, read_s=patience_s)
-            ) as client:
+            with closing(_last_client(settings)) as client:
                 client.release(
                     lease.task.task_id,
                     ReleaseRequest(
@@ -89,6 +89,8 @@ def end_now(
                         reason="told to stop, and a step outlasted the grace period",
                     ),
                 )
+                heartbeat.stop()
+                _say_goodbye(client, settings)
     except CoordinatorError as error:
         log.warning("task not given back: %s", error, extra={"event": "task.untold"})
     finally:
@@ -97,6 +99,26 @@ def end_now(
 
 def _client(settings: WorkerSettings, **patience_s: float) -> Client:
     return Client(settings.coordinator_url, settings.api_key, **patience_s)
+
+
+def _last_client(settings: WorkerSettings) -> Client:
+    """Return a client that has no more time than is left for last words."""
+    # Connecting and reading may each take so long.
+    patience_s = _last_words_s(settings) / 2
+    return _client(settings, connect_s=patience_s, read_s=patience_s)
+
+
+def _say_goodbye(client: Client, settings: WorkerSettings) -> None:
+    """Tell the coordinator that this process ends, so that nobody looks for it."""
+    request = HeartbeatRequest(
+        worker_id=settings.worker_id,
+        phase=WorkerPhase.STOPPING,
+        cpu_s=time.process_time(),
+    )
+    try:
+        client.heartbeat(request)
+    except CoordinatorError as error:
+        log.warning("no goodbye: %s", error, extra={"event": "heartbeat.failed"})
 
 
 def _last_words_s(settings: WorkerSettings) -> float:

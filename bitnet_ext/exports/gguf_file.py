@@ -24,7 +24,7 @@ from gguf import (
 )
 from numpy.typing import NDArray
 
-from bitnet_ext.exports.parts import Parts, is_linear
+from bitnet_ext.exports.parts import Parts
 from bitnet_ext.exports.provenance import (
     PROVENANCE_KEY,
     ExportError,
@@ -203,7 +203,7 @@ def _read(
 ) -> NDArray[np.float32] | TernaryMatrix:
     name = tensor_name(segment)
     weight: NDArray[np.float32] = np.asarray(tensors[f"{name}.weight"], np.float32)
-    if not is_linear(segment.kind):
+    if not segment.is_linear:
         return weight
     (scale,) = tensors[f"{name}.scale"]
     return TernaryMatrix(np.rint(weight).astype(np.int8), float(scale))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from bitnet_ext.exports.parts import Parts, is_linear
+from bitnet_ext.exports.parts import Parts
 from bitnet_ext.exports.provenance import (
     PROVENANCE_KEY,
     ExportError,
@@ -125,7 +125,7 @@ def _read(
 ) -> NDArray[np.float32] | TernaryMatrix:
     name = tensor_name(segment)
     weight = tensors[f"{name}.weight"]
-    if variant is Variant.MASTER or not is_linear(segment.kind):
+    if variant is Variant.MASTER or not segment.is_linear:
         return weight
     (scale,) = tensors[f"{name}.weight_scale"]
     if variant is Variant.PACKED:

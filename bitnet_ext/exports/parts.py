@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_ext.infer import TernaryMatrix
-from bitnet_ext.layout import ModelShape, SegmentKind, segments
+from bitnet_ext.layout import ModelShape, segments
 from bitnet_ext.ternary import quantise_weight
 
 Floats = NDArray[np.float32]
@@ -30,15 +30,10 @@ def ternary_parts(shape: ModelShape, flat: Floats) -> Parts:
     parts = master_parts(shape, flat)
     for part in segments(shape):
         weight = parts[part.name]
-        if is_linear(part.kind) and not isinstance(weight, TernaryMatrix):
+        if part.is_linear and not isinstance(weight, TernaryMatrix):
             packed = quantise_weight(weight).forward
             parts[part.name] = TernaryMatrix(packed.values(), packed.scale)
     return parts
-
-
-def is_linear(kind: SegmentKind) -> bool:
-    """Tell whether a segment is a weight that the forward pass takes as ternary."""
-    return kind in (SegmentKind.LINEAR, SegmentKind.RESIDUAL)
 
 
 def difference(due: Parts, found: Parts) -> str | None:

@@ -17,6 +17,9 @@ from typing import Final
 
 HEARTBEATS_PER_TTL: Final = 6
 MIN_TTL_S: Final = 30.0
+#: A heartbeat that comes more intervals after the one before ends a silence: the worker
+#: may have slept, so what came before the silence proves nothing.
+GAP_HEARTBEATS: Final = 2
 MAX_ATTEMPTS: Final = 5
 #: So many leases of a task may come back without costing an attempt before a release
 #: without a trained token costs one: else a task that every worker hands back at once
@@ -110,7 +113,8 @@ class Lease:
     reported: Reported
     #: For how long the coordinator stood still since the claim.
     paused_s: float = 0.0
-    #: When heartbeats began to come that show no progress; None: the last one did.
+    #: When heartbeats began to come that show no progress, without a silence in
+    #: between; None: the last one did.
     stalled_at: float | None = None
 
 
@@ -169,6 +173,17 @@ def renewed(
     )
 
 
+def heard_again(lease: Lease, *, silence_s: float, heartbeat_s: float) -> Lease:
+    """Return a live lease as a heartbeat finds it, `silence_s` after the last one.
+
+    `heartbeat_s` is how often they are due. After a silence, heartbeats without
+    progress are counted anew.
+    """
+    if silence_s > GAP_HEARTBEATS * heartbeat_s:
+        return replace(lease, stalled_at=None)
+    return lease
+
+
 def measured_step_s(recent: Iterable[float], *, step_tokens: int) -> float | None:
     """Return how long a local step of a worker takes; None before any is known.
 
@@ -200,7 +215,7 @@ def resumed(lease: Lease, *, ttl_s: float, now: float, away_s: float) -> Lease:
 def no_progress_s(stalled_at: float | None, *, heartbeat_at: float) -> float:
     """Return for how long heartbeats have come that show no progress.
 
-    From the first of them: of the silence before it nobody knows what it was. One
+    From the first of them after a silence: of that nobody knows what it was. One
     heartbeat after a worker slept, or its network was away, proves nothing.
     """
     return 0.0 if stalled_at is None else max(0.0, heartbeat_at - stalled_at)

@@ -80,11 +80,6 @@ class StepSizes:
     step: int
 
 
-def is_hidden(segment: Segment) -> bool:
-    """Return whether Muon takes this segment: the matrices between the tables."""
-    return segment.kind in (SegmentKind.LINEAR, SegmentKind.RESIDUAL)
-
-
 def merged_step(
     state: OptimiserState,
     submissions: Iterable[Part],
@@ -140,7 +135,7 @@ def _step_segment(
     grad, momentum = gradient[place], new.momentum[place]
     # What is not finite is looked for in the end.
     with np.errstate(over="ignore", invalid="ignore"):
-        if is_hidden(segment):
+        if segment.is_linear:
             change = _muon_change(grad, momentum, segment.shape, sizes)
         else:
             change = _adamw_change(grad, momentum, new.square[place], sizes)
@@ -154,12 +149,15 @@ def flop(parts: Iterable[Segment]) -> int:
     """Return the FLOP of the products of one step; of symmetric ones half are made."""
     total = 0
     for segment in parts:
-        if is_hidden(segment):
+        if segment.is_linear:
             short, long = sorted(segment.shape)
             num = _num_blocks(short)
             short //= num
-            squares = NUM_ITERATIONS + 6 * (NUM_ITERATIONS - 1)
-            total += num * (3 * short * short * long + squares * short**3)
+            total += num * 3 * short * short * long
+            # A Gram matrix an iteration, and three products to get to the next.
+            upper = short * short - (short // 2) * (short - short // 2)
+            total += num * NUM_ITERATIONS * short**3
+            total += num * (NUM_ITERATIONS - 1) * 3 * 2 * upper * short
     return total
 
 
@@ -219,9 +217,9 @@ def _orthogonal_block(x_NK: NDArray[np.float32]) -> Matrix:
     gram = exact_gram(x)
     factor = polynomial = _polynomial(gram)
     for _ in range(NUM_ITERATIONS - 1):
-        gram = exact_product(polynomial, exact_product(polynomial, gram))
+        gram = symmetric_product(polynomial, symmetric_product(polynomial, gram))
         polynomial = _polynomial(gram)
-        factor = exact_product(polynomial, factor)
+        factor = symmetric_product(polynomial, factor)
     return exact_product(factor, x)
 
 
@@ -253,6 +251,23 @@ def exact_product(left_NK: Matrix, right_KM: Matrix) -> Matrix:
     left, left_step = _integers(left_NK, bits)
     right, right_step = _integers(right_KM, bits)
     product: Matrix = left @ right
+    product *= left_step * right_step
+    return product
+
+
+def symmetric_product(left_NN: Matrix, right_NN: Matrix) -> Matrix:
+    """Return the product of two symmetric matrices that commute, rounded as above.
+
+    It is symmetric as well: of its four blocks the lower left is not made.
+    """
+    bits = _bits(len(left_NN))
+    left, left_step = _integers(left_NN, bits)
+    right, right_step = _integers(right_NN, bits)
+    half = len(left) // 2
+    product = np.empty_like(left)
+    product[:half] = left[:half] @ right
+    product[half:, half:] = left[half:] @ right[:, half:]
+    product[half:, :half] = product[:half, half:].T
     product *= left_step * right_step
     return product
 

@@ -6,7 +6,7 @@ held-out loss is judged, so one rise leads to one rollback.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -48,6 +48,15 @@ def newest_line(
     if last.to in known:
         known.setdefault(last.version, known[last.to])
     return {n: known[n] for n in sorted(known) if n >= last.version}
+
+
+def that_count(line: Mapping[int, float], whole: Collection[int]) -> dict[int, float]:
+    """Return the losses of a line by which to go back to one of the `whole` versions.
+
+    The newest ones say that loss has risen, whatever has become of their files.
+    """
+    newest = list(line)[-NUM_RISEN:]
+    return {n: loss for n, loss in line.items() if n in whole or n in newest}
 
 
 def rollback_due(

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from bitnet_ext.layout import ModelShape, Segment, segments
 from bitnet_ext.operands import PackedTernary
 from bitnet_ext.ternary import quantise_weight
-from coordinator.domain.muon import is_hidden
 
 Vector = NDArray[np.float32]
 
@@ -44,7 +43,7 @@ def examine(
             None if before is None else _quantised(part, before),
         )
         for part in segments(shape)
-        if is_hidden(part)
+        if part.is_linear
     ]
 
 

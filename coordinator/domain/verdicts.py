@@ -49,6 +49,8 @@ class WorkerFacts:
     draining: bool
     #: An operator has put it away, and it has not come back.
     is_gone: bool
+    #: Its process has said that it stops, and that it holds no task.
+    has_stopped: bool
 
 
 def silence_limit_s(heartbeat_s: float) -> float:
@@ -69,6 +71,8 @@ def verdict(facts: WorkerFacts) -> tuple[Verdict, str]:
     """Return the verdict and its evidence in a sentence or two. First match wins."""
     if facts.is_gone:
         return Verdict.GONE, _when_back(facts)
+    if facts.has_stopped:
+        return Verdict.GONE, "Stopped. Comes back when its process starts again."
     word, evidence = _of_the_fleet(facts)
     if facts.draining and word is not Verdict.DRAINING:
         evidence += " Drain asked."

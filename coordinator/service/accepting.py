@@ -129,7 +129,8 @@ def accept(
 def _in_live_round(connection: Connection, task: TaskRow) -> TaskRow:
     """Return the task as part of the round that takes what arrives now.
 
-    Raises RefusedError `busy` while that one is being closed.
+    Raises RefusedError `busy` while that one is being closed. Not before the payload
+    has come: by then it may be open again, and the bytes are sent in any case.
     """
     live = rounds.live_round(connection, task.run_id)
     if live is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection
 
-from bitnet_ext.wire.verdicts import Verdict
+from bitnet_ext.wire.verdicts import Verdict, WorkerPhase
 from coordinator.domain import leases
 from coordinator.domain.verdicts import WorkerFacts, verdict
 from coordinator.service.fleet import Fleet
@@ -41,6 +41,8 @@ def facts_of(
             quarantine=worker.quarantine_reason,
             draining=worker.draining,
             is_gone=worker.gone_at is not None,
+            has_stopped=worker.phase == WorkerPhase.STOPPING
+            and worker.lease_lost_at is None,
         )
     return WorkerFacts(
         heartbeat_age_s=age_s,
@@ -60,6 +62,7 @@ def facts_of(
         quarantine=worker.quarantine_reason,
         draining=worker.draining,
         is_gone=worker.gone_at is not None,
+        has_stopped=False,
     )
 
 

@@ -24,6 +24,7 @@ from coordinator.domain.accounting import Fate
 from coordinator.service.bookkeeping import book_merge
 from coordinator.service.broadcast import publication
 from coordinator.service.fleet import Fleet
+from coordinator.service.grace import awake
 from coordinator.service.judging import Judged, give_tokens_back, judge_round, record
 from coordinator.service.lines import rollbacks_of
 from coordinator.service.pacing import measure_round, open_next
@@ -151,7 +152,7 @@ class RoundCloser:
         blobs = await fleet.off_loop(
             lambda: write_version(fleet.blobs, stepped, layout, published)
         )
-        now = fleet.clock.now()
+        now = await awake(fleet)
         point = await fleet.store.write(
             lambda connection: _commit(connection, fleet, judged, blobs, now)
         )
@@ -274,7 +275,7 @@ def _open_next(
 ) -> None:
     """Close the round, open the next, and make what the new version calls for."""
     manifest = fleet.the_manifest()
-    measure_round(connection, run, live, now)
+    measure_round(connection, fleet, run, live, now)
     rounds.change_round(
         connection, live.round_id, state="closed", closed_at=now, version=version
     )

@@ -117,6 +117,9 @@ class Fleet:
     manifest: Manifest | None = None
     #: When leases were last looked at, `Clock.monotonic`; None before that.
     swept_at: float | None = None
+    #: When this coordinator last began to run, or went on after it stood still, by the
+    #: lease clock.
+    awake_since: float = 0.0
     #: Held while leases get the grace that a sleep of this process has cost them.
     waking: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: Held while an export is written.

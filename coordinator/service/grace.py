@@ -38,6 +38,7 @@ def extend_leases(fleet: Fleet) -> None:
         _give_grace(connection, fleet, now, away_s)
 
     fleet.store.write_now(extend)
+    fleet.awake_since = now
 
 
 async def awake(fleet: Fleet) -> float:
@@ -52,7 +53,7 @@ async def awake(fleet: Fleet) -> float:
             if away_s > SLEPT_S:
                 now = fleet.clock.now()
                 await fleet.store.write(lambda c: _give_grace(c, fleet, now, away_s))
-                fleet.swept_at = fleet.clock.monotonic()
+                fleet.swept_at, fleet.awake_since = fleet.clock.monotonic(), now
     return fleet.clock.now()
 
 

@@ -16,6 +16,7 @@ from coordinator.domain.rollback import (
     loss_alarm,
     newest_line,
     rollback_due,
+    that_count,
 )
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.seeding import is_over
@@ -38,10 +39,24 @@ def roll_back_if_due(
     if run.state != RUNNING or is_over(run, now):
         return
     rollbacks = rollbacks_of(connection, run.run_id)
-    line = line_of(connection, run.run_id)
+    line = that_count(line_of(connection, run.run_id), whole_of(connection, run.run_id))
     to = rollback_due(line, rollbacks)
     if to is not None:
         decide(connection, run, to, loss_alarm(line, rollbacks) or "", now)
+
+
+def whole_of(connection: Connection, run_id: str) -> set[int]:
+    """Return the versions that a run can go back to: kept, and not found damaged.
+
+    Who has been told that one is damaged is not told again with each score.
+    """
+    kept = {
+        row.version
+        for row in versions.kept_versions(connection)
+        if row.run_id == run_id
+    }
+    bodies = workers.bodies_of_events(connection, "rollback.refused")
+    return kept - {msgspec.json.decode(body)["to_version"] for body in bodies}
 
 
 def rollbacks_of(connection: Connection, run_id: str) -> list[Rollback]:

@@ -11,26 +11,28 @@ from sqlalchemy import Connection
 from coordinator.domain import round_time
 from coordinator.domain.plan import Aggregation
 from coordinator.domain.round_time import Measured, Work
+from coordinator.service.fleet import Fleet
 from coordinator.service.roster import plan_of, seq_len_of
 from coordinator.store import rounds, versions
 from coordinator.store.rows import RoundRow, RunRow
 
 
 def measure_round(
-    connection: Connection, run: RunRow, live: RoundRow, now: float
+    connection: Connection, fleet: Fleet, run: RunRow, live: RoundRow, now: float
 ) -> None:
     """Record what a round took that becomes a version `now`.
 
-    Nothing where each submission makes a version: no round is waited for there.
+    Nothing where each submission makes a version: no round is waited for there. Where
+    the coordinator stood still since the last claim, its version is made from then on.
     """
     plan = plan_of(run)
     if plan.aggregation is Aggregation.PER_ARRIVAL:
         return
     works = rounds.work_of(connection, live.round_id)
-    ended_at = rounds.ended_at(connection, live.round_id)
+    ended_at = rounds.ended_at(connection, live.round_id) or now
     found = round_time.measured(
         [msgspec.convert(row, Work, from_attributes=True) for row in works],
-        merge_s=now - (ended_at or now),
+        merge_s=now - max(ended_at, fleet.awake_since),
         evaluation_s=versions.newest_evaluation_s(connection, run.run_id),
         plan=plan,
         seq_len=seq_len_of(run),

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from coordinator.domain.retention import versions_to_prune
 from coordinator.domain.rollback import best_of
 from coordinator.service.fleet import Fleet
-from coordinator.service.lines import line_of
+from coordinator.service.lines import line_of, whole_of
 from coordinator.service.version_blobs import remove_version
 from coordinator.store import health, rounds, runs, tasks, versions
 from coordinator.store.blobs import BlobKind
@@ -70,8 +70,10 @@ def _pinned(connection: Connection, run: RunRow) -> set[int]:
     waiting = tasks.evaluations_open(connection, run.run_id)
     best = versions.best_version(connection, run.run_id)
     # What the run may go back to, or is about to.
+    whole = whole_of(connection, run.run_id)
     line = line_of(connection, run.run_id)
-    to = best_of(line) if line else None
+    open_to = {version: loss for version, loss in line.items() if version in whole}
+    to = best_of(open_to) if open_to else None
     # The next scored version is compared with it.
     examined = health.newest_examined(connection, run.run_id)
     wanted = {*leased, *waiting, best, to, run.roll_back_to, examined}

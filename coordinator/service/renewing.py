@@ -40,7 +40,7 @@ def _heartbeat(
     interval_s = heartbeat_s(fleet, worker)
     state, lease_s = LeaseState.NONE, 0.0
     if request.task_id is not None:
-        expires_at = _renew(connection, request, worker, leases.ttl_s(interval_s), now)
+        expires_at = _renew(connection, request, worker, interval_s, now)
         state = LeaseState.LOST if expires_at is None else LeaseState.HELD
         lease_s = max(0.0, (expires_at or now) - now)
     workers.change_worker(
@@ -62,7 +62,7 @@ def _renew(
     connection: Connection,
     request: HeartbeatRequest,
     worker: WorkerRow,
-    ttl_s: float,
+    interval_s: float,
     now: float,
 ) -> float | None:
     """Return until when the lease lives now; None when it is lost."""
@@ -76,9 +76,13 @@ def _renew(
         step_s=request.step_s,
     )
     lease = leases.renewed(
-        lease_of(task, now),
+        leases.heard_again(
+            lease_of(task, now),
+            silence_s=now - worker.heartbeat_at,
+            heartbeat_s=interval_s,
+        ),
         said,
-        ttl_s=ttl_s,
+        ttl_s=leases.ttl_s(interval_s),
         now=now,
         usual_step_s=_usual_step_s(connection, task, worker),
         head_room=throughput.head_room(worker.spread),

@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from bitnet_ext.wire.verdicts import TaskState
+from bitnet_ext.wire.verdicts import TaskState, WorkerPhase
 from coordinator.store.rows import EventRow, WorkerRow, typed
 from coordinator.store.tables import (
     events,
@@ -79,9 +79,14 @@ def forget_speeds(connection: Connection) -> None:
 
 
 def fleet_speed(connection: Connection) -> float | None:
-    """Return the mean measured tokens per second of a worker, None before any."""
+    """Return the mean measured tokens per second of a worker, None before any.
+
+    Without those that were put away or have stopped.
+    """
     mean = connection.execute(
-        select(func.avg(workers.c.tokens_per_s)).where(workers.c.gone_at.is_(None))
+        select(func.avg(workers.c.tokens_per_s)).where(
+            workers.c.gone_at.is_(None), workers.c.phase != WorkerPhase.STOPPING
+        )
     ).scalar_one()
     return None if mean is None else float(mean)
 
@@ -120,6 +125,16 @@ def newest_events(connection: Connection, limit: int) -> list[EventRow]:
         select(events).order_by(events.c.event_id.desc()).limit(limit)
     )
     return [typed(EventRow, row) for row in reversed(rows.all())]
+
+
+def bodies_of_events(connection: Connection, kind: str) -> list[str]:
+    """Return the bodies of all kept events of a kind, in order, as JSON."""
+    found = connection.scalars(
+        select(events.c.body_json)
+        .where(events.c.kind == kind)
+        .order_by(events.c.event_id)
+    )
+    return list(found)
 
 
 def fact(connection: Connection, name: str) -> str | None:

@@ -65,6 +65,7 @@ def worker(name: str, verdict: str) -> WorkerView:
             quarantine=None,
             draining=False,
             is_gone=verdict == "gone",
+            has_stopped=False,
         ),
         phase="train",
         draining=False,
@@ -250,6 +251,14 @@ async def see_that_the_run_goes_back(server: PageServer, page: Page) -> None:
     run = msgspec.structs.replace(fleet().run, rollback=rollback)
     publish(server, "fleet.updated", FleetUpdate(run=run))
     await page.until(f"{text('.banner')}?.includes('The run goes back to v2.')")
+    again = msgspec.structs.replace(version(4), train_loss=None, rolled_back_to=2)
+    publish(server, "version.published", again)
+    chart = "document.querySelector('.chart')"
+    await page.until(f"{chart}.ariaLabel.includes('The run went from v3 back to v2.')")
+    right = "new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true})"
+    # The curves follow the words some frames later: until then there is no v4 to show.
+    tip = f"{text('.tip')}?.includes('from v3 back to v2')"
+    await page.until(f"{chart}.dispatchEvent({right}) && {tip}")
 
 
 def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path):

@@ -2,7 +2,7 @@
 
 Every figure is computed in the run. Jobs run side by side, one for each core, and
 leave their results in a folder; what is there already is not done again. A table,
-then one line of JSON.
+then one line of JSON. `make bench-learning-1m` does the same for one larger model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +24,14 @@ from bitnet_ext.wire.verdicts import RoundKind
 from tests.sim.alone import alone, alone_by_muon, plan_for, windows_within
 from tests.sim.fleet import Fleet, Recipe
 from tests.sim.net import SEQ_LEN, Net, Shape
-from tests.sim.results import BASELINE_CODE, Job, Result, kept_or_done
+from tests.sim.results import (
+    ALONE_CODE,
+    PARALLEL_CODE,
+    WALLTIME_CODE,
+    Job,
+    Result,
+    kept_or_done,
+)
 from tests.sim.setting import Setting
 from tests.sim.text import Text, read_text
 
@@ -31,9 +39,6 @@ from tests.sim.text import Text, read_text
 SEEDS: Final = (100, 101, 102)
 RATES: Final = (1e-3, 2e-3, 4e-3, 8e-3)
 BETAS: Final = (0.95, 0.99)
-#: Windows of a run; with QUICK=1 so few that all is over in a minute.
-LENGTHS: Final = {"12k": 12_000, "36k": 36_000}
-QUICK_LENGTHS: Final = {"quick": 256}
 #: Ideal data-parallel training: windows in one step.
 NUM_PARALLEL: Final = 8
 
@@ -53,24 +58,59 @@ FLEET_PLAN: Final = {
     "round_kind": RoundKind.GRADIENT,
     "learning_rate": 2e-2,
     "outer_momentum": 0.8,
-    "round_s": 2.0,
+    "round_s": 1.2,
     "codec": "ternary",
     "broadcast": "ternary",
     "quorum": 0.5,
 }
 LONG_PLAN: Final = {
     **FLEET_PLAN,
-    "learning_rate": 2e-2,
+    "learning_rate": 1.5e-2,
     "outer_momentum": 0.7,
-    "round_s": 4.0,
+    "round_s": 2.5,
 }
-FLEET: Final[dict[str, Any]] = {}
-LONG_FLEET: Final[dict[str, Any]] = {**FLEET, "works_ahead": True}
-#: From so many windows on.
-LONG: Final = 24_000
+#: Of the larger model a step of the coordinator takes three times as long.
+LARGE_PLAN: Final = {**LONG_PLAN, "round_s": 8.0}
 #: Rates of ideal data-parallel training with the optimiser of gradient rounds.
 MUON_RATES: Final = (1e-2, 2e-2, 4e-2)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """One length of run, and how the fleet trains for it."""
+
+    name: str
+    num_windows: int
+    plan: dict[str, Any]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    #: Fields of the model's shape that are not those of the small one.
+    shape: dict[str, int] = field(default_factory=dict)
+    #: Whether a fleet with one bad worker runs as well.
+    has_bad_worker: bool = False
+    #: Whether figures of bytes and time are named without the study.
+    is_main: bool = False
+    #: Recipes of one baseline that are trained side by side, in one job.
+    num_together: int = 8
+
+
+AHEAD: Final = {"works_ahead": True}
+STUDIES: Final = (
+    Study(name="12k", num_windows=12_000, plan=FLEET_PLAN, has_bad_worker=True),
+    Study(name="36k", num_windows=36_000, plan=LONG_PLAN, recipe=AHEAD, is_main=True),
+)
+#: 1.4 million parameters, 5.1 million tokens.
+LARGE: Final = Study(
+    name="1m",
+    num_windows=80_000,
+    plan=LARGE_PLAN,
+    recipe=AHEAD,
+    shape={"width": 192, "num_layers": 3, "num_heads": 6},
+    num_together=1,
+)
+#: With QUICK=1 so few windows that all is over in a minute or two.
+NUM_QUICK: Final = 256
+#: What the bad worker multiplies its gradients by.
+POISON: Final = -5.0
 
 Submit = Callable[[Job], "Future[Result]"]
 Act = Callable[..., Result]
@@ -79,21 +119,32 @@ Point = tuple[float, float]
 
 
 def run_alone(
-    *, corpus: str, seed: int, num_windows: int, plans: Sequence[dict[str, Any]]
+    *,
+    corpus: str,
+    seed: int,
+    num_windows: int,
+    plans: Sequence[dict[str, Any]],
+    **shape: int,
 ) -> Result:
     """Train one worker alone by each plan; return losses in the order of plans."""
     made = [plan_for(num_windows, **plan) for plan in plans]
-    losses = alone(_net(), _text(corpus), made, num_windows=num_windows, seed=seed)
+    net, text = _net(compiled=True, **shape), _text(corpus)
+    losses = alone(net, text, made, num_windows=num_windows, seed=seed)
     return {"losses": losses}
 
 
 def run_parallel(
-    *, corpus: str, seed: int, num_windows: int, plans: Sequence[dict[str, Any]]
+    *,
+    corpus: str,
+    seed: int,
+    num_windows: int,
+    plans: Sequence[dict[str, Any]],
+    **shape: int,
 ) -> Result:
     """Train as gradient rounds do, without loss and without delay, by each plan."""
     losses = [
         alone_by_muon(
-            _net(),
+            _net(compiled=True, **shape),
             _text(corpus),
             plan_for(
                 num_windows,
@@ -116,24 +167,33 @@ def run_fleet(
     num_windows: int,
     plan: dict[str, Any],
     recipe: dict[str, Any],
+    **shape: int,
 ) -> Result:
     """Train a fleet; return its figures."""
     made = Recipe(plan=plan_for(num_windows, **plan), **recipe)
-    fleet = Fleet(_net(), _text(corpus), made, seed=seed)
+    fleet = Fleet(_net(**shape), _text(corpus), made, seed=seed)
     return fleet.run(num_windows * SEQ_LEN, num_scores=8)
 
 
 def run_walltime(
-    *, corpus: str, seed: int, seconds: float, plans: Sequence[dict[str, Any]]
+    *,
+    corpus: str,
+    seed: int,
+    seconds: float,
+    plans: Sequence[dict[str, Any]],
+    **shape: int,
 ) -> Result:
     """Train the fastest worker alone for the virtual time that a fleet took."""
-    num_windows = max(8, windows_within(seconds, _net(), Setting()))
-    return run_alone(corpus=corpus, seed=seed, num_windows=num_windows, plans=plans)
+    num_windows = max(8, windows_within(seconds, _net(**shape), Setting()))
+    return run_alone(
+        corpus=corpus, seed=seed, num_windows=num_windows, plans=plans, **shape
+    )
 
 
-@lru_cache(maxsize=1)
-def _net() -> Net:
-    return Net(Shape())
+@lru_cache
+def _net(*, compiled: bool = False, **shape: int) -> Net:
+    """Return the model; compiled, it is for many batches of one size."""
+    return Net(Shape(**shape), compiled=compiled)
 
 
 @lru_cache(maxsize=1)
@@ -150,22 +210,26 @@ class Grid:
         name: str,
         act: Act,
         same: dict[str, Any],
+        code: tuple[str, ...],
         *,
+        num_together: int,
         rates: Sequence[float] = RATES,
         betas: Sequence[float] = BETAS,
     ) -> None:
         self._submit, self._name, self._act, self._same = submit, name, act, same
-        self._betas = betas
+        self._code, self._num_together, self._betas = code, num_together, betas
         self._found: dict[Point, float] = {}
-        self._waiting = [self._ask(rates)]
+        self._waiting: list[tuple[list[Point], Future[Result]]] = []
+        self._ask(rates)
 
-    def _ask(self, rates: Sequence[float]) -> tuple[list[Point], Future[Result]]:
+    def _ask(self, rates: Sequence[float]) -> None:
         points = [(beta, rate) for beta in self._betas for rate in rates]
-        plans = [{"beta2": beta, "learning_rate": rate} for beta, rate in points]
-        arguments = {**self._same, "plans": plans}
-        return points, self._submit(
-            Job(self._name, self._act, arguments, BASELINE_CODE)
-        )
+        for start in range(0, len(points), self._num_together):
+            some = points[start : start + self._num_together]
+            plans = [{"beta2": beta, "learning_rate": rate} for beta, rate in some]
+            arguments = {**self._same, "plans": plans}
+            job = Job(self._name, self._act, arguments, self._code)
+            self._waiting.append((some, self._submit(job)))
 
     def losses(self) -> dict[Point, float]:
         """Return all losses by (beta2, rate)."""
@@ -173,13 +237,17 @@ class Grid:
             points, future = self._waiting.pop()
             losses = future.result()["losses"]
             self._found.update(zip(points, losses, strict=True))
-            _, best = min(self._found, key=self._found.__getitem__)
-            rates = [rate for _, rate in self._found]
-            if best == max(rates):
-                self._waiting.append(self._ask([2 * best]))
-            elif best == min(rates):
-                self._waiting.append(self._ask([best / 2]))
+            if not self._waiting:
+                self._extend()
         return self._found
+
+    def _extend(self) -> None:
+        _, best = min(self._found, key=self._found.__getitem__)
+        rates = [rate for _, rate in self._found]
+        if best == max(rates):
+            self._ask([2 * best])
+        elif best == min(rates):
+            self._ask([best / 2])
 
 
 def gap(loss: float, against: float) -> float:
@@ -191,25 +259,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for, print the table and the line; return 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--seeds", default="")
     parser.add_argument("--corpus", default="")
     parser.add_argument("--results", default="bench-learning", type=Path)
     parser.add_argument("--jobs", default=os.cpu_count() or 1, type=int)
     asked = parser.parse_args(arguments)
-    lengths = QUICK_LENGTHS if asked.quick else LENGTHS
+    studies = (LARGE,) if asked.large else STUDIES
     seeds = [int(word) for word in asked.seeds.split()] or list(SEEDS)
     if asked.quick:
+        studies = tuple(replace(one, num_windows=NUM_QUICK) for one in studies)
+    if asked.quick or (asked.large and not asked.seeds):
         seeds = seeds[:1]
     asked.results.mkdir(parents=True, exist_ok=True)
     print(f"setting: {Setting()}")
-    print(f"fleet: {FLEET_PLAN} {FLEET}")
-    print(f"from {LONG} windows on: {LONG_PLAN} {LONG_FLEET}")
-    print(f"seeds {seeds}; corpus {asked.corpus or '-'}")
+    for study in studies:
+        print(f"{study.name}: {study.plan} {study.recipe} {study.shape}")
+    print(f"seeds {seeds}; corpus {asked.corpus or '-'}", flush=True)
     figures: dict[str, Any] = {"seeds": seeds}
     with ProcessPoolExecutor(asked.jobs, initializer=_one_thread) as pool:
         submit = partial(pool.submit, kept_or_done, asked.results)
-        for name, num_windows in lengths.items():
-            figures |= _compare(submit, asked.corpus, seeds, name, num_windows)
+        for study in studies:
+            figures |= _compare(submit, asked.corpus, seeds, study)
     print(json.dumps(figures))
     return 0
 
@@ -219,55 +290,102 @@ def _one_thread() -> None:
 
 
 def _compare(
-    submit: Submit, corpus: str, seeds: list[int], name: str, num_windows: int
+    submit: Submit, corpus: str, seeds: list[int], study: Study
 ) -> dict[str, float]:
     """Run fleets and baselines of one length; print a row for each seed."""
-    started = []
-    for seed in seeds:
-        same = {"corpus": corpus, "seed": seed, "num_windows": num_windows}
-        plan, recipe = (
-            (LONG_PLAN, LONG_FLEET) if num_windows >= LONG else (FLEET_PLAN, FLEET)
-        )
-        mine = {**same, "plan": plan, "recipe": recipe}
-        fleet = submit(Job(f"fleet-{name}-{seed}", run_fleet, mine))
-        one = Grid(submit, f"alone-{name}-{seed}", run_alone, same)
-        ideal = Grid(
-            submit,
-            f"parallel-{name}-{seed}",
-            run_parallel,
+    runs = [_Runs(submit, corpus, seed, study) for seed in seeds]
+    rows = [run.row() for run in runs]
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return {_named(key, study): mean for key, mean in means.items()}
+
+
+def _named(key: str, study: Study) -> str:
+    """Return what a figure of a study is called in the last line."""
+    if key in ("gap_adamw", "gap_same"):
+        return key.replace("gap", f"gap_{study.name}")
+    alone = study.is_main or key == "bad_worker_cost"
+    return key if alone else f"{key}_{study.name}"
+
+
+class _Runs:
+    """The runs of one seed: of the fleet, and of what it is compared with."""
+
+    def __init__(self, submit: Submit, corpus: str, seed: int, study: Study) -> None:
+        self._submit, self._seed, self._study = submit, seed, study
+        self._same = {"corpus": corpus, "seed": seed, **study.shape}
+        self._bad = self._start({"poison": POISON}) if study.has_bad_worker else None
+        self._fleet = self._start({})
+        length = {"num_windows": study.num_windows}
+        self._grids = {
+            "adamw": self._grid("alone", run_alone, length, ALONE_CODE),
+            "same": self._grid(
+                "parallel",
+                run_parallel,
+                length,
+                PARALLEL_CODE,
+                rates=MUON_RATES,
+                betas=BETAS[:1],
+            ),
+        }
+
+    def _start(self, fields: dict[str, Any]) -> Future[Result]:
+        study = self._study
+        arguments = {
+            **self._same,
+            "num_windows": study.num_windows,
+            "plan": study.plan,
+            "recipe": {**study.recipe, **fields},
+        }
+        name = f"{'bad' if fields else 'fleet'}-{study.name}-{self._seed}"
+        return self._submit(Job(name, run_fleet, arguments))
+
+    def _grid(
+        self,
+        name: str,
+        act: Act,
+        length: dict[str, float],
+        code: tuple[str, ...],
+        **grid: Sequence[float],
+    ) -> Grid:
+        same = {**self._same, **length}
+        full_name = f"{name}-{self._study.name}-{self._seed}"
+        return Grid(
+            self._submit,
+            full_name,
+            act,
             same,
-            rates=MUON_RATES,
-            betas=BETAS[:1],
+            code,
+            num_together=self._study.num_together,
+            **grid,
         )
-        started.append((seed, fleet, one, ideal))
-    rows = []
-    for seed, fleet, one, ideal in started:
-        figures = fleet.result()
-        same = {"corpus": corpus, "seed": seed, "seconds": figures["virtual_s"]}
-        wall = Grid(submit, f"walltime-{name}-{seed}", run_walltime, same)
-        print(f"\n{name}, seed {seed}: fleet {figures['loss']:.4f}")
-        rows.append(_row(figures, {"adamw": one, "same": ideal, "walltime": wall}))
-    return {
-        f"{key}_{name}": sum(row[key] for row in rows) / len(rows) for key in rows[0]
-    }
+
+    def row(self) -> dict[str, float]:
+        """Wait for all runs, print what they gave, and return the figures."""
+        fleet = self._fleet.result()
+        seconds = {"seconds": fleet["virtual_s"]}
+        self._grids["walltime"] = self._grid(
+            "walltime", run_walltime, seconds, WALLTIME_CODE
+        )
+        print(f"\n{self._study.name}, seed {self._seed}: fleet {fleet['loss']:.4f}")
+        row = {}
+        for label, grid in self._grids.items():
+            losses = grid.losses()
+            row[f"gap_{label}"] = gap(fleet["loss"], min(losses.values()))
+            _print_losses(label, losses)
+        row.update({key: fleet[key] for key in SHOWN})
+        if self._bad:
+            bad = self._bad.result()
+            row["bad_worker_cost"] = gap(bad["loss"], fleet["loss"])
+        figures = "  ".join(f"{key} {value:.2f}" for key, value in row.items())
+        print(f"  {figures}", flush=True)
+        return row
 
 
-def _row(fleet: Result, grids: dict[str, Grid]) -> dict[str, float]:
-    """Print what one seed gave, and return its figures."""
-    row = {}
-    for label, grid in grids.items():
-        losses = grid.losses()
-        row[f"gap_{label}"] = gap(fleet["loss"], min(losses.values()))
-        print(
-            f"  {label}: beta2/rate "
-            + ", ".join(
-                f"{beta:g}/{rate:g} {loss:.4f}"
-                for (beta, rate), loss in sorted(losses.items())
-            )
-        )
-    row.update({key: fleet[key] for key in SHOWN})
-    print("  " + "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
-    return row
+def _print_losses(label: str, losses: dict[Point, float]) -> None:
+    found = ", ".join(
+        f"{beta:g}/{rate:g} {loss:.4f}" for (beta, rate), loss in sorted(losses.items())
+    )
+    print(f"  {label}: beta2/rate {found}")
 
 
 if __name__ == "__main__":

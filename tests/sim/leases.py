@@ -404,7 +404,7 @@ class Fleet:
             return
         gap_s, box.heartbeat_at, held.gap = now - box.heartbeat_at, now, False
         held.lease = leases.renewed(
-            held.lease,
+            leases.heard_again(held.lease, silence_s=gap_s, heartbeat_s=HEARTBEAT_S),
             self._said(held, sent),
             ttl_s=leases.ttl_s(HEARTBEAT_S),
             now=now,
@@ -452,6 +452,7 @@ class Fleet:
                 quarantine=None,
                 draining=False,
                 is_gone=False,
+                has_stopped=False,
                 no_progress_s=leases.no_progress_s(
                     lease.stalled_at, heartbeat_at=box.heartbeat_at
                 ),

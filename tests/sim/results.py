@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[2]
-#: The code that decides what one worker alone gives, or ideal parallel training.
-BASELINE_CODE: Final = (
-    *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone", "setting")),
+#: The code that decides what one worker alone gives,
+ALONE_CODE: Final = (
+    *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone")),
     "coordinator/domain/initial.py",
-    "coordinator/domain/muon.py",
     "coordinator/domain/plan.py",
 )
-#: And what a fleet gives: all of it.
+#: what the fastest alone gives in the time of a fleet,
+WALLTIME_CODE: Final = (*ALONE_CODE, "tests/sim/setting.py")
+#: what ideal parallel training gives,
+PARALLEL_CODE: Final = (*ALONE_CODE, "coordinator/domain/muon.py")
+#: and what a fleet gives: all of it.
 CODE: Final = (
-    *BASELINE_CODE,
+    *WALLTIME_CODE,
+    "coordinator/domain/muon.py",
     "tests/sim/fleet.py",
     "tests/sim/crew.py",
     "bitnet_ext/chain.py",
@@ -32,9 +36,11 @@ CODE: Final = (
     "bitnet_ext/outer.py",
     "bitnet_ext/kernels_trits.c",
     "bitnet_ext/trits.py",
+    "coordinator/domain/guards.py",
     "coordinator/domain/outer_step.py",
     "coordinator/domain/rounds.py",
     "coordinator/domain/sizing.py",
+    "coordinator/domain/throughput.py",
 )
 
 Result = dict[str, Any]

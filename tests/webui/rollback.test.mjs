@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import test from "node:test";
-import { rollbackWords } from "../../webui/js/rollback.js";
+import { markWords, rollbackWords } from "../../webui/js/rollback.js";
 
 const due = {
   version: null,
@@ -27,4 +27,8 @@ test("afterwards it names the version, and no loss that nobody knows", () => {
 
   assert.equal(head, "The run went back to v40.");
   assert.equal(rest, "Held-out loss: 5.500 at v70, not scored at v40, which is v72 now.");
+});
+
+test("a mark on the chart says from which version to which", () => {
+  assert.equal(markWords({ version: 72, from: 71, to: 40 }), "from v71 back to v40");
 });

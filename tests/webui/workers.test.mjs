@@ -193,8 +193,23 @@ test("the columns of the chart share their versions", () => {
     train: [null, 3, 3],
     smooth: [null, 3, 3],
     held: [8, null, 4],
+    rollbacks: [],
     natsPerBit: 2,
   });
+});
+
+test("the chart marks where the run went back, among the versions that it shows", () => {
+  const versions = [1, 2, 3, 5, 6, 7, 8].map((number) =>
+    version(number, { rolled_back_to: { 3: 1, 7: 2 }[number] ?? null }),
+  );
+  const shown = (numLast) =>
+    lossSeries(versions, [], { numLast, smoothing: 0 }).rollbacks;
+
+  assert.deepEqual(shown(null), [
+    { version: 3, from: 2, to: 1 },
+    { version: 7, from: 6, to: 2 },
+  ]);
+  assert.deepEqual(shown(2), [{ version: 7, from: 6, to: 2 }]);
 });
 
 test("smoothing starts without a bias towards zero, and over all history", () => {

@@ -21,8 +21,19 @@ export function lossSeries(versions, evaluations, { numLast, smoothing }) {
     train: x.map((version) => train.get(version) ?? null),
     smooth: x.map((version) => smooth.get(version) ?? null),
     held: x.map((version) => held.get(version) ?? null),
+    rollbacks: rollbacksIn(versions, x),
     natsPerBit: natsPerBit(evaluations.at(-1)),
   };
+}
+
+// Of the versions in `x` those that are earlier ones again, and what was left for them.
+function rollbacksIn(versions, x) {
+  const shown = new Set(x);
+  return versions.flatMap(({ version, rolled_back_to: to }, i) =>
+    to !== null && i > 0 && shown.has(version)
+      ? [{ version, from: versions[i - 1].version, to }]
+      : [],
+  );
 }
 
 function smoothed(versions, weight) {

@@ -17,6 +17,11 @@ export function rollbackWords({ version, from_version, from_loss, to_version, to
   };
 }
 
+/** Return what a mark of a rollback on the loss chart says. */
+export function markWords({ from, to }) {
+  return `from v${from} back to v${to}`;
+}
+
 function loss(value) {
   return value === null ? "not scored" : number(value, 3);
 }

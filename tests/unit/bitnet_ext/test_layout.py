@@ -32,6 +32,19 @@ def test_segments_follow_each_other_without_gaps(shape):
     assert num_params(shape) == end
 
 
+def test_linear_is_what_the_forward_pass_takes_as_ternary():
+    others = {each.name.split(".")[-1] for each in segments(TINY) if not each.is_linear}
+
+    assert others == {
+        "embeddings",
+        "attn_norm",
+        "attn_sub_norm",
+        "ffn_norm",
+        "ffn_sub_norm",
+        "final_norm",
+    }
+
+
 def test_a_layer_has_the_agreed_order():
     names = [segment.name for segment in segments(TINY)]
 

@@ -15,7 +15,8 @@ from coordinator.service.rolling_back import ask_for_rollback
 from coordinator.service.starting import reconcile
 from coordinator.service.sweeping import sweep
 from coordinator.store import rounds, versions
-from tests.unit.coordinator.fleets import PLAN, World
+from tests.unit.coordinator.fleets import PLAN, World, body, frame
+from tests.unit.coordinator.test_accept_late import finish, upload
 from tests.unit.coordinator.test_looking import looked
 
 ARRIVALS = msgspec.structs.replace(
@@ -76,6 +77,21 @@ def test_what_comes_while_a_version_is_made_waits_for_the_next(two: World) -> No
     assert two.run_row().tokens_accepted == before
     assert two.close_round()
     arrive(two, second, "w2")
+    assert two.live_round().base_version == 3
+
+
+def test_an_upload_that_begins_while_a_version_is_made_and_outlasts_it_is_taken(
+    two: World,
+) -> None:
+    first, second = two.claimed("w1"), two.claimed("w2")
+    two.submit(first, "w1")
+    whole = body(two.meta(second, "w2"), frame(second, 0.5))
+
+    intake = upload(two, whole[:-8])
+    two.close_round()
+    finish(two, intake, whole[-8:])
+
+    assert two.close_round()
     assert two.live_round().base_version == 3
 
 

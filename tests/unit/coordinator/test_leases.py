@@ -134,6 +134,15 @@ def test_heartbeats_without_progress_are_counted_from_the_first_of_them():
     assert still_s((1035.0, 10), (1040.0, 11), (1055.0, 11), (1060.0, 11)) == 5.0
 
 
+@pytest.mark.parametrize(("silence_s", "due"), [(10.0, 1005.0), (10.1, None)])
+def test_after_a_silence_they_are_counted_anew(silence_s, due):
+    stalled = replace(LEASE, stalled_at=1005.0)
+
+    after = leases.heard_again(stalled, silence_s=silence_s, heartbeat_s=5.0)
+
+    assert after == replace(LEASE, stalled_at=due)
+
+
 def test_after_a_pause_of_the_coordinator_they_are_counted_anew():
     stalled = replace(LEASE, stalled_at=1020.0)
 

@@ -367,6 +367,20 @@ def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):
     )
 
 
+def test_a_worker_that_slept_is_not_stuck_for_what_was_before(running: World):
+    task = running.claimed()
+    # One without progress, a sleep, and the next two are still busy waking up.
+    for wait_s in (5.0, 5.0, 15.0, 5.0):
+        running.clock.advance(wait_s)
+        running.heartbeat(task, tokens_done=1)
+    assert worker(looked(running), "w1").verdict == "computing"
+
+    running.clock.advance(4.9)
+    running.heartbeat(task, tokens_done=1)
+
+    assert worker(looked(running), "w1").verdict == "stuck"
+
+
 def test_late_tasks_and_those_that_stand_still_are_counted_apart(running: World):
     for name in ("w2", "w3", "w4"):
         running.register(name)
@@ -420,6 +434,29 @@ def test_a_worker_that_is_gone_says_so_and_its_task_does_not_count(running: Worl
 
     assert worker(view, "w1").verdict == "gone"
     assert (view.tasks.soft_expired, view.tasks.stuck) == (0, 0)
+
+
+def test_a_worker_that_stopped_is_gone_until_it_starts_again(running: World):
+    running.heartbeat(phase="stopping")
+    running.clock.advance(31.0)
+    row = worker(looked(running), "w1")
+    assert (row.verdict, row.evidence[:8]) == ("gone", "Stopped.")
+
+    running.register("w1")
+
+    assert worker(looked(running), "w1").verdict == "idle"
+
+
+def test_a_worker_that_stops_with_a_task_in_hand_is_lost_when_it_falls_silent(
+    running: World,
+):
+    task = running.claimed()
+    running.heartbeat(task, phase="stopping")
+    assert worker(looked(running), "w1").verdict == "computing"
+
+    running.clock.advance(31.0)
+
+    assert worker(looked(running), "w1").verdict == "lost"
 
 
 def test_a_draining_worker_shows_it(running: World):

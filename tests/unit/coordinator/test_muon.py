@@ -25,6 +25,7 @@ from coordinator.domain.muon import (
     gradient_step,
     merged_step,
     orthogonalised,
+    symmetric_product,
 )
 
 SHAPE = ModelShape(
@@ -268,20 +269,42 @@ def test_a_product_of_a_matrix_with_itself_is_that_of_two():
     np.testing.assert_array_equal(exact_gram(x), exact_product(x, x.T))
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_of_a_symmetric_product_three_blocks_are_those_of_the_whole(size):
+    # Polynomials of one symmetric matrix commute.
+    left = exact_gram(normal(size, 80).astype(np.float64))
+    right = 3.0 * left - 0.1 * exact_gram(left)
+
+    found = symmetric_product(left, right)
+
+    whole, half = exact_product(left, right), size // 2
+    np.testing.assert_array_equal(found[:half], whole[:half])
+    np.testing.assert_array_equal(found[half:, half:], whole[half:, half:])
+    np.testing.assert_array_equal(found[half:, :half], found[:half, half:].T)
+    np.testing.assert_allclose(found, whole, atol=1e-4 * np.abs(whole).max())
+
+
 def test_flop_are_those_of_the_products_that_are_made(monkeypatch):
     made = []
 
-    def counted(product, per_number):
+    def counted(product, num_made):
         def wrapper(*factors):
             found = product(*factors)
-            made.append(per_number * factors[0].shape[1] * found.size)
+            made.append(2 * num_made(*found.shape) * factors[0].shape[1])
             return found
 
         return wrapper
 
+    def upper(rows, columns):
+        return rows * columns - (rows // 2) * (columns - columns // 2)
+
     # Of a symmetric product a BLAS makes half.
-    monkeypatch.setattr(muon, "exact_gram", counted(exact_gram, 1))
-    monkeypatch.setattr(muon, "exact_product", counted(exact_product, 2))
+    for product, num_made in (
+        (exact_gram, lambda rows, columns: rows * columns / 2),
+        (exact_product, lambda rows, columns: rows * columns),
+        (symmetric_product, upper),
+    ):
+        monkeypatch.setattr(muon, product.__name__, counted(product, num_made))
 
     gradient_step(fresh(), normal(num_params(SHAPE)), PARTS, SIZES)
 

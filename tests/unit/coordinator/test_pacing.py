@@ -15,7 +15,7 @@ from coordinator.store import rounds, versions, workers
 from tests.unit.coordinator.fleets import PLAN, World, body, frame, open_world
 from tests.unit.coordinator.test_accept_late import STALE, next_round, out_of_touch
 from tests.unit.coordinator.test_looking import looked
-from tests.unit.coordinator.test_pauses import stopped, submit
+from tests.unit.coordinator.test_pauses import killed, stopped, submit
 
 CHOSEN = msgspec.structs.replace(PLAN, round_s=AUTO)
 
@@ -73,6 +73,28 @@ def test_a_pause_of_the_coordinator_is_no_overhead(chosen: World):
 
     (row,) = closed(chosen)
     assert row.overhead_s == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("pause", [killed, stopped])
+def test_a_pause_before_the_version_is_made_is_no_overhead_either(chosen: World, pause):
+    submit(chosen, chosen.claimed(), compute_s=0.0)
+    pause(chosen, 600.0)
+    chosen.clock.advance(0.5)
+
+    chosen.close_round()
+
+    (row,) = closed(chosen)
+    assert row.overhead_s == pytest.approx(0.5)
+
+
+def test_a_version_after_a_sleep_that_nobody_has_noticed_is_measured_too(chosen: World):
+    submit(chosen, chosen.claimed(), compute_s=0.0)
+    chosen.fleet.swept_at = chosen.clock.monotonic()
+    chosen.clock.advance(600.0)
+
+    chosen.close_round()
+
+    assert closed(chosen)[0].overhead_s == pytest.approx(0.0)
 
 
 def test_an_evaluation_counts_for_the_rounds_until_the_next(world: World):

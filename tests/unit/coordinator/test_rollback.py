@@ -11,6 +11,7 @@ from coordinator.domain.rollback import (
     num_in_vain,
     num_steps,
     rollback_due,
+    that_count,
 )
 
 RISEN = {40: 5.0, 50: 5.3, 60: 5.4, 70: 5.5}
@@ -44,6 +45,22 @@ def test_a_run_goes_back_to_the_best_of_its_line_once_loss_has_risen():
     by_hand = [Rollback(72, 30)]
     line = newest_line(RISEN | {72: 5.2, 80: 5.4, 90: 5.5, 100: 5.6}, by_hand)
     assert rollback_due(line, by_hand) == 72
+
+
+@pytest.mark.parametrize(
+    ("whole", "to"),
+    [
+        ({20, 30, 50, 60, 70}, 30),
+        # The newest ones are judged, whether or not they are kept.
+        ({20, 30, 40}, 40),
+        # Nothing is 3 % better than the last three.
+        ({20, 50, 60, 70}, None),
+    ],
+)
+def test_nobody_goes_back_to_a_version_that_is_lost(whole, to):
+    line = {20: 5.25, 30: 5.1} | RISEN
+
+    assert rollback_due(that_count(line, whole), []) == to
 
 
 def test_nobody_goes_back_a_third_time_without_anything_better_in_between():

@@ -428,6 +428,56 @@ def test_a_run_whose_best_version_is_damaged_goes_on_and_says_so(watched: World,
     assert watched.claimed().base_version == 5
 
 
+def damage(world: World, version: int) -> None:
+    world.fleet.blobs.path(BlobKind.STATE, version_blob(version)).write_bytes(b"noise")
+
+
+def test_of_a_damaged_version_an_operator_is_told_once(watched: World):
+    rise(watched, *RISE)
+    damage(watched, 2)
+    assert not watched.close_round()
+
+    for _ in range(2):  # less than 3 % above version 1, so there is no other to take
+        train(watched)
+        score(watched, 194.0)
+        assert watched.run_row().roll_back_to is None
+
+    assert len(told(watched, "rollback.refused")) == 1
+    assert looked(watched).run.loss_alarm
+
+
+def test_a_run_goes_back_to_the_next_best_where_the_best_is_damaged(watched: World):
+    rise(watched, *RISE)
+    damage(watched, 2)
+    assert not watched.close_round()
+
+    for _ in range(3):  # until three in a row are 3 % above version 1
+        train(watched)
+        score(watched, 196.0)
+    assert watched.close_round()
+
+    assert_again(watched, 9, 1)
+    assert (
+        "3.2 % or more above version 1"
+        in told(watched, "rollback.decided")[-1]["reason"]
+    )
+
+
+def test_once_the_best_is_found_damaged_the_next_best_is_kept(watched: World):
+    watched.fleet.keep_versions = 1
+    rise(watched, *RISE)
+    damage(watched, 2)
+    assert not watched.close_round()
+
+    train(watched)
+    score(watched, 196.0)
+    train(watched)
+
+    # Of all, the best is 2; of those that are neither damaged nor pruned, 5.
+    kept = [each.version for each in watched.read(versions.kept_versions)]
+    assert kept == [2, 5, 7]
+
+
 def test_what_a_run_may_go_back_to_is_kept(watched: World):
     watched.fleet.keep_versions = 1
     rise(watched, *RISE)

@@ -244,6 +244,17 @@ def test_who_is_gone_does_not_count_for_the_speed_of_the_fleet(running: World):
     assert running.read(workers.fleet_speed) == 30.0
 
 
+def test_nor_does_who_has_stopped(running: World):
+    running.register("w2")
+    running.set_speed("w1", 10.0)
+    running.set_speed("w2", 30.0)
+
+    running.heartbeat(phase="stopping")
+
+    assert word(running) is Verdict.GONE
+    assert running.read(workers.fleet_speed) == 30.0
+
+
 # -- kick --------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ def facts(
     draining=False,
     gone=False,
     lost_s=None,
+    stopped=False,
 ):
     return WorkerFacts(
         heartbeat_age_s=age_s,
@@ -42,6 +43,7 @@ def facts(
         cpu_s_since_progress=cpu_s,
         draining=draining,
         is_gone=gone,
+        has_stopped=stopped,
         lease_lost_s=lost_s,
     )
 
@@ -104,6 +106,8 @@ def facts(
         (facts(bad="5 of 8", draining=True), Verdict.QUARANTINED, "8. Drain asked."),
         (facts(31.0, gone=True), Verdict.GONE, "Comes back when it is heard again."),
         (facts(1.0, bad="5 of 8", gone=True), Verdict.GONE, "Put away."),
+        (facts(31.0, stopped=True), Verdict.GONE, "when its process starts again."),
+        (facts(1.0, gone=True, stopped=True), Verdict.GONE, "Put away."),
         (
             facts(done=2, due=8, draining=True, gone=True),
             Verdict.GONE,

@@ -73,6 +73,7 @@ def test_an_overrun_gives_the_task_back_and_ends_the_process(fleet) -> None:
 
     (release,) = fleet.coordinator.asked("POST /tasks/t1/release")
     assert release.json()["lease_id"] == "0" * 32
+    assert last_word(fleet) == ("stopping", None)
     assert ends == [0]
 
 
@@ -150,6 +151,7 @@ def test_a_real_worker_trains_submits_and_ends_well_on_sigterm(
     assert fleet.coordinator.asked("POST /logs")
     ((meta, _),) = fleet.submissions()
     assert meta.loss_first > 0
+    assert last_word(fleet) == ("stopping", None)
 
 
 def test_a_real_worker_gives_back_what_it_holds_on_sigterm(fleet, process) -> None:
@@ -164,3 +166,10 @@ def test_a_real_worker_gives_back_what_it_holds_on_sigterm(fleet, process) -> No
     assert process.returncode == 0, log.decode()
     assert len(fleet.coordinator.asked("POST /tasks/t1/release")) == 1
     assert not fleet.submissions()
+    assert last_word(fleet) == ("stopping", None)
+
+
+def last_word(fleet) -> tuple[str, str | None]:
+    """Return phase and task of the last heartbeat."""
+    said = fleet.coordinator.asked("POST /heartbeat")[-1].json()
+    return said["phase"], said.get("task_id")

@@ -3,6 +3,7 @@
 import { dayTime, number, short } from "../format.js";
 import { html, useEffect, useMemo, useRef, useState } from "../lib.js";
 import { lossSeries } from "../lossdata.js";
+import { markWords } from "../rollback.js";
 import { now, themeTurn } from "../store.js";
 import { makeLossPlot } from "./lossplot.js";
 import { useWidth } from "./parts.js";
@@ -98,7 +99,7 @@ function Chart({ view, series }) {
     plot.current.pointAt(Math.max(0, Math.min(last, to)));
   };
   return html`
-    <div class="chart" tabindex="0" role="img" aria-label=${inWords(view)} onKeyDown=${move}>
+    <div class="chart" tabindex="0" role="img" aria-label=${inWords(view, series)} onKeyDown=${move}>
       <div class="scales">
         <span>${hasHeld ? "bits per byte" : ""}</span>
         <span>${isWide || !hasHeld ? "nats per token" : ""}</span>
@@ -114,13 +115,14 @@ function Chart({ view, series }) {
   `;
 }
 
-function inWords({ evaluations, run }) {
-  if (evaluations.length === 0) return "Training loss by weight version.";
+function inWords({ evaluations, run }, { rollbacks }) {
+  const backs = rollbacks.map((mark) => ` The run went ${markWords(mark)}.`).join("");
+  if (evaluations.length === 0) return `Training loss by weight version.${backs}`;
   const last = evaluations.at(-1);
   const best = run.best_version === null ? "" : ` Best is v${run.best_version}.`;
   return (
     "Held-out and training loss by weight version. Held-out is " +
-    `${number(last.bits_per_byte, 3)} bits per byte at v${last.version}.${best}`
+    `${number(last.bits_per_byte, 3)} bits per byte at v${last.version}.${best}${backs}`
   );
 }
 
@@ -128,6 +130,7 @@ function Tip({ view, series, point, width }) {
   const id = series.x[point.i];
   const version = view.versions.find((each) => each.version === id);
   const score = view.evaluations.find((each) => each.version === id);
+  const back = series.rollbacks.find((each) => each.version === id);
   const rows = [
     ["Held-out, bits per byte", score?.bits_per_byte],
     ["Held-out, nats per token", score?.loss],
@@ -140,7 +143,7 @@ function Tip({ view, series, point, width }) {
     <div class="tip" style=${{ left: `${left}px` }}>
       <b>v${id}</b> <span>${short(tokens)} tokens${
         version && `, ${dayTime(version.at, now.value, { seconds: true })}`
-      }${version?.rolled_back_to ? `, v${version.rolled_back_to} again` : ""}</span>
+      }${back ? `, ${markWords(back)}` : ""}</span>
       <dl>
         ${rows.map(([name, value]) => html`<dt>${name}</dt><dd>${number(value, 3)}</dd>`)}
       </dl>

@@ -1,6 +1,7 @@
-// What is written onto the loss chart: the line of gzip, the values at the line ends.
+// What is written onto the loss chart: gzip, rollbacks, the values at the line ends.
 
 import { number } from "../format.js";
+import { markWords } from "../rollback.js";
 
 export const FONT_PX = 11;
 const GZIP_WORDS_PX = 90;
@@ -25,6 +26,31 @@ export function drawGzip(plot, { gzip, series }, colours) {
   const words = `gzip -9: ${number(gzip / series.natsPerBit, 3)}`;
   const x = bbox.left + (isLeft ? 0 : bbox.width);
   write(ctx, words, x, y - 5 * devicePixelRatio, colours);
+  ctx.restore();
+}
+
+/** Draw a dotted line where the run went back, with its title; right of it if it fits. */
+export function drawRollbacks(plot, { series }, colours) {
+  const { ctx, bbox } = plot;
+  ctx.save();
+  ctx.font = canvasFont(400);
+  ctx.textBaseline = "top";
+  for (const mark of series.rollbacks) {
+    const x = Math.round(plot.valToPos(mark.version, "x", true));
+    ctx.strokeStyle = colours["text-3"];
+    ctx.lineWidth = devicePixelRatio;
+    ctx.setLineDash([devicePixelRatio, 3 * devicePixelRatio]);
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+    const words = markWords(mark);
+    const gap = 4 * devicePixelRatio;
+    const fits = x + gap + ctx.measureText(words).width < bbox.left + bbox.width;
+    ctx.textAlign = fits ? "left" : "right";
+    ctx.fillStyle = colours["text-3"];
+    write(ctx, words, fits ? x + gap : x - gap, bbox.top, colours);
+  }
   ctx.restore();
 }
 
