@@ -34,6 +34,7 @@ CODE: Final = (
     "bitnet_ext/chain.py",
     "bitnet_ext/codecs.py",
     "bitnet_ext/outer.py",
+    "bitnet_ext/kernels_dot.c",
     "bitnet_ext/kernels_trits.c",
     "bitnet_ext/trits.py",
     "coordinator/domain/guards.py",

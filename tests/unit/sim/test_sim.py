@@ -8,17 +8,19 @@ import pytest
 import torch
 
 from bitnet_ext.wire.verdicts import RoundKind
+from coordinator.domain import muon
 from tests.sim import results
 from tests.sim.alone import alone, plan_for
 from tests.sim.fleet import Claim, Fleet, Recipe, Stretch
 from tests.sim.joiners import Begins, Joining
 from tests.sim.net import NO_TARGET, SEQ_LEN, Net, Shape, _bit_linear
 from tests.sim.results import Job, kept_or_done
-from tests.sim.setting import TTL_S, Setting
+from tests.sim.setting import ADAMW, DECODE, PRODUCT, TTL_S, Setting
 from tests.sim.steps import trained
 from tests.sim.text import Text, read_text
 from worker.model.bitlinear import BitLinear
 
+NUM_WORKERS = len(Setting().speeds)
 NET = Net(Shape(width=16, num_layers=1))
 PLAN = plan_for(60, round_s=4.0, learning_rate=4e-3)
 GRADIENT = msgspec.structs.replace(PLAN, round_kind=RoundKind.GRADIENT)
@@ -240,6 +242,32 @@ def test_a_round_that_is_due_waits_for_no_lease():
 
     assert fleet.counts.num_lost == len(fleet._workers)
     assert fleet.now == fleet._due == fleet._recipe.plan.round_s
+
+
+def spent_on_closing(monkeypatch, **fields):
+    """Return the FLOP of a number of the flat vector in one round before its step."""
+    fleet = a_fleet(Setting(deaths=0.0), plan=GRADIENT, **fields)
+    spent = []
+    monkeypatch.setattr(fleet, "_spend", spent.append)
+    fleet._round(10**6)
+    assert len(fleet._workers) == NUM_WORKERS
+    step = muon.flop(NET.segments) + ADAMW * NET.num_params
+    return sum(spent[: spent.index(step)]) / NET.num_params
+
+
+def test_what_the_guards_have_added_up_costs_nothing_to_merge(monkeypatch):
+    plain = spent_on_closing(monkeypatch, guarded=False)
+    guarded = spent_on_closing(monkeypatch)
+
+    assert plain == NUM_WORKERS * DECODE
+    assert guarded == NUM_WORKERS * (PRODUCT + DECODE + PRODUCT)
+
+
+def test_a_round_without_what_is_left_out_is_judged_once_more(monkeypatch):
+    once = spent_on_closing(monkeypatch)
+    twice = spent_on_closing(monkeypatch, poison=-1.0)
+
+    assert twice - once == (NUM_WORKERS - 1) * (DECODE + PRODUCT)
 
 
 def test_local_steps_can_not_change_their_weights_on_the_way():
