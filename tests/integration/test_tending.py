@@ -92,5 +92,18 @@ def test_a_worker_is_drained_put_away_and_taken_back(tmp_path: Path) -> None:
         assert ordered(process, "status")[0] == NOT_RUNNING
 
 
+def test_a_worker_that_is_stopped_is_gone_not_lost(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "corpus", num_files=12, words=300)
+    with coordinator(tmp_path, EVALUATE_EVERY=1000) as process:
+        process.tell(Seed(tokens=1024))
+        with workers(tmp_path, process.url, "w1"):
+            process.wait_for_version(2)
+
+        row = row_of(process, "w1")
+
+        assert (row["verdict"], row["evidence"][:8]) == ("gone", "Stopped.")
+        assert process.status()["tasks"]["leased"] == 0
+
+
 def _is_empty(row: Any) -> bool:
     return bool(row["verdict"] == "draining" and row["task_id"] is None)

@@ -61,6 +61,7 @@ export function facts(given = {}) {
     quarantine: null,
     draining: false,
     is_gone: false,
+    has_stopped: false,
     ...given,
   };
 }
