@@ -61,7 +61,7 @@ def work(settings: WorkerSettings, trainer: Trainer) -> None:
         Worker(kit, start_threads).run()
     finally:
         heartbeat.stop()
-        if heartbeat.phase is WorkerPhase.STOPPING:
+        if shutdown.requested and heartbeat.lease is None:
             with closing(_last_client(settings)) as client:
                 _say_goodbye(client, settings)
         shipper.stop(_last_words_s(settings))

@@ -17,9 +17,12 @@ from typing import Final
 
 HEARTBEATS_PER_TTL: Final = 6
 MIN_TTL_S: Final = 30.0
-#: A heartbeat that comes more intervals after the one before ends a silence: the worker
-#: may have slept, so what came before the silence proves nothing.
-GAP_HEARTBEATS: Final = 2
+#: A heartbeat that comes more intervals after the one before, and at least so many
+#: seconds, ends a silence: the worker may have slept, so what came before the silence
+#: proves nothing. A late heartbeat is none: with it a worker that hangs on a bad
+#: network would never be called stuck.
+GAP_HEARTBEATS: Final = 3
+MIN_GAP_S: Final = 10.0
 MAX_ATTEMPTS: Final = 5
 #: So many leases of a task may come back without costing an attempt before a release
 #: without a trained token costs one: else a task that every worker hands back at once
@@ -179,7 +182,7 @@ def heard_again(lease: Lease, *, silence_s: float, heartbeat_s: float) -> Lease:
     `heartbeat_s` is how often they are due. After a silence, heartbeats without
     progress are counted anew.
     """
-    if silence_s > GAP_HEARTBEATS * heartbeat_s:
+    if silence_s > max(MIN_GAP_S, GAP_HEARTBEATS * heartbeat_s):
         return replace(lease, stalled_at=None)
     return lease
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sqlalchemy import Connection
 
 from bitnet_ext.wire.verdicts import Verdict, WorkerPhase
@@ -22,31 +24,33 @@ def facts_of(
     now: float,
 ) -> WorkerFacts:
     """Return all that a verdict on a worker is drawn from; `task` is what it holds."""
-    age_s = max(0.0, now - worker.heartbeat_at)
-    if task is None:
-        return WorkerFacts(
-            heartbeat_age_s=age_s,
-            heartbeat_s=interval_s,
-            tokens_done=None,
-            num_tokens=None,
-            no_progress_s=0.0,
-            elapsed_s=0.0,
-            predicted_s=None,
-            progress_age_s=None,
-            cpu_s_since_progress=None,
-            lease_lost_s=None
-            if worker.lease_lost_at is None
-            else max(0.0, now - worker.lease_lost_at),
-            back_in_round=back_in_round,
-            quarantine=worker.quarantine_reason,
-            draining=worker.draining,
-            is_gone=worker.gone_at is not None,
-            has_stopped=worker.phase == WorkerPhase.STOPPING
-            and worker.lease_lost_at is None,
-        )
-    return WorkerFacts(
-        heartbeat_age_s=age_s,
+    without = WorkerFacts(
+        heartbeat_age_s=max(0.0, now - worker.heartbeat_at),
         heartbeat_s=interval_s,
+        tokens_done=None,
+        num_tokens=None,
+        no_progress_s=0.0,
+        elapsed_s=0.0,
+        predicted_s=None,
+        progress_age_s=None,
+        cpu_s_since_progress=None,
+        lease_lost_s=_age_s(worker.lease_lost_at, now),
+        back_in_round=back_in_round,
+        quarantine=worker.quarantine_reason,
+        draining=worker.draining,
+        is_gone=worker.gone_at is not None,
+        has_stopped=worker.phase == WorkerPhase.STOPPING
+        and worker.lease_lost_at is None,
+    )
+    return without if task is None else _with_task(without, worker, task, now)
+
+
+def _with_task(
+    facts: WorkerFacts, worker: WorkerRow, task: TaskRow, now: float
+) -> WorkerFacts:
+    """Return the facts of a worker that holds a task, from those without it."""
+    return replace(
+        facts,
         tokens_done=task.tokens_done,
         num_tokens=task.num_tokens,
         no_progress_s=leases.no_progress_s(
@@ -58,12 +62,12 @@ def facts_of(
         progress_age_s=max(0.0, now - (task.progress_at or now)),
         cpu_s_since_progress=_cpu_s_since_progress(task),
         lease_lost_s=None,
-        back_in_round=back_in_round,
-        quarantine=worker.quarantine_reason,
-        draining=worker.draining,
-        is_gone=worker.gone_at is not None,
         has_stopped=False,
     )
+
+
+def _age_s(at: float | None, now: float) -> float | None:
+    return None if at is None else max(0.0, now - at)
 
 
 def _cpu_s_since_progress(task: TaskRow) -> float | None:

@@ -69,19 +69,14 @@ def _renew(
     task = tasks.find_task(connection, request.task_id or "")
     if task is None or not is_held(task, request.lease_id or "", now):
         return None
-    said = Reported(
-        tokens_done=request.tokens_done,
-        bytes_done=request.bytes_done,
-        cpu_s=request.cpu_s,
-        step_s=request.step_s,
+    found = leases.heard_again(
+        lease_of(task, now),
+        silence_s=now - worker.heartbeat_at,
+        heartbeat_s=interval_s,
     )
     lease = leases.renewed(
-        leases.heard_again(
-            lease_of(task, now),
-            silence_s=now - worker.heartbeat_at,
-            heartbeat_s=interval_s,
-        ),
-        said,
+        found,
+        _said(request),
         ttl_s=leases.ttl_s(interval_s),
         now=now,
         usual_step_s=_usual_step_s(connection, task, worker),
@@ -101,6 +96,15 @@ def _renew(
         stalled_at=lease.stalled_at,
     )
     return lease.expires_at
+
+
+def _said(request: HeartbeatRequest) -> Reported:
+    return Reported(
+        tokens_done=request.tokens_done,
+        bytes_done=request.bytes_done,
+        cpu_s=request.cpu_s,
+        step_s=request.step_s,
+    )
 
 
 def _progress_cpu_s(task: TaskRow, lease: Lease) -> float:

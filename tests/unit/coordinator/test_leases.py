@@ -134,11 +134,14 @@ def test_heartbeats_without_progress_are_counted_from_the_first_of_them():
     assert still_s((1035.0, 10), (1040.0, 11), (1055.0, 11), (1060.0, 11)) == 5.0
 
 
-@pytest.mark.parametrize(("silence_s", "due"), [(10.0, 1005.0), (10.1, None)])
-def test_after_a_silence_they_are_counted_anew(silence_s, due):
+@pytest.mark.parametrize(
+    ("heartbeat_s", "silence_s", "due"),
+    [(5.0, 15.0, 1005.0), (5.0, 15.1, None), (1.0, 10.0, 1005.0), (1.0, 10.1, None)],
+)
+def test_after_a_silence_they_are_counted_anew(heartbeat_s, silence_s, due):
     stalled = replace(LEASE, stalled_at=1005.0)
 
-    after = leases.heard_again(stalled, silence_s=silence_s, heartbeat_s=5.0)
+    after = leases.heard_again(stalled, silence_s=silence_s, heartbeat_s=heartbeat_s)
 
     assert after == replace(LEASE, stalled_at=due)
 

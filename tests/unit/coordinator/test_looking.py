@@ -370,7 +370,7 @@ def test_the_numbers_behind_a_verdict_are_there_to_be_read(running: World):
 def test_a_worker_that_slept_is_not_stuck_for_what_was_before(running: World):
     task = running.claimed()
     # One without progress, a sleep, and the next two are still busy waking up.
-    for wait_s in (5.0, 5.0, 15.0, 5.0):
+    for wait_s in (5.0, 5.0, 20.0, 5.0):
         running.clock.advance(wait_s)
         running.heartbeat(task, tokens_done=1)
     assert worker(looked(running), "w1").verdict == "computing"

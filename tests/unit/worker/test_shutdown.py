@@ -169,6 +169,25 @@ def test_a_real_worker_gives_back_what_it_holds_on_sigterm(fleet, process) -> No
     assert last_word(fleet) == ("stopping", None)
 
 
+def test_a_real_worker_that_can_not_go_on_says_no_goodbye(fleet, process) -> None:
+    refused = refuses(401, ErrorCode.UNAUTHORIZED)
+
+    def task_of_a_key_that_is_withdrawn(_request) -> Reply:
+        for route in ("GET /weights/1", "POST /register", "POST /heartbeat"):
+            fleet.coordinator.on(route, refused)
+        return says(fleet.task(base_version=1, run_id="r2"))
+
+    fleet.coordinator.on("POST /work", task_of_a_key_that_is_withdrawn)
+
+    _, log = process.communicate(timeout=PATIENCE_S)
+
+    assert process.returncode == 2, log.decode()
+    assert fleet.coordinator.asked("POST /tasks/t1/release")
+    assert "stopping" not in {
+        said.json()["phase"] for said in fleet.coordinator.asked("POST /heartbeat")
+    }
+
+
 def last_word(fleet) -> tuple[str, str | None]:
     """Return phase and task of the last heartbeat."""
     said = fleet.coordinator.asked("POST /heartbeat")[-1].json()
