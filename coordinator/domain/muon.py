@@ -146,7 +146,7 @@ def _step_segment(
 
 
 def flop(parts: Iterable[Segment]) -> int:
-    """Return the FLOP of the products of one step; of symmetric ones half are made."""
+    """Return the FLOP of the products of one step, of those that are made."""
     total = 0
     for segment in parts:
         if segment.is_linear:
@@ -258,7 +258,8 @@ def exact_product(left_NK: Matrix, right_KM: Matrix) -> Matrix:
 def symmetric_product(left_NN: Matrix, right_NN: Matrix) -> Matrix:
     """Return the product of two symmetric matrices that commute, rounded as above.
 
-    It is symmetric as well: of its four blocks the lower left is not made.
+    But for rounding it is symmetric as well, so of its four blocks the lower left is
+    not made: it is the other one, turned.
     """
     bits = _bits(len(left_NN))
     left, left_step = _integers(left_NN, bits)

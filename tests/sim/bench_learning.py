@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,10 +26,12 @@ from tests.sim.fleet import Fleet, Recipe
 from tests.sim.net import SEQ_LEN, Net, Shape
 from tests.sim.results import (
     ALONE_CODE,
+    CODE,
     PARALLEL_CODE,
     WALLTIME_CODE,
     Job,
     Result,
+    digest_of,
     kept_or_done,
 )
 from tests.sim.setting import Setting
@@ -138,6 +140,8 @@ def run_parallel(
     corpus: str,
     seed: int,
     num_windows: int,
+    num_together: int,
+    momentum: float,
     plans: Sequence[dict[str, Any]],
     **shape: int,
 ) -> Result:
@@ -148,8 +152,8 @@ def run_parallel(
             _text(corpus),
             plan_for(
                 num_windows,
-                batch_size=NUM_PARALLEL,
-                outer_momentum=FLEET_PLAN["outer_momentum"],
+                batch_size=num_together,
+                outer_momentum=momentum,
                 **plan,
             ),
             num_windows=num_windows,
@@ -272,13 +276,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.quick or (asked.large and not asked.seeds):
         seeds = seeds[:1]
     asked.results.mkdir(parents=True, exist_ok=True)
+    for code in (ALONE_CODE, WALLTIME_CODE, PARALLEL_CODE, CODE):
+        digest_of(code)
     print(f"setting: {Setting()}")
     for study in studies:
         print(f"{study.name}: {study.plan} {study.recipe} {study.shape}")
     print(f"seeds {seeds}; corpus {asked.corpus or '-'}", flush=True)
     figures: dict[str, Any] = {"seeds": seeds}
     with ProcessPoolExecutor(asked.jobs, initializer=_one_thread) as pool:
-        submit = partial(pool.submit, kept_or_done, asked.results)
+
+        def submit(job: Job) -> Future[Result]:
+            return pool.submit(kept_or_done, asked.results / job.file_name(), job)
+
         for study in studies:
             figures |= _compare(submit, asked.corpus, seeds, study)
     print(json.dumps(figures))
@@ -321,7 +330,11 @@ class _Runs:
             "same": self._grid(
                 "parallel",
                 run_parallel,
-                length,
+                {
+                    **length,
+                    "num_together": NUM_PARALLEL,
+                    "momentum": FLEET_PLAN["outer_momentum"],
+                },
                 PARALLEL_CODE,
                 rates=MUON_RATES,
                 betas=BETAS[:1],

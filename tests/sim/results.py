@@ -18,6 +18,9 @@ ROOT: Final = Path(__file__).parents[2]
 #: The code that decides what one worker alone gives,
 ALONE_CODE: Final = (
     *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone")),
+    "bitnet_ext/fused.py",
+    "bitnet_ext/kernels_fused*",
+    "bitnet_ext/layout.py",
     "coordinator/domain/initial.py",
     "coordinator/domain/plan.py",
 )
@@ -25,23 +28,16 @@ ALONE_CODE: Final = (
 WALLTIME_CODE: Final = (*ALONE_CODE, "tests/sim/setting.py")
 #: what ideal parallel training gives,
 PARALLEL_CODE: Final = (*ALONE_CODE, "coordinator/domain/muon.py")
-#: and what a fleet gives: all of it.
+#: and what a fleet gives: all that it may go through.
 CODE: Final = (
     *WALLTIME_CODE,
-    "coordinator/domain/muon.py",
-    "tests/sim/fleet.py",
-    "tests/sim/crew.py",
-    "bitnet_ext/chain.py",
-    "bitnet_ext/codecs.py",
-    "bitnet_ext/outer.py",
-    "bitnet_ext/kernels_dot.c",
-    "bitnet_ext/kernels_trits.c",
-    "bitnet_ext/trits.py",
-    "coordinator/domain/guards.py",
-    "coordinator/domain/outer_step.py",
-    "coordinator/domain/rounds.py",
-    "coordinator/domain/sizing.py",
-    "coordinator/domain/throughput.py",
+    *(f"tests/sim/{name}.py" for name in ("fleet", "crew")),
+    *(
+        f"bitnet_ext/{name}.py"
+        for name in ("chain", "codecs", "frames", "outer", "trits")
+    ),
+    *(f"bitnet_ext/kernels_{name}*" for name in ("codec", "dot", "outer", "trits")),
+    "coordinator/domain/*.py",
 )
 
 Result = dict[str, Any]
@@ -59,13 +55,12 @@ class Job:
     def file_name(self) -> str:
         """Return the name of its result: another for another code or argument."""
         text = json.dumps(self.arguments, sort_keys=True, default=str)
-        digest = hashlib.sha256(f"{_digest(self.code)}{self.name}{text}".encode())
+        digest = hashlib.sha256(f"{digest_of(self.code)}{self.name}{text}".encode())
         return f"{self.name}-{digest.hexdigest()[:12]}.json"
 
 
-def kept_or_done(folder: Path, job: Job) -> Result:
-    """Return the result of a job: from the folder, or by doing it now."""
-    path = folder / job.file_name()
+def kept_or_done(path: Path, job: Job) -> Result:
+    """Return the result of a job: from the file at `path`, or by doing it now."""
     if path.exists():
         found: Result = json.loads(path.read_text())
         return found
@@ -77,8 +72,13 @@ def kept_or_done(folder: Path, job: Job) -> Result:
 
 
 @lru_cache
-def _digest(code: tuple[str, ...]) -> str:
+def digest_of(code: tuple[str, ...]) -> str:
+    """Return the hash of the files that match; the first call decides.
+
+    To be called before anything runs: who edits a file while a study goes on must not
+    have what the old code gave taken for what the new one gives.
+    """
     digest = hashlib.sha256()
-    for name in code:
-        digest.update((ROOT / name).read_bytes())
+    for path in sorted({path for pattern in code for path in ROOT.glob(pattern)}):
+        digest.update(path.read_bytes())
     return digest.hexdigest()

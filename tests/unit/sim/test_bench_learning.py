@@ -7,6 +7,13 @@ from concurrent.futures import Future
 import pytest
 
 from tests.sim.bench_learning import STUDIES, Grid, _named, gap
+from tests.sim.results import (
+    ALONE_CODE,
+    CODE,
+    PARALLEL_CODE,
+    ROOT,
+    WALLTIME_CODE,
+)
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
@@ -68,3 +75,9 @@ def test_figures_are_called_as_the_goals_are():
 
 def test_a_gap_is_in_percent_of_what_it_is_compared_with():
     assert gap(1.1, 1.0) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("code", [ALONE_CODE, WALLTIME_CODE, PARALLEL_CODE, CODE])
+def test_every_file_that_a_result_goes_by_is_there(code):
+    for pattern in code:
+        assert list(ROOT.glob(pattern)), pattern

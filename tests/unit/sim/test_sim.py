@@ -309,10 +309,8 @@ def test_a_result_is_kept_and_found_again(tmp_path):
         calls.append(number)
         return {"twice": 2 * number}
 
-    found = [
-        kept_or_done(tmp_path, Job("a", act, {"number": number}))
-        for number in (1, 1, 2)
-    ]
+    jobs = [Job("a", act, {"number": number}) for number in (1, 1, 2)]
+    found = [kept_or_done(tmp_path / job.file_name(), job) for job in jobs]
 
     assert found == [{"twice": 2}, {"twice": 2}, {"twice": 4}]
     assert calls == [1, 2]
@@ -326,11 +324,11 @@ def test_a_result_outlives_changes_of_code_that_it_did_not_run_through(
     def names(mine, other):
         (tmp_path / "mine").write_text(mine)
         (tmp_path / "other").write_text(other)
-        results._digest.cache_clear()
+        results.digest_of.cache_clear()
         return Job("a", dict, {}, ("mine",)).file_name()
 
     assert names("1", "1") == names("1", "2") != names("2", "1")
-    results._digest.cache_clear()
+    results.digest_of.cache_clear()
 
 
 def test_the_standard_library_is_text_enough():
