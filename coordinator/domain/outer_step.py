@@ -44,11 +44,11 @@ def outer_step(
     """Write new weights and momentum to `after`; return whether they are finite.
 
     `before`, which stays untouched, and `after` are weights and momentum, float32
-    (n,) each; `decay` is mu, `rate` is eta. `mean` is what was added up
-    before, None for nothing; more may be added to it in place. At most `MOST_PARTS`
-    payloads are held at a time. With decay 0 and rate 1 one submission of share 1
-    gives exactly `weights - pseudo_gradient`, rounded once. Raises PayloadError or
-    NonFiniteError for a payload that is not in order; `after` is then undefined.
+    (n,) each; `decay` is mu, `rate` is eta. `mean` is what was added up before, None
+    for nothing; more may be added to it in place. At most `MOST_PARTS` payloads are
+    held at a time. With decay 0 and rate 1 one submission of share 1 gives exactly
+    `weights - pseudo_gradient`, rounded once. Raises PayloadError or NonFiniteError
+    for a payload that is not in order; `after` is then undefined.
     """
     held: list[Part] = []
     for part in parts:

@@ -109,7 +109,7 @@ LARGE: Final = Study(
     shape={"width": 192, "num_layers": 3, "num_heads": 6},
     num_together=1,
 )
-#: With QUICK=1 so few windows that all is over in a minute or two.
+#: With QUICK=1 so few windows that all is over in a few minutes.
 NUM_QUICK: Final = 256
 #: What the bad worker multiplies its gradients by.
 POISON: Final = -5.0
@@ -312,8 +312,8 @@ def _named(key: str, study: Study) -> str:
     """Return what a figure of a study is called in the last line."""
     if key in ("gap_adamw", "gap_same"):
         return key.replace("gap", f"gap_{study.name}")
-    alone = study.is_main or key == "bad_worker_cost"
-    return key if alone else f"{key}_{study.name}"
+    is_plain = study.is_main or key == "bad_worker_cost"
+    return key if is_plain else f"{key}_{study.name}"
 
 
 class _Runs:

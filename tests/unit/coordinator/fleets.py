@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from sqlalchemy import Connection, select
 
@@ -57,6 +58,7 @@ from coordinator.service.renewing import heartbeat
 from coordinator.service.returning import fail, release, sweep_leases
 from coordinator.service.roster import register
 from coordinator.service.seeding import add_epoch, add_evaluation
+from coordinator.service.starting import reconcile
 from coordinator.service.submitting import Intake
 from coordinator.service.version_blobs import (
     ServerState,
@@ -69,7 +71,7 @@ from coordinator.store.blobs import BlobKind, Blobs
 from coordinator.store.engine import Store
 from coordinator.store.rows import RoundRow, RunRow, TaskRow, WorkerRow
 from coordinator.store.tables import metadata
-from tests.fakes import FakeClock, FakeFs, FakeRng
+from tests.fakes import FakeClock, FakeFs, FakeRng, MadeToFailError
 
 T = TypeVar("T")
 Vector = NDArray[np.float32]
@@ -436,6 +438,17 @@ class World:
     def close_round(self) -> bool:
         """Close the round that is ready, if one is."""
         return self.do(self.closer.close_one())
+
+    def close_over_a_crash(self, ordinal: int) -> None:
+        """Crash at a call of the file system, see nothing done, close it anew."""
+        before = self.everything()
+        with self.fs.crashing(ordinal), pytest.raises(MadeToFailError):
+            self.close_round()
+
+        reconcile(self.fleet)
+        assert self.everything() == before
+        self.closer = RoundCloser(self.fleet)  # a new process remembers nothing
+        assert self.close_round()
 
     def train_round(self, *values: float) -> None:
         """Let workers w1, w2, ... train a round and close it."""

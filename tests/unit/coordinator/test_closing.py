@@ -15,7 +15,6 @@ from bitnet_ext.frames import FrameKind, decode_frame
 from bitnet_ext.layout import layout_hash
 from bitnet_ext.wire.verdicts import TaskKind
 from coordinator.service.closing import RoundCloser
-from coordinator.service.starting import reconcile
 from coordinator.service.tending import requeue_failed
 from coordinator.service.view import VersionPoint
 from coordinator.store import rounds, runs, tasks, versions
@@ -212,14 +211,8 @@ def test_after_a_crash_the_round_is_closed_again_with_the_same_bytes(
     gradient = noise(1)
     weights, momentum = stepped(running.state(1), gradient)
     running.submit(running.claimed(), value=gradient)
-    before = running.everything()
-    with running.fs.crashing(ordinal), pytest.raises(MadeToFailError):
-        running.close_round()
 
-    reconcile(running.fleet)
-    assert running.everything() == before
-    running.closer = RoundCloser(running.fleet)  # a new process remembers nothing
-    assert running.close_round()
+    running.close_over_a_crash(ordinal)
 
     assert_is(running.state(2), weights, momentum)
     assert len(running.blobs()) == 5

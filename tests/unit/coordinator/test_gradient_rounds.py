@@ -18,12 +18,10 @@ from coordinator.domain.errors import RefusedError
 from coordinator.domain.muon import OptimiserState, gradient_step
 from coordinator.domain.plan import step_sizes
 from coordinator.service.closing import RoundCloser
-from coordinator.service.starting import reconcile
 from coordinator.service.version_blobs import remake_published, write_version
 from coordinator.store import versions
 from coordinator.store.blobs import BlobKind, version_blob
 from coordinator.store.tables import submissions
-from tests.fakes import MadeToFailError
 from tests.unit.coordinator.fleets import (
     NUM_PARAMS,
     PLAN,
@@ -152,14 +150,8 @@ def test_after_a_crash_the_round_is_closed_again_with_the_same_bytes(
     gradient = noise(1)
     due = stepped(running.state(1), gradient, before=0, tokens=64, step=1)
     running.submit(running.claimed(), value=gradient)
-    before = running.everything()
-    with running.fs.crashing(ordinal), pytest.raises(MadeToFailError):
-        running.close_round()
 
-    reconcile(running.fleet)
-    assert running.everything() == before
-    running.closer = RoundCloser(running.fleet)  # a new process remembers nothing
-    assert running.close_round()
+    running.close_over_a_crash(ordinal)
 
     assert_is(running.state(2), due)
     assert len(running.blobs()) == 5

@@ -19,13 +19,11 @@ from coordinator.domain.plan import AcceptLate, step_sizes
 from coordinator.domain.rollback import RollBack, Rollback
 from coordinator.service import rolling_back
 from coordinator.service.broadcast import publication
-from coordinator.service.closing import RoundCloser
 from coordinator.service.exporting import Pick
 from coordinator.service.own_files import look_after
 from coordinator.service.rolling_back import ask_for_rollback
 from coordinator.service.roster import plan_of
 from coordinator.service.serving import open_weights
-from coordinator.service.starting import reconcile
 from coordinator.service.stepping import Closing, next_state
 from coordinator.service.sweeping import _end_run
 from coordinator.service.version_blobs import (
@@ -39,7 +37,6 @@ from coordinator.store import rounds, versions
 from coordinator.store.blobs import BlobKind, Blobs, version_blob
 from coordinator.store.system import OsFs
 from coordinator.store.tables import events, submissions
-from tests.fakes import MadeToFailError
 from tests.unit.coordinator.fleets import NUM_PARAMS, PLAN, SHAPE, World
 from tests.unit.coordinator.test_looking import looked
 
@@ -260,14 +257,8 @@ def test_after_a_crash_there_is_the_old_state_and_then_the_same_bytes(
 ):
     train(running)
     by_hand(running, 1)
-    before = running.everything()
-    with running.fs.crashing(ordinal), pytest.raises(MadeToFailError):
-        running.close_round()
 
-    reconcile(running.fleet)
-    assert running.everything() == before
-    running.closer = RoundCloser(running.fleet)  # a new process remembers nothing
-    assert running.close_round()
+    running.close_over_a_crash(ordinal)
 
     assert_again(running, 3, 1)
 
