@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bitnet_ext.layout import layout_hash, num_params, segments
+from bitnet_ext.wire.verdicts import Optimiser
 from tests.unit.worker.shapes import SMALL, seeded_weights
 from worker.memory import Learned, Memory
 from worker.registration import Run
@@ -20,6 +21,7 @@ RUN = Run(
     shape=SMALL,
     layout_hash=layout_hash(SMALL),
     batch_size=4,
+    optimiser=Optimiser.MUON,
     heartbeat_s=5.0,
 )
 LEARNED = Learned(Moments.zeros(SMALL), None)
