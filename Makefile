@@ -15,6 +15,7 @@ CORPUS ?=
 STATE ?= demo-state
 PORT ?= 0
 QUICK ?= 0
+PROCESSES ?= 2
 
 .PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning bench-learning-1m bench-leases bench-fleet wheel lock vendor clean format
 
@@ -46,8 +47,12 @@ check: setup ## Lint, types and import rules: ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-test: setup ## Run every test
-	$(BIN)/pytest
+# Tests of one file share what takes long to set up, so they stay together. Files start
+# in their order by name: those of real processes, which take longest, come early. A
+# process that crashes would crash again, so it is not started again.
+test: setup ## Run every test: PROCESSES=2
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder \
+	    --max-worker-restart 0
 
 test-asan: setup ## Run the kernels' tests under AddressSanitizer and UBSan (needs gcc)
 	@$(BIN)/python -m tests.sanitised

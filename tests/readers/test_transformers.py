@@ -33,6 +33,15 @@ EDGE = 1e-3
 LAYOUTS = VARIANTS[Format.HF]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: threads that wait for a busy core spin for seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def hub() -> Iterator[SimpleNamespace]:
     """What is used of the package, kept from the network and from compiling."""

@@ -182,11 +182,15 @@ def test_loops_run_at_the_same_time_and_say_when_steps_ended(tmp_path):
 
 
 ENDLESS = "import time; time.sleep(1000)"
-#: Only one of them presses Ctrl-C; a second one would be a test of its own.
+#: Only one of them presses Ctrl-C; a second one would be a test of its own. And only
+#: when both are there: one that is just being started nobody could end yet.
 PRESSING = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
+pressed = pathlib.Path(sys.argv[1])
+pressed.with_name(f"there-{os.getpid()}").touch()
+while len(list(pressed.parent.glob("there-*"))) < 2: time.sleep(0.01)
 try:
-    os.open(sys.argv[1], os.O_CREAT | os.O_EXCL)
+    pressed.touch(exist_ok=False)
     os.kill(os.getppid(), signal.SIGINT)
 except FileExistsError:
     pass
