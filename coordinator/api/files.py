@@ -14,7 +14,7 @@ from coordinator.api.base import Api, ApiHandler
 from coordinator.domain.errors import RefusedError
 from coordinator.service.serving import Source, open_shard, open_weights
 
-_CHUNK_BYTES: Final = 1 << 18
+_CHUNK_BYTES: Final = 1 << 19
 _VERSION: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 _RANGE: Final = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})", re.ASCII)
 
