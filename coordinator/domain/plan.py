@@ -181,6 +181,8 @@ def hyper_parameters(
     plan: TrainingPlan, *, tokens_accepted: int, task_tokens: int
 ) -> HyperParameters:
     """Return what a task of `task_tokens` cut at this point of the run is given."""
+    if plan.round_kind is RoundKind.GRADIENT:
+        return HyperParameters(clip_norm=plan.clip_norm)
     return HyperParameters(
         lr_start=learning_rate_at(plan, tokens_accepted),
         lr_end=learning_rate_at(plan, tokens_accepted + task_tokens),
