@@ -22,12 +22,15 @@ from bitnet_ext.layout import (
     shape_to_json,
 )
 from bitnet_ext.wire.messages import HyperParameters
+from bitnet_ext.wire.verdicts import Optimiser
 from coordinator.domain.initial import initial_weights
 from coordinator.service.byte_tokenizer import ByteTokenizer
 from worker.model.transformer import BitNetModel
 from worker.train import Batch, LocalSteps, Moments
 
 _HYPER = HyperParameters(
+    optimiser=Optimiser.ADAMW,
+    momentum=0.95,
     lr_start=3e-3,
     lr_end=3e-3,
     weight_decay=0.1,

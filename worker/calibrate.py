@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from msgspec.structs import replace
 
 from bitnet_ext.layout import SegmentKind
 from bitnet_ext.ternary import choose_isa
 from bitnet_ext.wire.messages import HyperParameters
+from bitnet_ext.wire.verdicts import Optimiser
 from worker.model.flatten import segment_of
 from worker.model.transformer import BitNetModel
 from worker.train import Batch, Hooks, LocalSteps, Moments
@@ -32,6 +34,8 @@ MIN_SECONDS: Final = 1.0
 
 # The numbers do not matter for the time; they only have to stay finite.
 _HYPER: Final = HyperParameters(
+    optimiser=Optimiser.ADAMW,
+    momentum=0.95,
     lr_start=1e-4,
     lr_end=1e-4,
     weight_decay=0.1,
@@ -68,9 +72,13 @@ class Calibration:
 
 
 def calibrate(
-    model: BitNetModel, batch_size: int, choices: Choices, hooks: Hooks
+    model: BitNetModel,
+    batch_size: int,
+    optimiser: Optimiser,
+    choices: Choices,
+    hooks: Hooks,
 ) -> Calibration:
-    """Time steps of forward, backward and AdamW on random tokens; keep the best setup.
+    """Time whole local steps on random tokens; keep the best setup.
 
     Each setup runs for at least MIN_SECONDS and MIN_STEPS steps, unless it is clearly
     worse than another. The weights of the model are overwritten. Raises what
@@ -78,7 +86,8 @@ def calibrate(
     """
     random = torch.Generator().manual_seed(0)
     _fill(model, random)
-    steps = LocalSteps(model, Moments.zeros(model.shape).copy(model.device), _HYPER)
+    moments = Moments.zeros(model.shape).copy(model.device)
+    steps = LocalSteps(model, moments, replace(_HYPER, optimiser=optimiser))
     batch = _random_batch(model, batch_size, random)
 
     def measure(setup: Setup, to_beat_s: float | None) -> tuple[float, ...]:

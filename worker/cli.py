@@ -30,6 +30,7 @@ from bitnet_ext.layout import (
 )
 from bitnet_ext.ternary import supported_isas
 from bitnet_ext.wire.log import configure_logging
+from bitnet_ext.wire.verdicts import Optimiser
 from worker import offline, process, tune
 from worker.calibrate import use_threads
 from worker.errors import SettingsError, WorkerError
@@ -106,7 +107,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     for threads in arguments.threads:
         trainer = TorchTrainer((threads,), variants, device)
         hooks = Hooks.quiet(time.monotonic)
-        found = trainer.calibrate(shape, arguments.batch_size, hooks)
+        found = trainer.calibrate(
+            shape, arguments.batch_size, Optimiser(arguments.optimiser), hooks
+        )
         setup, speed = found.setup, found.tokens_per_s
         print(
             f"{threads:>8} {setup.variant:>12} {setup.micro_batch:>12} {speed:>10.0f}",
@@ -195,6 +198,7 @@ def _describe_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=_size, default=BATCH_SIZE)
     parser.add_argument("--vocab-size", type=_size, default=DEFAULT_VOCAB_SIZE)
+    parser.add_argument("--optimiser", choices=tuple(Optimiser), default=Optimiser.MUON)
 
 
 def _describe_eval(parser: argparse.ArgumentParser) -> None:

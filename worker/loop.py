@@ -117,7 +117,7 @@ class Worker:
             progress=lambda _tokens, _seconds: kit.heartbeat.light(),
             check=kit.shutdown.check,
         )
-        found = kit.trainer.calibrate(run.shape, run.batch_size, hooks)
+        found = kit.trainer.calibrate(run.shape, run.batch_size, run.optimiser, hooks)
         self._timed, self._calibration = run.shape, found
         kit.heartbeat.light()
         log.info(

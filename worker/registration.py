@@ -12,7 +12,7 @@ from bitnet_ext.layout import ModelShape, layout_hash, shape_from_json
 from bitnet_ext.ternary import active_isa
 from bitnet_ext.wire import PROTOCOL_VERSION
 from bitnet_ext.wire.messages import RegisterAnswer, RegisterRequest
-from bitnet_ext.wire.verdicts import ErrorCode
+from bitnet_ext.wire.verdicts import ErrorCode, Optimiser
 from worker.calibrate import Calibration
 from worker.errors import ProtocolError, RefusedError, SettingsError
 from worker.settings import WorkerSettings
@@ -40,6 +40,7 @@ class Run:
     shape: ModelShape
     layout_hash: bytes
     batch_size: int
+    optimiser: Optimiser
     heartbeat_s: float
 
 
@@ -91,6 +92,7 @@ def read_run(answer: RegisterAnswer, preset: str | None) -> Run:
         shape=shape,
         layout_hash=ours,
         batch_size=answer.batch_size,
+        optimiser=answer.optimiser,
         heartbeat_s=answer.heartbeat_s,
     )
 

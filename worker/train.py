@@ -1,17 +1,18 @@
-"""One training task: K local AdamW steps on a stretch of tokens.
+"""One training task: K local steps on a stretch of tokens.
 
 1. take the sequences of the stretch in the order of its shard (`worker.order`)
-2. batch by batch: loss, gradient, global-norm clip, AdamW at the next learning rate
+2. batch by batch: loss, gradient, global-norm clip, a step at the next learning rate:
+   of AdamW, or of Muon on hidden matrices and AdamW on the rest
 3. the pseudo-gradient is base minus trained, over the whole flat vector
 
-The base weights are never written to. The moments of AdamW outlive the task: the
-new ones are handed back, and the caller keeps them once the work is accepted.
+The base weights are never written to. The moments of the optimiser outlive the task:
+the new ones are handed back, and the caller keeps them once the work is accepted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -22,11 +23,13 @@ from torch import Tensor
 
 from bitnet_ext import fused
 from bitnet_ext.fused import AdamW
-from bitnet_ext.layout import ModelShape, SegmentKind, num_params, segments
+from bitnet_ext.layout import ModelShape, Segment, SegmentKind, num_params, segments
 from bitnet_ext.wire.messages import HyperParameters, Task
-from bitnet_ext.wire.verdicts import FailCode
+from bitnet_ext.wire.verdicts import FailCode, Optimiser
+from worker import muon
 from worker.errors import TaskError
 from worker.model import plain
+from worker.model.flatten import segment_of
 from worker.model.head import torch_threads
 from worker.model.transformer import NO_TARGET, BitNetModel
 from worker.order import TOKEN_BYTES, sequence_starts, text_window
@@ -67,12 +70,12 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What AdamW remembers: flat float32 tensors in layout order.
+    """What the optimiser remembers: flat float32 tensors in layout order.
 
     Kept from task to task; to forget them costs far more than any codec.
     """
 
-    #: Running mean of the gradient, and of its square.
+    #: Running mean of the gradient, and of its square, which Muon leaves as it is.
     exp_avg: Tensor
     exp_avg_sq: Tensor
     #: Steps so far, one number for each segment; on the CPU.
@@ -251,7 +254,9 @@ class Backward:
 
 
 class LocalSteps(Backward):
-    """AdamW on the flat vector of a model; the moments given to it are updated.
+    """AdamW, or Muon and AdamW, on the flat vector of a model.
+
+    The moments given to it are updated.
 
     Gradients are zeros before a step and after it.
     """
@@ -262,7 +267,12 @@ class LocalSteps(Backward):
         super().__init__(model, hyper.clip_norm)
         self.moments = moments
         self._hyper = hyper
-        self._stretches = _stretches(model)
+        by_muon = hyper.optimiser is Optimiser.MUON
+        parts = list(enumerate(model.flat.segments))
+        self._matrices = [part for _, part in parts if by_muon and part.is_linear]
+        self._stretches = _stretches(
+            [(index, part) for index, part in parts if part not in self._matrices]
+        )
 
     def step(self, batch: Batch, rate: float) -> float:
         """Make one step and return the loss before it, in nats a token.
@@ -282,8 +292,9 @@ class LocalSteps(Backward):
         return difference, self.moments
 
     def _update(self, clip: float, rate: float) -> None:
-        """Make the step of AdamW with the gradient times `clip`."""
+        """Make the step with the gradient times `clip`."""
         self.moments.step.add_(1.0)
+        self._update_matrices(clip, rate)
         flat, moments = self._model.flat, self.moments
         for index, stretch, decays in self._stretches:
             how = AdamW(
@@ -308,17 +319,30 @@ class LocalSteps(Backward):
             threads = self._model.threads
             fused.adamw(value, grad, mean, square, how, threads=threads)
 
+    def _update_matrices(self, clip: float, rate: float) -> None:
+        how = muon.Muon(
+            rate=rate,
+            decay=self._hyper.weight_decay,
+            momentum=self._hyper.momentum,
+            clip=clip,
+        )
+        vectors = self._model.flat.values, self._model.flat.grads, self.moments.exp_avg
+        for part in self._matrices:
+            values, grads, mean = (segment_of(vector, part) for vector in vectors)
+            muon.step(values, grads, mean, how)
 
-def _stretches(model: BitNetModel) -> list[tuple[int, slice, bool]]:
+
+def _stretches(parts: Iterable[tuple[int, Segment]]) -> list[tuple[int, slice, bool]]:
     """Return the longest stretches of the vector that share their decay.
 
     Each with the index of its first segment and whether it decays: norms do not.
+    `parts` are segments in layout order with their index in it.
     """
     found: list[tuple[int, slice, bool]] = []
-    for index, segment in enumerate(model.flat.segments):
+    for index, segment in parts:
         decays = segment.kind is not SegmentKind.NORM
         part = slice(segment.offset, segment.offset + segment.size)
-        if found and found[-1][2] == decays:
+        if found and found[-1][1].stop == part.start and found[-1][2] == decays:
             first, before, _ = found[-1]
             found[-1] = first, slice(before.start, part.stop), decays
         else:

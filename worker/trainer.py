@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bitnet_ext.layout import ModelShape
 from bitnet_ext.wire.messages import Task
-from bitnet_ext.wire.verdicts import RoundKind
+from bitnet_ext.wire.verdicts import Optimiser, RoundKind
 from worker import calibrate, evaluate, gradient, train
 from worker.calibrate import Calibration
 from worker.errors import BadShardError, SettingsError
@@ -28,7 +28,7 @@ class Trainer(Protocol):
     """What the loop needs of a model; arrays are those of `worker.train`."""
 
     def calibrate(
-        self, shape: ModelShape, batch_size: int, hooks: Hooks
+        self, shape: ModelShape, batch_size: int, optimiser: Optimiser, hooks: Hooks
     ) -> Calibration:
         """Time real steps in some setups; what follows uses the fastest."""
 
@@ -78,7 +78,7 @@ class TorchTrainer:
         self._model: BitNetModel | None = None
 
     def calibrate(
-        self, shape: ModelShape, batch_size: int, hooks: Hooks
+        self, shape: ModelShape, batch_size: int, optimiser: Optimiser, hooks: Hooks
     ) -> Calibration:
         """Time real steps in some setups; what follows uses the fastest."""
         choices = Choices(
@@ -86,7 +86,8 @@ class TorchTrainer:
             threads=self.threads,
             micro_batches=halvings(batch_size),
         )
-        return calibrate.calibrate(self._model_of(shape), batch_size, choices, hooks)
+        model = self._model_of(shape)
+        return calibrate.calibrate(model, batch_size, optimiser, choices, hooks)
 
     def train(
         self,

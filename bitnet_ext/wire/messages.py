@@ -14,6 +14,7 @@ from bitnet_ext.wire.verdicts import (
     ErrorCode,
     FailCode,
     LeaseState,
+    Optimiser,
     RoundKind,
     SubmissionState,
     TaskKind,
@@ -89,8 +90,9 @@ class RegisterAnswer(Message, frozen=True, kw_only=True):
     tokenizer_hash: Sha256
     corpus_hash: Sha256
     heartbeat_s: float
-    #: Sequences in one local step, for calibration.
+    #: Sequences in one local step and what makes it, for calibration.
     batch_size: int
+    optimiser: Optimiser
 
 
 class ClaimRequest(Message, frozen=True, kw_only=True):
@@ -101,11 +103,14 @@ class ClaimRequest(Message, frozen=True, kw_only=True):
 
 
 class HyperParameters(Message, frozen=True, kw_only=True):
-    """AdamW for one task; the schedule lives on the coordinator alone.
+    """The local steps of one task; the schedule lives on the coordinator alone.
 
     A mean gradient takes `clip_norm` only, and is sent nothing else.
     """
 
+    optimiser: Optimiser = Optimiser.MUON
+    #: Of Muon: the share of its momentum that the next step keeps.
+    momentum: float = 0.0
     #: Learning rate of the first local step; the last has `lr_end`, linear between.
     lr_start: float = 0.0
     lr_end: float = 0.0

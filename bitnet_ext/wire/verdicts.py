@@ -28,6 +28,13 @@ class RoundKind(StrEnum):
     GRADIENT = "gradient"  #: the mean gradient; a step of Muon and AdamW follows
 
 
+class Optimiser(StrEnum):
+    """What makes a local step."""
+
+    ADAMW = "adamw"  #: on all numbers
+    MUON = "muon"  #: on hidden matrices; AdamW on the rest
+
+
 class WorkerPhase(StrEnum):
     """What a worker says it does right now."""
 

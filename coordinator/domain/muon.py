@@ -1,17 +1,10 @@
 """The step of a gradient round: Muon on hidden matrices, AdamW on all else.
 
-Muon (Jordan et al. 2024) replaces the momentum of a matrix by the orthogonal matrix
-that is nearest to it, by Newton-Schulz iterations. Here the short side is cut in two,
-each half becomes orthogonal by itself, in three iterations (ADR 0014 has the price):
-
     momentum <- mu * momentum + gradient
-    x        <- (gradient + mu * momentum) / its Frobenius norm, for each half
-    x        <- a x + (b x x' + c (x x')^2) x,   three times
+    x        <- gradient + mu * momentum, made orthogonal
     weights  <- (1 - rate * decay) * weights - rate * 0.2 * sqrt(max(N, K)) * x
 
-All iterations work on the square x x' alone, where they are polynomials that commute;
-x itself is multiplied once, at the end. The factor gives its entries the size of a
-step of AdamW (Liu et al. 2025, 2502.16982), so both share one rate.
+`bitnet_ext.newton_schulz` says what is made orthogonal, and how.
 
 The same gradients must give the same bytes on every CPU and for every number of
 threads, but a matrix product adds in whatever order the BLAS likes. So factors are
@@ -36,16 +29,10 @@ from numpy.typing import NDArray
 from bitnet_ext.codecs import is_finite
 from bitnet_ext.fused import norm_of
 from bitnet_ext.layout import Segment, SegmentKind
+from bitnet_ext.newton_schulz import NUM_ITERATIONS, QUINTIC, num_blocks, step_length
 from bitnet_ext.outer import Part
 from coordinator.domain.outer_step import add_parts
 
-#: Quintic that pushes all singular values towards 1 (Jordan et al. 2024).
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-NUM_ITERATIONS: Final = 3
-#: Into how many parts the short side is cut, where it can be.
-NUM_BLOCKS: Final = 2
-#: Root mean square of a step of AdamW.
-_ADAMW_RMS: Final = 0.2
 #: Bits of an integer that float64 holds exactly.
 _EXACT_BITS: Final = 53
 
@@ -151,7 +138,7 @@ def flop(parts: Iterable[Segment]) -> int:
     for segment in parts:
         if segment.is_linear:
             short, long = sorted(segment.shape)
-            num = _num_blocks(short)
+            num = num_blocks(short)
             short //= num
             total += num * 3 * short * short * long
             # A Gram matrix an iteration, and three products to get to the next.
@@ -171,8 +158,7 @@ def _muon_change(
     direction = momentum * mu
     direction += grad
     orthogonal = orthogonalised(direction.reshape(shape)).reshape(-1)
-    factor = sizes.rate * _ADAMW_RMS * math.sqrt(max(shape))
-    return orthogonal.astype(np.float32) * np.float32(factor)
+    return orthogonal.astype(np.float32) * np.float32(step_length(sizes.rate, shape))
 
 
 def _adamw_change(
@@ -192,20 +178,16 @@ def _adamw_change(
 
 
 def orthogonalised(x_NK: NDArray[np.float32]) -> Matrix:
-    """Return x with halves of its short side nearly orthonormal, float64.
+    """Return x with each block of its short side nearly orthonormal, float64.
 
-    Singular values of a half are around 1, from about 0.5 to 1.2, but for those under
+    Singular values of a block are around 1, from about 0.5 to 1.2, but for those under
     a tenth of its largest, which grow 40 times at most. Zeros stay zeros.
     """
     is_tall = x_NK.shape[0] > x_NK.shape[1]
     wide = np.ascontiguousarray(x_NK.T if is_tall else x_NK)
-    blocks = np.split(wide, _num_blocks(len(wide)))
+    blocks = np.split(wide, num_blocks(len(wide)))
     found = np.concatenate([_orthogonal_block(block) for block in blocks])
     return found.T if is_tall else found
-
-
-def _num_blocks(short: int) -> int:
-    return 1 if short % NUM_BLOCKS else NUM_BLOCKS
 
 
 def _orthogonal_block(x_NK: NDArray[np.float32]) -> Matrix:
@@ -225,8 +207,9 @@ def _orthogonal_block(x_NK: NDArray[np.float32]) -> Matrix:
 
 def _polynomial(gram_NN: Matrix) -> Matrix:
     """Return what one iteration multiplies x by, for the symmetric x x'."""
-    found = _B * gram_NN + _C * exact_gram(gram_NN)
-    found.flat[:: len(found) + 1] += _A
+    a, b, c = QUINTIC
+    found = b * gram_NN + c * exact_gram(gram_NN)
+    found.flat[:: len(found) + 1] += a
     return found
 
 

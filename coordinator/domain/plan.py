@@ -13,9 +13,10 @@ from itertools import pairwise
 from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from bitnet_ext.wire.messages import EXACT, HyperParameters
-from bitnet_ext.wire.verdicts import RoundKind
+from bitnet_ext.wire.verdicts import Optimiser, RoundKind
 from coordinator.domain.muon import StepSizes
 
 #: Numbers are bounded above: JSON has no infinity, and a plan must be read again.
@@ -55,17 +56,22 @@ def _one_of(words: Iterable[str]) -> Meta:
 class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a run trains. Validated when it is decoded."""
 
-    #: `delta`: workers make local steps by AdamW, an outer step follows; `gradient`:
+    #: `delta`: workers make local steps, an outer step follows; `gradient`:
     #: they send mean gradients, and the coordinator steps by Muon and AdamW.
     round_kind: RoundKind = RoundKind.DELTA
     #: `per-arrival`: nobody waits for another, each submission is a round of its own.
     aggregation: Aggregation = Aggregation.ROUNDS
+    #: What makes local steps; a gradient round has none.
+    local_optimiser: Optimiser = Optimiser.MUON
+    #: Where that is Muon: the share of its momentum that the next step keeps.
+    local_momentum: Share = 0.95
     #: Peak learning rate: of the local steps, or of the gradient step.
     learning_rate: Positive = 2e-3
     #: Accepted tokens over which the rate rises linearly from zero.
     warmup_tokens: Annotated[int, Meta(ge=0)] = 100_000
     #: Accepted tokens at which the rate is back at zero; 0: it stays at its peak.
-    schedule_tokens: Annotated[int, Meta(ge=0)] = 0
+    #: None: not known yet, see `scheduled`.
+    schedule_tokens: Annotated[int, Meta(ge=0)] | None = None
     #: Share of the schedule at which its second stage begins: the rate, by then at
     #: `second_stage_rate` of its peak, goes on to zero without weight decay (Ma et
     #: al. 2024, "The Era of 1-bit LLMs: Training Tips, Code and FAQ").
@@ -133,6 +139,7 @@ def _check_arrivals(plan: TrainingPlan) -> None:
 #: The fields that take one of a few words, and these words.
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "round_kind": tuple(RoundKind),
+    "local_optimiser": tuple(Optimiser),
     "aggregation": tuple(Aggregation),
     "accept_late": tuple(AcceptLate),
     "codec": CODECS,
@@ -170,6 +177,25 @@ def weight_decay_at(plan: TrainingPlan, tokens_accepted: int) -> float:
     return plan.weight_decay if tokens_accepted < _second_stage(plan) else 0.0
 
 
+def scheduled(plan: TrainingPlan, token_budget: int) -> TrainingPlan:
+    """Return the plan of a run of so many tokens, 0 for no end.
+
+    Where it does not say when the rate is back at zero, that is the end of the run. A
+    run without an end, or so short that it is warming up for half of it, stays at
+    its peak. Raises ValueError for a schedule that ends before the run does: at rate
+    zero nothing learns.
+    """
+    if plan.schedule_tokens is None:
+        has_stages = plan.warmup_tokens < plan.second_stage_at * token_budget
+        return replace(plan, schedule_tokens=token_budget if has_stages else 0)
+    if plan.schedule_tokens and not 0 < token_budget <= plan.schedule_tokens:
+        raise ValueError(
+            f"must be 0 or at least the token budget, "
+            f"{token_budget or 'which is without end'}, got {plan.schedule_tokens}"
+        )
+    return plan
+
+
 def _second_stage(plan: TrainingPlan) -> float:
     """Return the accepted tokens at which the second stage begins."""
     if not plan.schedule_tokens:
@@ -184,6 +210,8 @@ def hyper_parameters(
     if plan.round_kind is RoundKind.GRADIENT:
         return HyperParameters(clip_norm=plan.clip_norm)
     return HyperParameters(
+        optimiser=plan.local_optimiser,
+        momentum=plan.local_momentum,
         lr_start=learning_rate_at(plan, tokens_accepted),
         lr_end=learning_rate_at(plan, tokens_accepted + task_tokens),
         weight_decay=weight_decay_at(plan, tokens_accepted),

@@ -139,6 +139,7 @@ def _register(
         raise no_run()
     _check_preset(request, run)
     _keep(connection, request, now)
+    plan = plan_of(run)
     return RegisterAnswer(
         protocol_version=PROTOCOL_VERSION,
         worker_id=request.worker_id,
@@ -149,7 +150,8 @@ def _register(
         tokenizer_hash=run.tokenizer_hash,
         corpus_hash=run.corpus_hash,
         heartbeat_s=request.heartbeat_s or fleet.heartbeat_s,
-        batch_size=plan_of(run).batch_size,
+        batch_size=plan.batch_size,
+        optimiser=plan.local_optimiser,
     )
 
 

@@ -28,7 +28,7 @@ from bitnet_ext.layout import (
 from coordinator.domain.errors import EXIT_DAMAGED, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
-from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan
+from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan, scheduled
 from coordinator.domain.round_time import first_round_s
 from coordinator.service.bookkeeping import book_reset
 from coordinator.service.corpus import tokenized_folder
@@ -177,7 +177,6 @@ def _run_columns(
     budget = settings.token_budget
     if budget is None:
         budget = TOKENS_PER_PARAMETER * num_params(shape)
-    _check_schedule(settings.plan, budget)
     return {
         "run_id": f"r-{fleet.rng.token(4).hex()}",
         "state": RUNNING,
@@ -187,18 +186,16 @@ def _run_columns(
         "layout_hash": layout_hash(shape).hex(),
         "tokenizer_hash": manifest.tokenizer_sha256,
         "corpus_hash": manifest.corpus_sha256,
-        "plan_json": msgspec.json.encode(settings.plan).decode(),
+        "plan_json": msgspec.json.encode(_scheduled(settings.plan, budget)).decode(),
         "token_budget": budget or None,
     }
 
 
-def _check_schedule(plan: TrainingPlan, budget: int) -> None:
-    """Refuse a schedule that ends before the run does: at rate zero nothing learns."""
-    if plan.schedule_tokens and not 0 < budget <= plan.schedule_tokens:
-        raise StartError(
-            f"BITNET_COORD_SCHEDULE_TOKENS must be 0 or at least the token budget, "
-            f"{budget or 'which is without end'}, got {plan.schedule_tokens}"
-        )
+def _scheduled(plan: TrainingPlan, budget: int) -> TrainingPlan:
+    try:
+        return scheduled(plan, budget)
+    except ValueError as error:
+        raise StartError(f"BITNET_COORD_SCHEDULE_TOKENS {error}") from None
 
 
 def _add_root(

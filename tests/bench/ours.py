@@ -20,12 +20,15 @@ from bitnet_ext import ternary
 from bitnet_ext.layout import ModelShape
 from bitnet_ext.ternary import QuantisedRows
 from bitnet_ext.wire.messages import HyperParameters
+from bitnet_ext.wire.verdicts import Optimiser
 from worker.model.bitlinear import BitLinear
 from worker.model.transformer import BitNetModel
 from worker.train import Batch, LocalSteps, Moments
 
 #: As the peers': see `peers.plain.adamw`.
 HYPER = HyperParameters(
+    optimiser=Optimiser.ADAMW,
+    momentum=0.95,
     lr_start=1e-3,
     lr_end=1e-3,
     weight_decay=0.1,

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import numpy as np
 
+from bitnet_ext.wire.verdicts import Optimiser
 from coordinator.domain.initial import initial_vector
 from coordinator.domain.muon import OptimiserState, gradient_step
 from coordinator.domain.plan import TrainingPlan, hyper_parameters, step_sizes
 from tests.sim import setting as costs
 from tests.sim.net import SEQ_LEN, Net
 from tests.sim.setting import Setting
-from tests.sim.steps import Local, Moments, adamw, clipped
+from tests.sim.steps import Local, Moments, clipped, local_step
 from tests.sim.text import Text, Windows
 
 
@@ -39,7 +40,7 @@ def alone(
         for row, plan in enumerate(plans):
             hyper = hyper_parameters(plan, tokens_accepted=tokens, task_tokens=0)
             task = Local([batch], hyper, moments[row])
-            adamw(net.segments, flat_RP[row], grads_RP[row], task, 0)
+            local_step(net.segments, flat_RP[row], grads_RP[row], task, 0)
         tokens += len(batch) * SEQ_LEN
     return [net.loss(flat_P, text.held_out) for flat_P in flat_RP]
 
@@ -87,9 +88,15 @@ def windows_within(seconds: float, net: Net, setting: Setting) -> int:
 
 
 def plan_for(num_windows: int, **fields: object) -> TrainingPlan:
-    """Return the plan of a run over so many windows: 3 % warm-up, two stages."""
+    """Return the plan of a run over so many windows: 3 % warm-up, two stages.
+
+    Local steps are those of AdamW, where `fields` don't say otherwise.
+    """
     tokens = num_windows * SEQ_LEN
     base = TrainingPlan(
-        warmup_tokens=int(0.03 * tokens), schedule_tokens=tokens, batch_size=1
+        local_optimiser=Optimiser.ADAMW,
+        warmup_tokens=int(0.03 * tokens),
+        schedule_tokens=tokens,
+        batch_size=1,
     )
     return msgspec.structs.replace(base, **fields)

@@ -22,7 +22,7 @@ from bitnet_ext.frames import frame_bytes
 from bitnet_ext.fused import norm_of
 from bitnet_ext.outer import Part
 from bitnet_ext.wire.messages import EXACT
-from bitnet_ext.wire.verdicts import RoundKind
+from bitnet_ext.wire.verdicts import Optimiser, RoundKind
 from coordinator.domain import guards, muon, sizing
 from coordinator.domain.initial import initial_vector
 from coordinator.domain.muon import OptimiserState, merged_step
@@ -307,13 +307,20 @@ class Fleet:
         num_steps = sizing.num_steps(
             num_windows * SEQ_LEN, seq_len=SEQ_LEN, batch_size=plan.batch_size
         )
-        steps_itself = plan.round_kind is RoundKind.DELTA
-        each = costs.ADAMW if steps_itself else costs.ACCUMULATE
-        flop = (each * num_steps + costs.DECODE + costs.ENCODE) * size
+        flop = (costs.DECODE + costs.ENCODE) * size + self._step_flop * num_steps
         optimiser_s = self._setting.optimiser_s(
             flop, num_params=size, speed=worker.speed
         )
         return (num_windows / worker.speed + optimiser_s) * pace
+
+    @property
+    def _step_flop(self) -> int:
+        """FLOP of a local step beside its products, or of adding up a gradient."""
+        plan, size = self._recipe.plan, self._net.num_params
+        if plan.round_kind is RoundKind.GRADIENT:
+            return costs.ACCUMULATE * size
+        by_muon = plan.local_optimiser is Optimiser.MUON
+        return costs.ADAMW * size + by_muon * muon.flop(self._net.segments)
 
     def _closes_at(self, claims: list[Claim]) -> float:
         """Return when the round closes: all back or over, or quorum and grace.

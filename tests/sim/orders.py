@@ -18,7 +18,7 @@ from coordinator.domain.initial import initial_vector
 from coordinator.domain.plan import hyper_parameters
 from tests.sim.alone import plan_for
 from tests.sim.net import SEQ_LEN, Net, Shape
-from tests.sim.steps import Local, Moments, adamw
+from tests.sim.steps import Local, Moments, local_step
 from tests.sim.text import read_text
 
 BATCH = 8
@@ -54,7 +54,7 @@ def losses(
             hyper = hyper_parameters(plan, tokens_accepted=tokens, task_tokens=0)
             for row, mine in enumerate(moments):
                 task = Local([batch[row]], hyper, mine)
-                adamw(net.segments, flat_RP[row], grads_RP[row], task, 0)
+                local_step(net.segments, flat_RP[row], grads_RP[row], task, 0)
     return [net.loss(flat_P, text.held_out) for flat_P in flat_RP]
 
 

@@ -1,4 +1,4 @@
-"""Local steps of many replicas at once, with the production kernel of AdamW."""
+"""Local steps of many replicas at once, with the production AdamW and Muon."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bitnet_ext import fused
 from bitnet_ext.layout import Segment, SegmentKind
 from bitnet_ext.wire.messages import HyperParameters
+from bitnet_ext.wire.verdicts import Optimiser
 from tests.sim.net import NO_TARGET, SEQ_LEN, Net
 from tests.sim.text import Windows
+from worker import muon
 
 Vector = NDArray[np.float32]
 
 
 @dataclass(slots=True)
 class Moments:
-    """What the AdamW of one replica remembers."""
+    """What the optimiser of one replica remembers."""
 
     mean: Vector
     square: Vector
@@ -60,21 +63,30 @@ def trained(net: Net, base: Vector, tasks: Sequence[Local]) -> list[Vector]:
         batch = _stacked([task.batches[index] for task in active])
         _, grads_RP = net.gradients(flat_RP[: len(active)], batch)
         for row, task in enumerate(active):
-            adamw(net.segments, flat_RP[row], grads_RP[row], task, index)
+            local_step(net.segments, flat_RP[row], grads_RP[row], task, index)
     return [flat_RP[order.index(i)] for i in range(len(tasks))]
 
 
-def adamw(
+def local_step(
     segments: Sequence[Segment], values: Vector, grad: Vector, task: Local, index: int
 ) -> None:
     """Make step `index` of a task on `values`, as `worker.train` does."""
     hyper, moments = task.hyper, task.moments
     moments.step += 1
     done = index / max(1, len(task.batches) - 1)
+    rate = hyper.lr_start + (hyper.lr_end - hyper.lr_start) * done
     clip = clipped(grad, hyper.clip_norm)
+    if hyper.optimiser is Optimiser.MUON:
+        muon_how = muon.Muon(
+            rate=rate, decay=hyper.weight_decay, momentum=hyper.momentum, clip=clip
+        )
+        for segment in segments:
+            if segment.is_linear:
+                _muon(segment, values, grad, moments.mean, muon_how)
+        segments = [segment for segment in segments if not segment.is_linear]
     for part, decays in stretches(segments):
         how = fused.AdamW(
-            rate=hyper.lr_start + (hyper.lr_end - hyper.lr_start) * done,
+            rate=rate,
             decay=hyper.weight_decay if decays else 0.0,
             beta1=hyper.beta1,
             beta2=hyper.beta2,
@@ -87,13 +99,25 @@ def adamw(
         )
 
 
+def _muon(
+    segment: Segment, values: Vector, grad: Vector, mean: Vector, how: muon.Muon
+) -> None:
+    """Make the step of one hidden matrix in place."""
+    place = slice(segment.offset, segment.offset + segment.size)
+    views = (
+        torch.from_numpy(vector[place]).view(segment.shape)
+        for vector in (values, grad, mean)
+    )
+    muon.step(*views, how)
+
+
 def stretches(segments: Sequence[Segment]) -> list[tuple[slice, bool]]:
     """Return the longest stretches that share their decay: norms have none."""
     found: list[tuple[slice, bool]] = []
     for segment in segments:
         decays = segment.kind is not SegmentKind.NORM
         end = segment.offset + segment.size
-        if found and found[-1][1] == decays:
+        if found and found[-1][0].stop == segment.offset and found[-1][1] == decays:
             found[-1] = slice(found[-1][0].start, end), decays
         else:
             found.append((slice(segment.offset, end), decays))

@@ -17,6 +17,8 @@ LEASE = "0123456789abcdef" * 2
 SHA = "ab" * 32
 
 HYPER = {
+    "optimiser": "adamw",
+    "momentum": 0.95,
     "lr_start": 1e-3,
     "lr_end": 1e-4,
     "weight_decay": 0.1,
@@ -52,6 +54,7 @@ BODIES = {
         "corpus_hash": SHA,
         "heartbeat_s": 5.0,
         "batch_size": 8,
+        "optimiser": "muon",
     },
     "ClaimRequest": {"worker_id": "w-1", "claim_id": "c-1"},
     "HyperParameters": HYPER,

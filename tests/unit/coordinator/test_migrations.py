@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, inspect, text
 
+from bitnet_ext.wire.verdicts import Optimiser
 from coordinator.domain.errors import StartError
+from coordinator.domain.plan import TrainingPlan
 from coordinator.store import rounds, tallies
 from coordinator.store.engine import Store
 from coordinator.store.schema import _config, migrate, schema_revision
@@ -159,6 +162,27 @@ def test_rounds_of_before_keep_the_round_time_of_their_plan(tmp_path):
     engine.dispose()
     assert (live.round_s, live.overhead_s, live.shortest_s) == (12.5, None, None)
     assert other.round_s == 60.0
+
+
+def test_runs_of_before_go_on_with_adamw(tmp_path):
+    engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    with engine.begin() as connection:
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0011")
+        plan = {"run_id": "r", "plan_json": '{"learning_rate":0.25}'}
+        _insert(connection, "runs", plan | {"state": "running"})
+        _insert(connection, "versions", plan)
+
+        migrate(connection)
+
+        (run_plan,) = connection.execute(text("SELECT plan_json FROM runs")).one()
+        (its_plan,) = connection.execute(text("SELECT plan_json FROM versions")).one()
+    engine.dispose()
+    assert run_plan == its_plan
+    plan = msgspec.json.decode(run_plan, type=TrainingPlan)
+    assert plan == TrainingPlan(local_optimiser=Optimiser.ADAMW, learning_rate=0.25)
+    assert TrainingPlan().local_optimiser is Optimiser.MUON
 
 
 def _insert(connection: Connection, table: str, row: dict[str, object]) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from bitnet_ext.codecs import Codec, NonFiniteError, decode, encode
 from bitnet_ext.layout import ModelShape, num_params, segments
+from bitnet_ext.newton_schulz import num_blocks
 from bitnet_ext.outer import Part
 from coordinator.domain import muon
 from coordinator.domain.muon import (
@@ -62,19 +63,21 @@ def part(vector, name):
     return vector[segment.offset : segment.offset + segment.size].reshape(segment.shape)
 
 
-def halves(x):
+def blocks(x):
     """The parts that become orthogonal, each with its short side first."""
     wide = x.T if x.shape[0] > x.shape[1] else x
-    return np.split(wide, 2) if len(wide) % 2 == 0 else [wide]
+    return np.split(wide, num_blocks(len(wide)))
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (16, 64), (64, 16), (6, 5), (1, 5), (5, 1)])
+@pytest.mark.parametrize(
+    "shape", [(8, 8), (16, 64), (64, 16), (6, 5), (1, 5), (5, 1), (400, 192)]
+)
 def test_singular_values_become_about_one_and_directions_stay(shape):
     x = normal(*shape)
 
     found = orthogonalised(x)
 
-    for before, after in zip(halves(x), halves(found), strict=True):
+    for before, after in zip(blocks(x), blocks(found), strict=True):
         left, _, right = np.linalg.svd(before, full_matrices=False)
         sizes = left.T @ after @ right.T
         np.testing.assert_allclose(sizes, np.diag(np.diag(sizes)), atol=1e-4)
@@ -102,7 +105,7 @@ def test_what_is_not_finite_is_seen_in_the_weights():
 
     new = gradient_step(fresh(), gradient, PARTS, SIZES)
 
-    half, other = halves(part(new.weights, "layers.0.q"))
+    half, other = blocks(part(new.weights, "layers.0.q"))
     assert not np.isfinite(half).any()
     assert np.isfinite(other).all()
 
@@ -138,8 +141,8 @@ def plain_twin(weights, gradient, momentum, sizes):
     momentum = sizes.momentum * momentum + gradient
     whole = gradient + sizes.momentum * momentum
     found = []
-    for half in halves(whole):
-        x = half / np.linalg.norm(half)
+    for block in blocks(whole):
+        x = block / np.linalg.norm(block)
         for _ in range(3):
             gram = x @ x.T
             x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x

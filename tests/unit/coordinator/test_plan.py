@@ -9,6 +9,7 @@ from coordinator.domain.plan import (
     TrainingPlan,
     hyper_parameters,
     learning_rate_at,
+    scheduled,
     step_sizes,
     weight_decay_at,
 )
@@ -55,6 +56,33 @@ def test_weights_decay_in_the_first_stage_only():
         hyper_parameters(TWO_STAGES, tokens_accepted=6000, task_tokens=100).weight_decay
         == 0.0
     )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "budget", "due"),
+    [
+        (None, 2001, 2001),
+        (None, 2000, 0),  # it would be warming up until the second stage
+        (None, 0, 0),
+        (0, 5000, 0),
+        (5000, 5000, 5000),
+        (6000, 5000, 6000),
+    ],
+)
+def test_the_rate_is_back_at_zero_when_the_run_ends_if_nobody_says_otherwise(
+    chosen, budget, due
+):
+    plan = msgspec.structs.replace(PLAN, schedule_tokens=chosen)
+
+    assert scheduled(plan, budget) == msgspec.structs.replace(plan, schedule_tokens=due)
+
+
+@pytest.mark.parametrize("budget", [0, 5001])
+def test_a_schedule_that_ends_before_its_run_is_refused(budget):
+    plan = msgspec.structs.replace(PLAN, schedule_tokens=5000)
+
+    with pytest.raises(ValueError, match="got 5000"):
+        scheduled(plan, budget)
 
 
 def test_without_a_schedule_weights_decay_for_good():

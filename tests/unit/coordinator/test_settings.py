@@ -33,6 +33,8 @@ GOOD = {
     "LOG_LEVEL": ("DEBUG", "debug"),
 }
 GOOD_PLAN = {
+    "LOCAL_OPTIMISER": ("adamw", "adamw"),
+    "LOCAL_MOMENTUM": ("0.9", 0.9),
     "LEARNING_RATE": ("0.01", 0.01),
     "WARMUP_TOKENS": ("0", 0),
     "SCHEDULE_TOKENS": ("1000000", 1000000),
@@ -102,6 +104,8 @@ BAD = [
     ("ACCEPT_LATE", "always"),
     ("CODEC", "int4"),
     ("ROUND_KIND", "gradients"),
+    ("LOCAL_OPTIMISER", "Muon"),
+    ("LOCAL_MOMENTUM", "1"),
     ("BROADCAST", "fp32"),
     ("AGGREGATION", "arrival"),
     ("EVALUATE_EVERY", "0"),

@@ -15,7 +15,7 @@ from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import ManifestError
-from coordinator.domain.plan import TrainingPlan
+from coordinator.domain.plan import TrainingPlan, scheduled
 from coordinator.service.grace import extend_leases
 from coordinator.service.starting import (
     RunSettings,
@@ -70,8 +70,9 @@ def test_a_run_is_made_once(world: World):
     )
     assert run.layout_hash == layout_hash(TINY).hex()
     assert run.corpus_hash == world.fleet.the_manifest().corpus_sha256
-    assert msgspec.json.decode(run.plan_json, type=TrainingPlan) == PLAN
     assert run.token_budget == 20 * num_params(TINY)
+    plan = scheduled(PLAN, run.token_budget)
+    assert msgspec.json.decode(run.plan_json, type=TrainingPlan) == plan
     assert (run.reset_from_version, run.reset_acknowledged) == (None, True)
     live = world.live_round()
     assert (live.base_version, live.state) == (1, "open")
@@ -100,6 +101,15 @@ def test_a_schedule_may_end_with_its_run(world: World):
 
     stored = msgspec.json.decode(world.run_row().plan_json, type=TrainingPlan)
     assert stored == plan
+
+
+def test_a_schedule_that_nobody_set_ends_with_its_run(world: World):
+    plan = TrainingPlan(warmup_tokens=10)
+
+    make_run(world, RunSettings(preset="tiny", seed=3, plan=plan, token_budget=200_000))
+
+    stored = msgspec.json.decode(world.run_row().plan_json, type=TrainingPlan)
+    assert stored == msgspec.structs.replace(plan, schedule_tokens=200_000)
 
 
 def test_the_first_weights_come_from_the_seed(world: World):

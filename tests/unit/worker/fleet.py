@@ -24,7 +24,7 @@ from bitnet_ext.wire.messages import (
     Task,
     TaskAnswer,
 )
-from bitnet_ext.wire.verdicts import LeaseState, SubmissionState
+from bitnet_ext.wire.verdicts import LeaseState, Optimiser, SubmissionState
 from tests.unit.worker.shapes import EOT, SMALL, a_task, random_tokens, seeded_weights
 from tests.unit.worker.stand_in import KEY, Reply, Request, StandIn, says
 from worker.calibrate import Calibration
@@ -75,7 +75,7 @@ class FakeTrainer:
         self.num_steps = 0
         self._clock = clock
 
-    def calibrate(self, shape, batch_size, hooks) -> Calibration:
+    def calibrate(self, shape, batch_size, optimiser, hooks) -> Calibration:
         self.calibrated.append(shape)
         hooks.check()
         hooks.progress(1000, 1.0)
@@ -251,6 +251,7 @@ def register_answer(*, run_id: str, shape: ModelShape) -> RegisterAnswer:
         corpus_hash="0" * 64,
         heartbeat_s=3600.0,
         batch_size=4,
+        optimiser=Optimiser.ADAMW,
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from bitnet_ext.layout import ModelShape, SegmentKind, num_params, segments
 from bitnet_ext.wire.messages import HyperParameters, Task
-from bitnet_ext.wire.verdicts import TaskKind
+from bitnet_ext.wire.verdicts import Optimiser, TaskKind
 from worker.model.transformer import BitNetModel
 from worker.train import Hooks
 
@@ -33,6 +33,8 @@ GROUPED = replace(SMALL, num_kv_heads=2, hidden_act="relu2")
 EOT = 0
 
 HYPER = HyperParameters(
+    optimiser=Optimiser.ADAMW,
+    momentum=0.95,
     lr_start=3e-3,
     lr_end=3e-3,
     weight_decay=0.1,

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from bitnet_ext.ternary import active_isa, choose_isa
+from bitnet_ext.wire.verdicts import Optimiser
 from tests.unit.worker.shapes import SMALL, loaded_model, seeded_weights, silent_hooks
+from worker import muon
 from worker.calibrate import Calibration, arrange, calibrate
 from worker.errors import StoppedError
 from worker.tune import PORTABLE, TORCH, Choices, Setup, Trial
@@ -38,7 +40,7 @@ def ticking(*seconds: float):
 def test_it_runs_for_a_second_and_for_two_steps(seconds_a_step, num_steps) -> None:
     hooks = silent_hooks(clock=ticking(seconds_a_step))
 
-    found = calibrate(loaded_model(), 4, choices(4), hooks)
+    found = calibrate(loaded_model(), 4, Optimiser.ADAMW, choices(4), hooks)
 
     assert len(found.trials[0].seconds) == num_steps
     assert found.tokens_per_s == pytest.approx(4 * SMALL.seq_len / seconds_a_step)
@@ -48,7 +50,7 @@ def test_its_steps_really_train() -> None:
     model = loaded_model()
     before = seeded_weights(SMALL)
 
-    calibrate(model, 2, choices(2), silent_hooks())
+    calibrate(model, 2, Optimiser.ADAMW, choices(2), silent_hooks())
 
     assert (model.flat.values.numpy() != before).all()
 
@@ -58,7 +60,8 @@ def test_the_model_is_left_in_the_fastest_setup() -> None:
     looks = (0.0, 0.0, 3.0, 3.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.2, 1.2, 0.0)
     model = loaded_model()
 
-    found = calibrate(model, 4, choices(4, 2, 1), silent_hooks(clock=ticking(*looks)))
+    hooks = silent_hooks(clock=ticking(*looks))
+    found = calibrate(model, 4, Optimiser.ADAMW, choices(4, 2, 1), hooks)
 
     assert [trial.setup.micro_batch for trial in found.trials] == [4, 2, 1]
     assert found.setup.micro_batch == model.micro_batch == 2
@@ -67,11 +70,20 @@ def test_the_model_is_left_in_the_fastest_setup() -> None:
 def test_a_setup_that_is_clearly_worse_gets_one_step() -> None:
     looks = (0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 2.1)
 
-    found = calibrate(
-        loaded_model(), 4, choices(4, 2, 1), silent_hooks(clock=ticking(*looks))
-    )
+    hooks = silent_hooks(clock=ticking(*looks))
+    found = calibrate(loaded_model(), 4, Optimiser.ADAMW, choices(4, 2, 1), hooks)
 
     assert [len(trial.seconds) for trial in found.trials] == [2, 1]
+
+
+@pytest.mark.parametrize("optimiser", Optimiser)
+def test_steps_are_those_of_the_optimiser(optimiser, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(muon, "step", lambda *_: made.append(1))
+
+    calibrate(loaded_model(), 2, optimiser, choices(2), silent_hooks())
+
+    assert bool(made) is (optimiser is Optimiser.MUON)
 
 
 def test_a_check_that_raises_ends_it_between_two_steps() -> None:
@@ -83,7 +95,7 @@ def test_a_check_that_raises_ends_it_between_two_steps() -> None:
 
     hooks = silent_hooks(check=check, progress=lambda *step: done.append(step))
     with pytest.raises(StoppedError):
-        calibrate(loaded_model(), 4, choices(4), hooks)
+        calibrate(loaded_model(), 4, Optimiser.ADAMW, choices(4), hooks)
 
     assert done == [(4 * SMALL.seq_len, 1.0)]
 
