@@ -171,7 +171,7 @@ def decode_add(codec: Codec, payload: Bytes, into: Vector, weight: float) -> Non
     """
     if not np.isfinite(np.float32(weight)):
         raise ValueError(f"weight must be finite, got {weight}")
-    data = _checked(codec, payload, into.size)
+    data = checked(codec, payload, into.size)
     match codec:
         case Codec.FP32:
             _kernels.add_fp32(data, weight, into)
@@ -189,7 +189,7 @@ def decode_dot(codec: Codec, payload: Bytes, vector: Vector) -> float:
     Errors as in `decode`.
     """
     vector = flat(vector, "vector")
-    data = _checked(codec, payload, vector.size)
+    data = checked(codec, payload, vector.size)
     match codec:
         case Codec.FP32:
             return _kernels.dot_fp32(data, vector)
@@ -247,8 +247,8 @@ def of_length(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uin
     return data
 
 
-def _checked(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uint8]:
-    """Return the bytes of a payload that is wholly in order."""
+def checked(codec: Codec, payload: Bytes, num_elements: int) -> NDArray[np.uint8]:
+    """Return the bytes of a payload that is wholly in order; errors as in `decode`."""
     data = of_length(codec, payload, num_elements)
     match codec:
         case Codec.FP32:

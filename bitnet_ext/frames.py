@@ -126,16 +126,27 @@ def encode_frame(header: FrameHeader, payload: Bytes) -> bytes:
     return b"".join(frame_parts(header, payload))
 
 
-def frame_parts(header: FrameHeader, payload: Bytes) -> tuple[bytes, memoryview, bytes]:
+def frame_parts(header: FrameHeader, payload: Bytes) -> list[Bytes]:
     """Return header, payload and trailer, to be written one after the other.
 
     As `encode_frame`, without a copy of the payload.
     """
-    view = memoryview(payload).cast("B")
-    if view.nbytes != header.payload_bytes:
+    parts = sealed_parts(header, payload)
+    return [*parts, _digest(*parts)]
+
+
+def sealed_parts(header: FrameHeader, *payload: Bytes) -> list[Bytes]:
+    """Return what the trailer is the SHA-256 of: the header and a payload in pieces.
+
+    For who hashes what is written in any case. Raises LengthError when the pieces are
+    not as long together as the header says.
+    """
+    views = [memoryview(piece).cast("B") for piece in payload]
+    num_bytes = sum(view.nbytes for view in views)
+    if num_bytes != header.payload_bytes:
         raise LengthError(
             f"payload must have {header.payload_bytes} bytes for "
-            f"{header.num_elements} numbers of {header.codec}, got {view.nbytes}"
+            f"{header.num_elements} numbers of {header.codec}, got {num_bytes}"
         )
     head = _HEADER.pack(
         MAGIC,
@@ -144,10 +155,10 @@ def frame_parts(header: FrameHeader, payload: Bytes) -> tuple[bytes, memoryview,
         header.codec.number,
         header.version,
         header.num_elements,
-        view.nbytes,
+        num_bytes,
         header.layout_hash,
     )
-    return head, view, _digest(head, view)
+    return [head, *views]
 
 
 def decode_frame(data: Bytes) -> tuple[FrameHeader, memoryview]:
@@ -227,7 +238,8 @@ def check_header(
         )
 
 
-def _digest(head: Bytes, payload: Bytes) -> bytes:
-    digest = hashlib.sha256(head)
-    digest.update(payload)
+def _digest(*parts: Bytes) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     return digest.digest()

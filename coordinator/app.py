@@ -51,7 +51,7 @@ from coordinator.service.sweeping import (
     keep_clock,
     sweep,
 )
-from coordinator.service.ternary_health import examine_next
+from coordinator.service.ternary_health import HEALTH_S, examine_next
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import clock, workers
 from coordinator.store.blobs import Blobs
@@ -163,7 +163,12 @@ async def serve(
         await asyncio.to_thread(adopt_corpus, fleet, new_run)
         await asyncio.to_thread(extend_leases, fleet)
         lag = LoopLag(fleet.clock)
-        feed = Feed(fleet, lag, insecure_http=not settings.is_loopback)
+        feed = Feed(
+            fleet,
+            lag,
+            insecure_http=not settings.is_loopback,
+            is_watched=lambda: hub.is_watched,
+        )
         async with _listen(settings, sockets, fleet, hub, feed, lag) as listening:
             background = [
                 asyncio.create_task(work)
@@ -193,7 +198,7 @@ def _background(
         every(CLOCK_S, partial(keep_clock, fleet), "clock"),
         # Apart from the sweep: hashing a file can take longer than a lease may wait.
         every(SWEEP_S, partial(look_again, fleet), "looking at broken files"),
-        every(SWEEP_S, partial(examine_next, fleet), "looking at a scored version"),
+        every(HEALTH_S, partial(examine_next, fleet), "looking at a scored version"),
         every(SWEEP_S, closer.run, "closing a round"),
         every(SWEEP_S, feed.run, "the live feed"),
         every(SWEEP_S, lag.run, "the lag metric"),

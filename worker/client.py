@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 
 import msgspec
 import requests
+from urllib3.util import SKIP_HEADER
 
 from bitnet_ext.wire.messages import (
     ClaimRequest,
@@ -90,10 +91,10 @@ class Download:
     received: int = 0
 
     @property
-    def content_range(self) -> str:
-        """The `Content-Range` that the rest must have."""
+    def missing(self) -> str | None:
+        """The rest, as `Range` and `Content-Range` have it; None for the whole file."""
         first, last = self.start + self.received, self.start + len(self.into) - 1
-        return f"bytes {first}-{last}/{self.total}"
+        return None if last - first + 1 == self.total else f"{first}-{last}"
 
     def take(self, piece: bytes) -> None:
         """Put the next piece in its place; raises BadDownloadError when too long."""
@@ -148,8 +149,14 @@ class Client:
         self._session = requests.Session()
         # No proxies, no .netrc: where the key goes is decided by the address alone.
         self._session.trust_env = False
+        # Nothing that the coordinator does not read: it is sent with each request.
+        self._session.headers.clear()
         self._session.headers.update(
-            {"X-Api-Key": api_key, "Accept-Encoding": "identity"}
+            {
+                "X-Api-Key": api_key,
+                "Accept-Encoding": "identity",
+                "User-Agent": SKIP_HEADER,
+            }
         )
 
     def close(self) -> None:
@@ -200,23 +207,18 @@ class Client:
         self._send("POST", "/logs", body=msgspec.json.encode(request))
 
     def continue_download(self, download: Download) -> None:
-        """Fetch what is missing of `download`, by Range.
+        """Fetch what is missing of `download`, by Range unless that is all of it.
 
         Raises RetryLaterError when the connection breaks: call again to go on
         from there; BadDownloadError when the answer is not exactly the rest.
         """
-        first = download.start + download.received
-        last = download.start + len(download.into) - 1
-        response = self._send(
-            "GET",
-            download.path,
-            headers={"Range": f"bytes={first}-{last}"},
-            stream=True,
-        )
+        missing = download.missing
+        headers = {} if missing is None else {"Range": f"bytes={missing}"}
+        response = self._send("GET", download.path, headers=headers, stream=True)
         before = download.received
         try:
             with response:
-                _check_partial(response, download)
+                _check_download(response, download)
                 for piece in response.iter_content(_CHUNK_BYTES):
                     download.take(piece)
         except _NO_ANSWER as error:
@@ -285,16 +287,19 @@ def _cut(download: Download, before: int) -> RetryLaterError:
     )
 
 
-def _check_partial(response: requests.Response, download: Download) -> None:
+def _check_download(response: requests.Response, download: Download) -> None:
     """Insist on exactly the bytes asked for, of exactly the file meant."""
-    headers = response.headers
+    headers, missing = response.headers, download.missing
+    status, part = "200", None
+    if missing is not None:
+        status, part = "206", f"bytes {missing}/{download.total}"
     named = headers.get("ETag")
     etag = named if download.sha256 is None else f'"sha256-{download.sha256}"'
     left = len(download.into) - download.received
     for name, value, got in (
-        ("status", "206", str(response.status_code)),
+        ("status", status, str(response.status_code)),
         ("Content-Type", BYTES, headers.get("Content-Type")),
-        ("Content-Range", download.content_range, headers.get("Content-Range")),
+        ("Content-Range", part, headers.get("Content-Range")),
         ("Content-Length", str(left), headers.get("Content-Length")),
         ("Content-Encoding", "identity", headers.get("Content-Encoding", "identity")),
         # An answer without an ETag is judged by its bytes alone.

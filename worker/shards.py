@@ -7,7 +7,9 @@ the shard has one: the target of the last input.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -20,6 +22,59 @@ from worker.errors import BadDownloadError, BadShardError, RefusedError
 from worker.order import TOKEN_BYTES, text_window
 
 _SHARD_IS_WRONG: Final = frozenset({ErrorCode.UNKNOWN_SHARD, ErrorCode.BAD_RANGE})
+
+#: Latest windows that are kept: what is trained, and the held-out text.
+KEPT: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Tokens `first` to `end` of a shard, and the one after."""
+
+    shard_sha256: str
+    vocab_size: int
+    first: int
+    end: int
+    tokens: NDArray[np.int32]
+
+
+class TextCache:
+    """The text of the latest tasks: one task after another lies in the same block.
+
+    `fetch` fills a Download or raises; it does the retrying.
+    """
+
+    def __init__(self, fetch: Callable[[Download], None]) -> None:
+        self._fetch = fetch
+        self._kept: deque[_Window] = deque(maxlen=KEPT)
+
+    def get(
+        self, task: Task, vocab_size: int, on_bytes: Callable[[int], None]
+    ) -> NDArray[np.int32]:
+        """Return what `fetch_tokens` does, read-only; errors as there."""
+        first, end = text_window(task)
+        window = self._holding(task, vocab_size, first, end)
+        if window is None:
+            tokens = fetch_tokens(self._fetch, task, vocab_size, on_bytes)
+            # Shared by all tasks of this window.
+            tokens.flags.writeable = False
+            window = _Window(task.shard_sha256, vocab_size, first, end, tokens)
+        else:
+            self._kept.remove(window)
+        self._kept.append(window)
+        follows = TOKEN_BYTES * end < task.shard_bytes
+        return window.tokens[first - window.first : end - window.first + follows]
+
+    def _holding(
+        self, task: Task, vocab_size: int, first: int, end: int
+    ) -> _Window | None:
+        """Return the window that is kept and holds these tokens."""
+        for window in self._kept:
+            of = (window.shard_sha256, window.vocab_size)
+            is_its = of == (task.shard_sha256, vocab_size)
+            if is_its and window.first <= first and end <= window.end:
+                return window
+        return None
 
 
 def fetch_tokens(

@@ -33,7 +33,7 @@ from worker.order import TOKEN_BYTES
 from worker.registration import Run
 from worker.retry import Retry
 from worker.settings import WorkerSettings
-from worker.shards import fetch_tokens
+from worker.shards import TextCache
 from worker.shelf import Shelf
 from worker.shutdown import Shutdown
 from worker.train import Hooks, TrainResult
@@ -87,6 +87,7 @@ class Work:
         shelf = Shelf(None if data is None else data / kit.settings.worker_id)
         self._memory = Memory(shelf)
         self._weights = WeightCache(self._fetch, shelf)
+        self._text = TextCache(self._fetch)
         #: Seconds from the last local step to the answer, of the latest task.
         self._submit_s = 0.0
         self._lease: Lease | None = None
@@ -187,7 +188,7 @@ class Work:
             run.run_id, task.base_version, task.base_sha256, run.shape, task.broadcast
         )
         weights = self._weights.get(wanted, self._took_bytes)
-        tokens = fetch_tokens(self._fetch, task, run.shape.vocab_size, self._took_bytes)
+        tokens = self._text.get(task, run.shape.vocab_size, self._took_bytes)
         return _Fetched(weights, tokens, kit.clock() - started_s, lease.bytes_done)
 
     def _fetch(self, download: Download) -> None:

@@ -42,11 +42,13 @@ Rate = Annotated[float, Meta(gt=0.0, le=1e12)]
 Loss = Annotated[float, Meta(ge=0.0, le=1e6)]
 
 
-class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every body: immutable, by keyword, strict."""
+class Message(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """Base of every body: immutable, by keyword, strict; defaults are not sent."""
 
 
-class ErrorBody(Message, frozen=True, kw_only=True, omit_defaults=True):
+class ErrorBody(Message, frozen=True, kw_only=True):
     """Every answer that is not a success."""
 
     code: ErrorCode
@@ -103,21 +105,20 @@ class ClaimRequest(Message, frozen=True, kw_only=True):
 class HyperParameters(Message, frozen=True, kw_only=True):
     """The local steps of one task; the schedule lives on the coordinator alone.
 
-    A mean gradient takes `clip_norm` only.
+    A mean gradient takes `clip_norm` only, and is sent nothing else.
     """
 
-    optimiser: Optimiser
+    optimiser: Optimiser = Optimiser.MUON
     #: Of Muon: the share of its momentum that the next step keeps.
-    momentum: float
-
+    momentum: float = 0.0
     #: Learning rate of the first local step; the last has `lr_end`, linear between.
-    lr_start: float
-    lr_end: float
+    lr_start: float = 0.0
+    lr_end: float = 0.0
     #: Decoupled weight decay, on matrices and embeddings, not on norms.
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float
+    weight_decay: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
     #: Largest global L2 norm of a gradient.
     clip_norm: float
 
@@ -145,7 +146,7 @@ class Task(Message, frozen=True, kw_only=True):
     #: Size of the whole shard file in bytes.
     shard_bytes: Positive
     #: True where the manifest says that the text was generated.
-    synthetic: bool
+    synthetic: bool = False
     #: End-of-text token: starts each document.
     eot_id: int
     #: What to hand in (training only).
@@ -220,11 +221,12 @@ class SubmissionMeta(Message, frozen=True, kw_only=True):
     cpu_s: Seconds
 
 
-class SubmissionAnswer(Message, frozen=True, kw_only=True):
-    """Stored with the submission: the same id always gets the same answer."""
+class SubmissionAnswer(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """Stored with the submission: the same id always gets the same answer.
 
-    submission_id: Id
-    task_id: Id
+    What was stored by protocol 3 had more fields.
+    """
+
     state: SubmissionState
     round_id: int
 

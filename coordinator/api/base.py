@@ -111,8 +111,9 @@ class ApiHandler(RequestHandler):
         self._pieces: list[bytes] = []
 
     def set_default_headers(self) -> None:
-        """Say nothing of the server; keep nothing."""
+        """Say nothing of the server and its clock; let browsers keep nothing."""
         self.clear_header("Server")
+        self.clear_header("Date")
         self.set_header("Cache-Control", "no-store")
         self.set_header("X-Content-Type-Options", "nosniff")
 
@@ -120,6 +121,9 @@ class ApiHandler(RequestHandler):
         """Let in who has a worker's key. Raises RefusedError `unauthorized`."""
         self.check_key()
         self.check_size()
+        # Who has a key is no browser. A refusal has them again: a browser may get one.
+        self.clear_header("Cache-Control")
+        self.clear_header("X-Content-Type-Options")
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         """Keep the next bytes of the body."""

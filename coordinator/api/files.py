@@ -14,7 +14,7 @@ from coordinator.api.base import Api, ApiHandler
 from coordinator.domain.errors import RefusedError
 from coordinator.service.serving import Source, open_shard, open_weights
 
-_CHUNK_BYTES: Final = 1 << 18
+_CHUNK_BYTES: Final = 1 << 19
 _VERSION: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 _RANGE: Final = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})", re.ASCII)
 
@@ -68,9 +68,10 @@ class FileHandler(ApiHandler):
     def _set_answer(self, source: Source) -> Stretch | None:
         """Set status and headers; return what to send, None for nothing."""
         self.set_header("Content-Type", source.content_type)
-        self.set_header("Accept-Ranges", "bytes")
         etag = None if source.sha256 is None else f'"sha256-{source.sha256}"'
-        if etag is not None:
+        if etag is None:
+            self.set_header("Cache-Control", "no-store")
+        else:
             self.set_header("ETag", etag)
             self.set_header("Cache-Control", "private, immutable, max-age=31536000")
             if self.request.headers.get("If-None-Match") == etag:

@@ -207,6 +207,8 @@ def hyper_parameters(
     plan: TrainingPlan, *, tokens_accepted: int, task_tokens: int
 ) -> HyperParameters:
     """Return what a task of `task_tokens` cut at this point of the run is given."""
+    if plan.round_kind is RoundKind.GRADIENT:
+        return HyperParameters(clip_norm=plan.clip_norm)
     return HyperParameters(
         optimiser=plan.local_optimiser,
         momentum=plan.local_momentum,

@@ -88,6 +88,11 @@ class Hub:
         """Number of the last published event; 0 before the first."""
         return self._seq
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether there is a subscriber."""
+        return bool(self._subscribers)
+
     def publish(self, kind: str, body: object, at: float) -> None:
         """Number an event and offer it to everyone.
 

@@ -113,12 +113,7 @@ def accept(
         task = _in_live_round(connection, task)
     if arrived.kept is None or task.round_id is None or task.claimed_at is None:
         raise lease_lost(meta.task_id)
-    answer = SubmissionAnswer(
-        submission_id=meta.submission_id,
-        task_id=task.task_id,
-        state=SubmissionState.ACCEPTED,
-        round_id=task.round_id,
-    )
+    answer = SubmissionAnswer(state=SubmissionState.ACCEPTED, round_id=task.round_id)
     _record(connection, arrived, arrived.kept, task, answer, now)
     trained = _shortened(connection, task, meta.tokens)
     _count(connection, run, trained, meta, now)

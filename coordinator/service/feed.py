@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -26,10 +27,20 @@ _PARTS: Final = ("missing", "run", "round", "tasks", "ternary")
 class Feed:
     """What the live page is fed with."""
 
-    def __init__(self, fleet: Fleet, lag: LoopLag, *, insecure_http: bool) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        lag: LoopLag,
+        *,
+        insecure_http: bool,
+        is_watched: Callable[[], bool],
+    ) -> None:
         self._fleet = fleet
         self._lag = lag
         self._insecure_http = insecure_http
+        #: Tells whether there is a page to keep up to date.
+        self._is_watched = is_watched
+        #: What pages know; None: it differs, each has its own snapshot.
         self._last: FleetView | None = None
 
     async def snapshot(self) -> FleetView:
@@ -62,7 +73,14 @@ class Feed:
             await asyncio.sleep(MIN_GAP_S)
 
     async def update(self) -> None:
-        """Publish what differs from the last look, if anything does."""
+        """Publish what differs from the last look, if anything does.
+
+        While nobody watches nothing is looked at: it would be a good part of what an
+        idle coordinator does. The first update after that holds everything.
+        """
+        if not self._is_watched():
+            self._last = None
+            return
         view = await self.glance()
         update = difference(self._last, view)
         self._last = view

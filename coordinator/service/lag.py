@@ -8,7 +8,8 @@ from typing import Final
 
 from coordinator.domain.seams import Clock
 
-TICK_S: Final = 0.05
+#: What blocks the loop for longer than this is always seen; each tick costs CPU time.
+TICK_S: Final = 0.1
 WINDOW_S: Final = 10.0
 
 

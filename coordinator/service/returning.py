@@ -154,8 +154,11 @@ def end_late(connection: Connection, fleet: Fleet, now: float) -> int:
     live = None if run is None else rounds.live_round(connection, run.run_id)
     if run is None or live is None or live.state != "open":
         return 0
+    quorum = plan_of(run).quorum
+    if quorum >= 1.0:  # it waits for all: each second, so nobody is looked up for it
+        return 0
     claimed = _claimed_work(connection, live.round_id)
-    due = stops_waiting_at(claimed, quorum=plan_of(run).quorum, round_s=live.round_s)
+    due = stops_waiting_at(claimed, quorum=quorum, round_s=live.round_s)
     if due is None or now < due:
         return 0
     out = [

@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 import msgspec
 from sqlalchemy import Connection
 
-from bitnet_ext.codecs import Codec, NonFiniteError, PayloadError, decode
+from bitnet_ext.codecs import Codec, NonFiniteError, PayloadError, checked
 from bitnet_ext.frames import (
     FrameError,
     FrameKind,
@@ -260,7 +260,7 @@ class _Expected:
                 field="base_version",
             )
         try:
-            decode(self.codec, payload, self.num_elements)
+            checked(self.codec, payload, self.num_elements)
         except NonFiniteError as error:
             raise _refused(ErrorCode.NON_FINITE, error) from error
         except PayloadError as error:

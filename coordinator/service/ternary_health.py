@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -27,6 +28,9 @@ from coordinator.store.blobs import Blobs
 from coordinator.store.rows import HealthRow, RunRow
 
 log = logging.getLogger(__name__)
+
+#: How often scores are looked for, in seconds: nobody waits for what is made of them.
+HEALTH_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)

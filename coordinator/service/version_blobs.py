@@ -6,23 +6,31 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_ext.chain import add_links, published_sha256
-from bitnet_ext.codecs import Codec, PayloadError, decode, fp32_payload
+from bitnet_ext.codecs import Bytes, Codec, PayloadError, decode, fp32_payload
 from bitnet_ext.frames import (
     FrameError,
     FrameHeader,
     FrameKind,
     decode_frame,
-    frame_parts,
+    sealed_parts,
 )
 from bitnet_ext.memory import aligned
 from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.store.blobs import BlobKind, Blobs, Written, version_blob
 from coordinator.store.rows import VersionRow
+
+_FOLDERS: Final = {
+    FrameKind.WEIGHTS: BlobKind.PUBLISHED,
+    FrameKind.LINK: BlobKind.LINK,
+    FrameKind.SERVER_STATE: BlobKind.STATE,
+    FrameKind.GRADIENT_STATE: BlobKind.STATE,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,24 +109,21 @@ def write_version(
     )
     if known.link is not None:
         codec, payload = known.link.codec, known.link.payload
-        link = frame_parts(replace(header, kind=FrameKind.LINK, codec=codec), payload)
-        blobs.write(BlobKind.LINK, version_blob(state.version), link)
+        _write(blobs, replace(header, kind=FrameKind.LINK, codec=codec), payload)
     kind, vectors = FrameKind.SERVER_STATE, [state.weights, state.momentum]
     if state.square is not None:
         kind, vectors = FrameKind.GRADIENT_STATE, [*vectors, state.square]
-    joined = np.concatenate(vectors)
-    state_header = replace(header, kind=kind, num_elements=len(joined))
+    state_header = replace(header, kind=kind, num_elements=sum(map(len, vectors)))
     return VersionBlobs(
-        published=_write(blobs, BlobKind.PUBLISHED, header, known.weights),
-        state=_write(blobs, BlobKind.STATE, state_header, joined),
+        published=_write(blobs, header, fp32_payload(known.weights)),
+        state=_write(blobs, state_header, *map(fp32_payload, vectors)),
     )
 
 
-def _write(
-    blobs: Blobs, kind: BlobKind, header: FrameHeader, vector: NDArray[np.float32]
-) -> Written:
-    payload = fp32_payload(vector)
-    return blobs.write(kind, version_blob(header.version), frame_parts(header, payload))
+def _write(blobs: Blobs, header: FrameHeader, *payload: Bytes) -> Written:
+    """Write a frame, its payload in pieces, where frames of its kind lie."""
+    parts = sealed_parts(header, *payload)
+    return blobs.write_frame(_FOLDERS[header.kind], version_blob(header.version), parts)
 
 
 def read_state(blobs: Blobs, version: int) -> ServerState:
@@ -178,7 +183,7 @@ def remake_published(blobs: Blobs, row: VersionRow) -> None:
         found = published_sha256(weights, layout_hash=layout, version=version)
         if found == row.published_sha256:
             made = replace(header, kind=FrameKind.WEIGHTS, num_elements=len(weights))
-            _write(blobs, BlobKind.PUBLISHED, made, weights)
+            _write(blobs, made, fp32_payload(weights))
             return
     raise FrameError(f"nothing that is kept leads to version {version}")
 

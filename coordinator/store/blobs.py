@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from bitnet_ext.codecs import Bytes
 from coordinator.domain.seams import Fs, NewFile, Rng
 
 _TEMPORARY: Final = ".tmp-"
@@ -47,7 +48,7 @@ class Spool:
         self.path = path
         self.num_bytes = 0
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: Bytes) -> None:
         """Append `data`."""
         if self._file is None:
             raise ValueError("spool is closed")
@@ -55,9 +56,9 @@ class Spool:
         self._hash.update(data)
         self.num_bytes += len(data)
 
-    def sha256(self) -> str:
+    def sha256(self) -> bytes:
         """Return the hash of what was written so far."""
-        return self._hash.hexdigest()
+        return self._hash.digest()
 
     def keep(self, target: Path) -> None:
         """Make it durable under the name `target`, in the same folder."""
@@ -99,18 +100,23 @@ class Blobs:
 
     def keep(self, spool: Spool, kind: BlobKind, name: str) -> Written:
         """Make a spool durable under `name`."""
-        written = Written(name=name, sha256=spool.sha256(), num_bytes=spool.num_bytes)
+        written = Written(
+            name=name, sha256=spool.sha256().hex(), num_bytes=spool.num_bytes
+        )
         spool.keep(self.path(kind, name))
         return written
 
-    def write(
-        self, kind: BlobKind, name: str, parts: Iterable[bytes | memoryview]
-    ) -> Written:
-        """Write a whole blob durably."""
+    def write_frame(self, kind: BlobKind, name: str, parts: Iterable[Bytes]) -> Written:
+        """Write a whole frame durably: its `sealed_parts`, then their hash.
+
+        The trailer is the hash so far, and the hash of the file goes on from there:
+        its bytes are hashed once.
+        """
         spool = self.spool(kind)
         try:
             for part in parts:
                 spool.write(part)
+            spool.write(spool.sha256())
             return self.keep(spool, kind, name)
         finally:
             spool.discard()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from bitnet_ext.wire.verdicts import SubmissionState
 from coordinator.store.rows import ClaimRow, RoundRow, SubmissionRow, WorkRow, typed
 from coordinator.store.tables import claims, rounds, submissions, tasks
+
+#: Made once, as it is asked for each second.
+_LIVE: Final = select(rounds).where(
+    rounds.c.run_id == bindparam("of_run"), rounds.c.state != "closed"
+)
 
 
 def open_round(
@@ -34,9 +39,7 @@ def open_round(
 
 def live_round(connection: Connection, run_id: str) -> RoundRow | None:
     """Return the round of a run that is open or closing."""
-    row = connection.execute(
-        select(rounds).where(rounds.c.run_id == run_id, rounds.c.state != "closed")
-    ).first()
+    row = connection.execute(_LIVE, {"of_run": run_id}).first()
     return None if row is None else typed(RoundRow, row)
 
 

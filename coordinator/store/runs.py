@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, func, insert, select, update
 
 from coordinator.store.rows import RangeRow, RunRow, typed
 from coordinator.store.tables import ranges, runs
+
+# Of what is asked for each second the statement is made once: that takes longer than
+# to run it.
+_NEWEST: Final = select(runs).order_by(
+    runs.c.created_at.desc(), runs.c.root_version.desc()
+)
 
 
 def add_run(connection: Connection, **columns: Any) -> None:
@@ -17,9 +23,7 @@ def add_run(connection: Connection, **columns: Any) -> None:
 
 def newest_run(connection: Connection) -> RunRow | None:
     """Return the run that was made last, whatever its state."""
-    row = connection.execute(
-        select(runs).order_by(runs.c.created_at.desc(), runs.c.root_version.desc())
-    ).first()
+    row = connection.execute(_NEWEST).first()
     return None if row is None else typed(RunRow, row)
 
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, func, insert, or_, select, update
 
 from bitnet_ext.wire.verdicts import TaskKind, TaskState
 from coordinator.store.rows import TaskRow, typed
 from coordinator.store.tables import tasks, versions
 
+#: Made once, as it is asked for each second.
+_OVERDUE: Final = (
+    select(tasks)
+    .where(
+        tasks.c.state == TaskState.LEASED,
+        or_(
+            tasks.c.expires_at <= bindparam("now"),
+            tasks.c.hard_at <= bindparam("now"),
+        ),
+    )
+    .order_by(tasks.c.expires_at, tasks.c.task_id)
+)
 #: The columns of a lease, all empty again once it has ended.
 _NO_LEASE: Final[dict[str, Any]] = {
     "lease_hash": None,
@@ -150,14 +162,7 @@ def all_leased(connection: Connection, run_id: str | None = None) -> list[TaskRo
 
 def overdue(connection: Connection, now: float) -> list[TaskRow]:
     """Return the leased tasks whose lease has run out, oldest first."""
-    rows = connection.execute(
-        select(tasks)
-        .where(
-            tasks.c.state == TaskState.LEASED,
-            or_(tasks.c.expires_at <= now, tasks.c.hard_at <= now),
-        )
-        .order_by(tasks.c.expires_at, tasks.c.task_id)
-    )
+    rows = connection.execute(_OVERDUE, {"now": now})
     return [typed(TaskRow, row) for row in rows]
 
 

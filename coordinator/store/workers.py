@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from bitnet_ext.wire.verdicts import TaskState, WorkerPhase
 from coordinator.store.rows import EventRow, WorkerRow, typed
@@ -22,13 +22,13 @@ from coordinator.store.tables import (
 #: How many log records and events are kept; the oldest go first.
 MAX_LOGS: Final = 20_000
 MAX_EVENTS: Final = 20_000
+#: Made once, as each request of a worker asks for it.
+_ONE: Final = select(workers).where(workers.c.worker_id == bindparam("of_worker"))
 
 
 def find_worker(connection: Connection, worker_id: str) -> WorkerRow | None:
     """Return a worker by its id."""
-    row = connection.execute(
-        select(workers).where(workers.c.worker_id == worker_id)
-    ).first()
+    row = connection.execute(_ONE, {"of_worker": worker_id}).first()
     return None if row is None else typed(WorkerRow, row)
 
 

@@ -135,6 +135,24 @@ def test_nothing_is_read_without_the_right_key(running: Running, path: str) -> N
     assert response.json()["code"] == ErrorCode.UNAUTHORIZED
 
 
+def test_headers_for_browsers_come_with_what_a_browser_may_get(
+    running: Running,
+) -> None:
+    """A worker's answers have none that it does not read."""
+    for_browsers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    refused = running.get("/weights/1", **{"X-Api-Key": "wrong"})
+    bad_lease = running.get("/weights/999")
+    status = running.get("/status")
+    for answer in (refused, bad_lease, status):
+        assert answer.headers.items() >= for_browsers.items()
+        assert not answer.headers.keys() & {"Date", "Server"}
+
+    beat = running.post("/heartbeat", {"worker_id": "hand", "phase": "idle"})
+
+    assert beat.json()["lease"] == "none"
+    assert {*beat.headers} == {"Content-Type", "Content-Length"}
+
+
 def test_health_is_for_everybody(running: Running) -> None:
     response = requests.get(f"{running.process.url}/health", timeout=30.0)
 

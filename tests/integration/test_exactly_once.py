@@ -238,11 +238,11 @@ def a_kill_between_claim_and_submission(
 def a_kill_right_after_the_answer(teller: Teller, hand: Hand, other: Hand) -> None:
     """What was accepted is durable, wherever the outer step was cut off."""
     task = hand.claim_training()
-    body = teller.body(hand, task)
+    body = teller.body(hand, task, submission_id="s-killed")
     answer = teller.accept(hand, task, body)
     start_again(teller, hand, other)
     assert hand.client.submit(body) == answer
-    changed = teller.body(hand, task, submission_id=answer.submission_id, loss_last=2.0)
+    changed = teller.body(hand, task, submission_id="s-killed", loss_last=2.0)
     assert refusal(hand, changed) == (
         ErrorCode.SUBMISSION_CONFLICT,
         "submission_id",

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.domain import guards
+from coordinator.domain.sizing import BLOCK_SIZE
 from coordinator.domain.throughput import NUM_RECENT, Trained
 from tests.sim.steps import Moments
 
@@ -27,10 +28,21 @@ class Worker:
     residual: Vector | None = None
     #: The version it has the weights of; None: none.
     held: int | None = None
+    #: The blocks that it has the text of.
+    blocks: range = range(0)
     #: When it can claim again.
     free_at: float = 0.0
     #: Whether each of its submissions was left out, oldest first.
     left_out: list[bool] = field(default_factory=list)
+
+    def has_text(self, stretch: Stretch) -> bool:
+        """Return whether a task needs no text but what is held; then it is held."""
+        first, end = stretch.start, stretch.start + stretch.num
+        needed = range(first // BLOCK_SIZE, -(-end // BLOCK_SIZE))
+        if needed.start in self.blocks and needed[-1] in self.blocks:
+            return True
+        self.blocks = needed
+        return False
 
     @property
     def is_quarantined(self) -> bool:
@@ -70,6 +82,7 @@ class Counts:
     bytes_down: int = 0
     bytes_up_fp32: int = 0
     bytes_down_fp32: int = 0
+    num_text_requests: int = 0
     num_rounds: int = 0
     num_lost: int = 0
     #: Submissions that the guards left out, of honest workers and of the poisoned.

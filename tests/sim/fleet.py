@@ -39,10 +39,16 @@ from tests.sim.text import Text, Windows
 
 Vector = NDArray[np.float32]
 
-#: What goes with a payload, in bytes as measured: claim, weights, tokens, a heartbeat
-#: and the submission, with their HTTP headers. Tokens of the text are no part of it.
-TALK_UP_BYTES: Final = 1850
-TALK_DOWN_BYTES: Final = 1930
+#: JSON and HTTP headers in bytes, as a TCP proxy between a worker and its coordinator
+#: counted them (tests/integration/test_talk.py): what each task has beside its payloads
+#: (claim, links, submission), a request for text, and a heartbeat with a lease. Neither
+#: tokens of the text nor log records are part of it.
+TALK_UP_BYTES: Final = 985
+TALK_DOWN_BYTES: Final = 889
+TEXT_UP_BYTES: Final = 165
+TEXT_DOWN_BYTES: Final = 269
+BEAT_UP_BYTES: Final = 377
+BEAT_DOWN_BYTES: Final = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +135,13 @@ class Fleet:
             speed=1.0,
         )
         alone_s = self.tokens / SEQ_LEN * step_s / setting.mean_speed
+        # They come whether or not there is a task.
+        num_beats = len(self._workers) * self.now / costs.HEARTBEAT_S
+        more_up = num_beats * BEAT_UP_BYTES + counts.num_text_requests * TEXT_UP_BYTES
+        more_down = (
+            num_beats * BEAT_DOWN_BYTES + counts.num_text_requests * TEXT_DOWN_BYTES
+        )
+        bytes_up, bytes_down = counts.bytes_up + more_up, counts.bytes_down + more_down
         return {
             "loss": counts.curve[-1][2],
             "tokens": self.tokens,
@@ -143,10 +156,10 @@ class Fleet:
             "quarantined": sum(worker.is_quarantined for worker in self._workers),
             "optimiser_s": counts.optimiser_s,
             "stale_share": counts.num_stale / max(1, counts.num_windows),
-            "bytes_up_per_token": counts.bytes_up / self.tokens,
-            "bytes_down_per_token": counts.bytes_down / self.tokens,
-            "bytes_up_ratio": counts.bytes_up_fp32 / counts.bytes_up,
-            "bytes_down_ratio": counts.bytes_down_fp32 / counts.bytes_down,
+            "bytes_up_per_token": bytes_up / self.tokens,
+            "bytes_down_per_token": bytes_down / self.tokens,
+            "bytes_up_ratio": (counts.bytes_up_fp32 + more_up) / bytes_up,
+            "bytes_down_ratio": (counts.bytes_down_fp32 + more_down) / bytes_down,
             "curve": counts.curve,
         }
 
@@ -241,6 +254,7 @@ class Fleet:
         """Say how the task will go: how long each part takes, and who dies."""
         setting, counts, random = self._setting, self.counts, self._random
         whole_bytes = frame_bytes(Codec.FP32, self._net.num_params)
+        counts.num_text_requests += not worker.has_text(stretch)
         down_bytes = self._download(worker)
         counts.bytes_down += down_bytes
         counts.bytes_down_fp32 += whole_bytes + TALK_DOWN_BYTES
@@ -351,6 +365,7 @@ class Fleet:
             # Its old lease keeps it from claiming until that has ended.
             over_at = min(claim.over_at, closes_at)
             worker.free_at = max(died_at + costs.RESTART_S, over_at)
+            worker.blocks = range(0)
             if not self._recipe.keeps_state:
                 worker.moments = Moments.zeros(self._net.num_params)
                 worker.residual = worker.held = None

@@ -21,6 +21,7 @@ from bitnet_ext.frames import (
     encode_frame,
     frame_bytes,
     frame_parts,
+    sealed_parts,
 )
 
 LAYOUT = bytes(range(32))
@@ -69,6 +70,15 @@ def test_a_frame_is_header_payload_and_checksum():
     assert frame[HEADER_BYTES:-32] == payload
     assert frame[-32:] == hashlib.sha256(frame[:-32]).digest()
     assert b"".join(frame_parts(header(), payload)) == frame
+    pieces = sealed_parts(header(), payload[:7], payload[7:])
+    assert b"".join(pieces) == frame[:-32]
+
+
+def test_pieces_of_a_payload_must_be_as_long_together_as_its_header_says():
+    payload = encode(Codec.INT8, vector())
+
+    with pytest.raises(LengthError, match=f"must have {len(payload)} bytes .* got 9$"):
+        sealed_parts(header(), payload[:7], payload[:2])
 
 
 def test_the_payload_is_a_view_and_decodes():

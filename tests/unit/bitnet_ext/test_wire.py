@@ -17,6 +17,8 @@ LEASE = "0123456789abcdef" * 2
 SHA = "ab" * 32
 
 HYPER = {
+    "optimiser": "adamw",
+    "momentum": 0.95,
     "lr_start": 1e-3,
     "lr_end": 1e-4,
     "weight_decay": 0.1,
@@ -32,7 +34,7 @@ BODIES = {
         "protocol_version": 1,
         "worker_id": "w-1",
         "name": "box one",
-        "preset": None,
+        "preset": "tiny",
         "package_version": "0.1.0",
         "cpu_model": "a CPU",
         "isa": "avx2",
@@ -52,6 +54,7 @@ BODIES = {
         "corpus_hash": SHA,
         "heartbeat_s": 5.0,
         "batch_size": 8,
+        "optimiser": "muon",
     },
     "ClaimRequest": {"worker_id": "w-1", "claim_id": "c-1"},
     "HyperParameters": HYPER,
@@ -68,7 +71,7 @@ BODIES = {
         "byte_offset": 0,
         "byte_length": 4096,
         "shard_bytes": 8192,
-        "synthetic": False,
+        "synthetic": True,
         "eot_id": 0,
         "num_steps": 16,
         "batch_size": 8,
@@ -80,7 +83,7 @@ BODIES = {
         "codec": "int8",
         "broadcast": "ternary",
         "hyper": HYPER,
-        "text_bytes": 0,
+        "text_bytes": 1000,
     },
     "HeartbeatRequest": {
         "worker_id": "w-1",
@@ -96,7 +99,7 @@ BODIES = {
         "lease": "held",
         "lease_s": 30.0,
         "heartbeat_s": 5.0,
-        "drain": False,
+        "drain": True,
     },
     "SubmissionMeta": {
         "submission_id": "s-1",
@@ -114,12 +117,7 @@ BODIES = {
         "download_bytes": 4096,
         "cpu_s": 1.0,
     },
-    "SubmissionAnswer": {
-        "submission_id": "s-1",
-        "task_id": "t-1",
-        "state": "accepted",
-        "round_id": 3,
-    },
+    "SubmissionAnswer": {"state": "accepted", "round_id": 3},
     "EvaluationRequest": {
         "worker_id": "w-1",
         "lease_id": LEASE,
@@ -167,7 +165,25 @@ def test_a_sound_body_comes_back_as_it_was(name):
     assert msgspec.json.decode(msgspec.json.encode(message)) == BODIES[name]
 
 
-@pytest.mark.parametrize("name", BODIES)
+def test_a_default_is_not_sent_and_is_there_again():
+    body = {"lease": "held", "lease_s": 30.0, "heartbeat_s": 5.0}
+
+    message = decode("HeartbeatAnswer", body | {"drain": False})
+
+    assert msgspec.json.decode(msgspec.json.encode(message)) == body
+    assert decode("HeartbeatAnswer", body) == message
+    assert message.drain is False
+
+
+def test_an_answer_that_was_stored_by_an_earlier_version_is_understood():
+    stored = BODIES["SubmissionAnswer"] | {"submission_id": "s-1", "task_id": "t-1"}
+
+    message = decode("SubmissionAnswer", stored)
+
+    assert msgspec.to_builtins(message) == BODIES["SubmissionAnswer"]
+
+
+@pytest.mark.parametrize("name", BODIES.keys() - {"SubmissionAnswer"})
 def test_an_unknown_field_is_refused_by_name(name):
     with pytest.raises(msgspec.ValidationError, match="unknown field `colour`"):
         decode(name, BODIES[name] | {"colour": "blue"})

@@ -20,8 +20,9 @@ from coordinator.store.blobs import BlobKind, version_blob
 from tests.fakes import MadeToFailError
 from tests.unit.coordinator.fleets import NUM_PARAMS, PLAN, SHAPE, World, open_world
 
-#: Durability calls of a version: link, published frame and state, three parts each.
-NUM_CALLS = 3 * 9
+#: Durability calls of a version: link and published frame, three parts each, and the
+#: state, which has four.
+NUM_CALLS = 2 * 9 + 10
 
 
 def start(world: World, broadcast: str = "ternary") -> World:

@@ -31,8 +31,8 @@ from tests.unit.coordinator.fleets import (
     open_world,
 )
 
-#: Durability calls of a version: two blobs of three parts each.
-NUM_CALLS = 2 * 9
+#: Durability calls of a version: a blob of three parts, and the state, which has four.
+NUM_CALLS = 9 + 10
 RATE, DECAY = np.float32(PLAN.outer_rate), np.float32(PLAN.outer_momentum)
 
 
@@ -331,13 +331,13 @@ def test_a_round_that_is_closed_meanwhile_makes_no_second_version_and_removes_no
     run_id = running.run_row().run_id
 
     before = running.blobs()
-    write = running.fleet.blobs.write
+    write = running.fleet.blobs.write_frame
 
     def write_and_close(kind, name, parts):
         running.write(lambda c: rounds.close_rounds(c, run_id, running.clock.now()))
         return write(kind, name, parts)
 
-    running.fleet.blobs.write = write_and_close
+    running.fleet.blobs.write_frame = write_and_close
     with pytest.raises(LookupError, match="not to be closed"):
         running.close_round()
 

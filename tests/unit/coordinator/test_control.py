@@ -50,7 +50,9 @@ from tests.unit.coordinator.fleets import World
 
 @contextlib.asynccontextmanager
 async def serving(world: World, folder: Path, *, key_is_set: bool = False):
-    feed = Feed(world.fleet, LoopLag(world.clock), insecure_http=False)
+    feed = Feed(
+        world.fleet, LoopLag(world.clock), insecure_http=False, is_watched=lambda: True
+    )
     server = ControlServer(world.fleet, feed, folder, key_is_set=key_is_set)
     await server.start()
     try:

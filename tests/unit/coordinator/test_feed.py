@@ -16,7 +16,16 @@ from tests.unit.coordinator.fleets import World
 
 @pytest.fixture
 def feed(running: World) -> Feed:
-    return Feed(running.fleet, LoopLag(running.clock), insecure_http=False)
+    return made(running)
+
+
+def made(world, *, is_watched=lambda: True):
+    return Feed(
+        world.fleet,
+        LoopLag(world.clock),
+        insecure_http=False,
+        is_watched=is_watched,
+    )
 
 
 def looked(world, feed):
@@ -113,7 +122,7 @@ def test_a_claim_changes_round_tasks_and_its_worker(running: World, feed: Feed):
 
 
 def test_what_is_gone_is_sent_as_null(world: World):
-    feed = Feed(world.fleet, LoopLag(world.clock), insecure_http=False)
+    feed = made(world)
     before = looked(world, feed)
     world.start_run()
 
@@ -162,6 +171,26 @@ def test_the_feed_publishes_once_for_each_change(running: World, feed: Feed):
     first, second = updates(running)
     assert first["run"]["run_id"] == "r-1"
     assert "run" not in second
+    assert second["tasks"]["leased"] == 1
+
+
+def test_while_nobody_watches_nothing_is_looked_at_and_then_all_is_sent(running: World):
+    watching = [True]
+    feed = made(running, is_watched=lambda: watching[0])
+    running.do(feed.update())
+    watching[0] = False
+    running.claimed()
+    # A look would fail: there is nothing to read from any more.
+    store, running.fleet.store = running.fleet.store, None
+    running.do(feed.update())
+    running.fleet.store = store
+    assert len(updates(running)) == 1
+    watching[0] = True
+
+    running.do(feed.update())
+
+    first, second = updates(running)
+    assert sorted(second) == sorted(first)
     assert second["tasks"]["leased"] == 1
 
 

@@ -77,6 +77,17 @@ def test_every_subscriber_gets_every_event(waiting: Waiting) -> None:
     assert numbers(waiting(first)) == numbers(waiting(second)) == [Mark.SNAPSHOT, 1, 2]
 
 
+def test_a_hub_is_watched_as_long_as_there_is_a_subscriber() -> None:
+    hub = Hub()
+
+    seen = [hub.is_watched]
+    subscriber = hub.subscribe()
+    seen.append(hub.is_watched)
+    hub.unsubscribe(subscriber)
+
+    assert [*seen, hub.is_watched] == [False, True, False]
+
+
 def test_a_late_subscriber_starts_with_a_snapshot_and_gets_no_old_events(
     waiting: Waiting,
 ) -> None:

@@ -47,8 +47,10 @@ GRADIENTS = msgspec.structs.replace(
 LINKS = msgspec.structs.replace(EVERY, broadcast="ternary")
 #: Nats of versions 1 to 5: the second is the best, and then they rise.
 RISE = (190.0, 186.0, 192.0, 195.0, 193.0)
-#: Durability calls of a version without a link: two blobs of three parts each.
-NUM_CALLS = 2 * 9
+#: Durability calls of a blob of three parts.
+BLOB_CALLS = 9
+#: Those of a version without a link: the state has four parts.
+NUM_CALLS = BLOB_CALLS + 10
 
 
 @pytest.fixture
@@ -251,7 +253,7 @@ def test_a_run_does_not_end_between_decision_and_version(watched: World):
 
 
 # Before and after each blob; `test_closing` crashes at every call of the same writing.
-@pytest.mark.parametrize("ordinal", [1, NUM_CALLS // 2, NUM_CALLS // 2 + 1, NUM_CALLS])
+@pytest.mark.parametrize("ordinal", [1, BLOB_CALLS, BLOB_CALLS + 1, NUM_CALLS])
 def test_after_a_crash_there_is_the_old_state_and_then_the_same_bytes(
     running: World, ordinal
 ):

@@ -208,11 +208,11 @@ def test_a_bad_submission_is_refused_and_nothing_changes(running: World, case):
 def test_an_accepted_submission_is_durable_and_counted(running: World):
     task = running.claimed()
     running.clock.advance(10.0)
-    sent = frame(task, 0.5)
+    meta, sent = running.meta(task), frame(task, 0.5)
 
-    answer = running.send(body(running.meta(task), sent))
+    answer = running.send(body(meta, sent))
 
-    row = submission(running, answer.submission_id)
+    row = submission(running, meta.submission_id)
     assert (answer.state, answer.round_id) == ("accepted", 1)
     assert (row.state, row.version, row.codec) == ("accepted", None, "fp32")
     assert (row.epoch, row.shard_id, row.start_token) == (1, "train-00000", 0)
@@ -231,11 +231,14 @@ def test_an_accepted_submission_is_durable_and_counted(running: World):
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_a_body_may_arrive_in_pieces_of_any_size(running: World, piece):
     task = running.claimed()
-    sent = frame(task, np.arange(NUM_PARAMS, dtype=np.float32))
+    meta, sent = (
+        running.meta(task),
+        frame(task, np.arange(NUM_PARAMS, dtype=np.float32)),
+    )
 
-    answer = running.send(body(running.meta(task), sent), piece)
+    running.send(body(meta, sent), piece)
 
-    row = submission(running, answer.submission_id)
+    row = submission(running, meta.submission_id)
     assert running.fleet.blobs.read(BlobKind.PAYLOAD, row.payload_file) == sent
 
 
@@ -413,7 +416,8 @@ def test_an_upload_that_breaks_off_leaves_nothing(running: World):
 
 def test_one_submission_sent_twice_at_a_time_counts_once(running: World):
     task = running.claimed()
-    sent = body(running.meta(task), frame(task, 0.5))
+    meta = running.meta(task)
+    sent = body(meta, frame(task, 0.5))
 
     async def upload(both_began):
         intake = Intake(running.fleet)
@@ -430,7 +434,7 @@ def test_one_submission_sent_twice_at_a_time_counts_once(running: World):
 
     first, second = running.do(together())
 
-    row = submission(running, first.submission_id)
+    row = submission(running, meta.submission_id)
     assert first == second
     assert running.fleet.blobs.names(BlobKind.PAYLOAD) == [row.payload_file]
     assert running.run_row().tokens_accepted == 64

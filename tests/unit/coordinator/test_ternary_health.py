@@ -122,7 +122,12 @@ def test_what_is_not_scored_is_not_looked_at(running: World):
 def test_the_dump_has_the_last_versions_and_the_page_hears_of_the_newest(
     scored: World,
 ):
-    feed = Feed(scored.fleet, LoopLag(scored.clock), insecure_http=False)
+    feed = Feed(
+        scored.fleet,
+        LoopLag(scored.clock),
+        insecure_http=False,
+        is_watched=lambda: True,
+    )
     train(scored, 1)
     scored.do(feed.update())
     look_at_all(scored)

@@ -128,15 +128,17 @@ class StandIn:
 
 
 def part_of(content: bytes, request: Request, **changes: str) -> Reply:
-    """Return the answer of a good server to a Range request, with other headers."""
-    found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"])
-    first, last = int(found[1]), int(found[2])
+    """Return the answer of a good server to a Range or for all, with other headers."""
     headers = {
         "Content-Type": BYTES,
-        "Content-Range": f"bytes {first}-{last}/{len(content)}",
         "ETag": f'"sha256-{hashlib.sha256(content).hexdigest()}"',
     }
     named = {name.replace("_", "-"): value for name, value in changes.items()}
+    if "Range" not in request.headers:
+        return Reply(200, content, headers | named)
+    found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"])
+    first, last = int(found[1]), int(found[2])
+    headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
     return Reply(206, content[first : last + 1], headers | named)
 
 

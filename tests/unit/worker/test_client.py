@@ -160,8 +160,13 @@ def test_proxies_and_netrc_of_the_environment_are_ignored(
     assert "Authorization" not in coordinator.requests[0].headers
 
 
-@pytest.mark.parametrize(("start", "length"), [(0, len(CONTENT)), (400, 1000)])
-def test_a_stretch_is_asked_for_by_range(coordinator, client, start, length) -> None:
+@pytest.mark.parametrize(
+    ("start", "length", "asked"),
+    [(0, len(CONTENT), None), (0, 1000, "bytes=0-999"), (400, 1000, "bytes=400-1399")],
+)
+def test_a_stretch_is_asked_for_by_range_and_a_whole_file_without(
+    coordinator, client, start, length, asked
+) -> None:
     coordinator.serve("/weights/7", CONTENT)
     pieces = []
     download = a_download(start, length, on_bytes=pieces.append)
@@ -171,7 +176,7 @@ def test_a_stretch_is_asked_for_by_range(coordinator, client, start, length) -> 
     assert bytes(download.into) == CONTENT[start : start + length]
     assert sum(pieces) == length
     (request,) = coordinator.requests
-    assert request.headers["Range"] == f"bytes={start}-{start + length - 1}"
+    assert request.headers.get("Range") == asked
 
 
 def test_a_cut_download_goes_on_where_it_was(coordinator, client) -> None:
@@ -222,6 +227,14 @@ def test_a_whole_file_in_place_of_a_part_is_refused(coordinator, client) -> None
     coordinator.on("GET /weights/7", Reply(200, CONTENT))
 
     with pytest.raises(BadDownloadError, match="status must be 206, got 200"):
+        client.continue_download(a_download(400, 1000))
+
+
+def test_a_part_in_place_of_a_whole_file_is_refused(coordinator, client) -> None:
+    headers = {"Content-Type": "application/octet-stream"}
+    coordinator.on("GET /weights/7", Reply(206, CONTENT, headers))
+
+    with pytest.raises(BadDownloadError, match="status must be 200, got 206"):
         client.continue_download(a_download())
 
 
@@ -254,9 +267,7 @@ def test_a_submission_is_metadata_and_frame_and_counts_itself(
         download_bytes=0,
         cpu_s=1.0,
     )
-    answer = SubmissionAnswer(
-        submission_id="s1", task_id="t1", state=SubmissionState.ACCEPTED, round_id=1
-    )
+    answer = SubmissionAnswer(state=SubmissionState.ACCEPTED, round_id=1)
     coordinator.on("POST /gradient", says(answer))
     pieces = []
 
@@ -271,9 +282,7 @@ def test_a_submission_is_metadata_and_frame_and_counts_itself(
 
 
 def test_the_same_body_can_be_sent_twice(coordinator, client) -> None:
-    answer = SubmissionAnswer(
-        submission_id="s1", task_id="t1", state=SubmissionState.ACCEPTED, round_id=1
-    )
+    answer = SubmissionAnswer(state=SubmissionState.ACCEPTED, round_id=1)
     coordinator.on("POST /gradient", HANG_UP, says(answer))
     send = partial(client.submit, b"\x02\x00\x00\x00{}" + CONTENT)
 

@@ -96,13 +96,15 @@ def test_a_claim_keeps_its_id_until_it_is_answered(fleet) -> None:
     assert ids[0] == ids[1] == ids[2] != ids[3]
 
 
-def test_weights_are_fetched_once_and_each_stretch_anew(fleet) -> None:
+def test_weights_and_text_are_fetched_once(fleet) -> None:
     fleet.hands_out(fleet.task(), fleet.task())
 
     fleet.turns(2)
 
     assert len(fleet.coordinator.asked("GET /weights/1")) == 1
-    assert len(fleet.coordinator.asked("GET /corpus/train-00000")) == 2
+    assert len(fleet.coordinator.asked("GET /corpus/train-00000")) == 1
+    first, second = (meta.download_bytes for meta, _ in fleet.submissions())
+    assert (first, second) == (len(fleet.frame) + fleet.tokens.nbytes, 0)
 
 
 def test_moments_and_residual_go_on_after_an_accepted_task(fleet) -> None:
@@ -203,12 +205,7 @@ def test_after_a_refused_submission_it_waits_before_the_next_claim(fleet) -> Non
 
 
 def test_a_submission_that_was_filtered_teaches_nothing(fleet) -> None:
-    answer = SubmissionAnswer(
-        submission_id="id-2",
-        task_id="t1",
-        state=SubmissionState.FILTERED,
-        round_id=1,
-    )
+    answer = SubmissionAnswer(state=SubmissionState.FILTERED, round_id=1)
     fleet.coordinator.on("POST /gradient", says(answer))
     fleet.hands_out(fleet.task())
 
