@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class Learned:
     """The state behind a submission; flat vectors in layout order."""
 
-    #: What AdamW remembers after the last local step; None in gradient rounds.
+    #: What the optimiser remembers after the last local step; None in gradient rounds.
     moments: Moments | None
     #: What the codec rounded away; part of the next payload. None: nothing.
     residual: NDArray[np.float32] | None

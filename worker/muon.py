@@ -6,7 +6,7 @@
 
 The same step as `coordinator.domain.muon`, but for rounding: of a worker only its
 payload has to be the same on every machine, so float32 and any order of sums will do.
-The mean is that of AdamW, so that a run may change from one to the other.
+The mean is kept as that of AdamW is, so moments have one form on a worker's shelf.
 
 Letters in shapes: N rows and K columns of one weight, or of each of its B blocks.
 """
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from bitnet_ext.newton_schulz import NUM_ITERATIONS, QUINTIC, num_blocks, step_length
 
-#: Keeps a matrix of zeros from being divided by zero.
-_TINY: Final = 1e-30
+#: Least norm that a block is divided by. Squares of float32 are lost where numbers are
+#: smaller than that: what is left of a momentum without gradients must not be blown up.
+_TINY: Final = 1e-15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,15 @@ def test_zeros_stay_zeros() -> None:
     assert not muon.orthogonalised(torch.zeros(8, 16)).any()
 
 
+@pytest.mark.parametrize("scale", [1e-19, 1e-23, 1e-25, 1e-30, 1e-38])
+def test_a_momentum_that_has_faded_away_is_not_blown_up(scale) -> None:
+    x = normal(64, 128)
+
+    found = muon.orthogonalised(scale * x)
+
+    assert found.norm() <= muon.orthogonalised(x).norm()
+
+
 def test_steps_are_those_of_a_gradient_round() -> None:
     (part, *_) = MATRICES
     first = seeded_weights(SMALL)
