@@ -51,7 +51,7 @@ from coordinator.service.sweeping import (
     keep_clock,
     sweep,
 )
-from coordinator.service.ternary_health import HEALTH_S, examine_next
+from coordinator.service.ternary_health import HEALTH_S, examine_due
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import clock, workers
 from coordinator.store.blobs import Blobs
@@ -198,7 +198,7 @@ def _background(
         every(CLOCK_S, partial(keep_clock, fleet), "clock"),
         # Apart from the sweep: hashing a file can take longer than a lease may wait.
         every(SWEEP_S, partial(look_again, fleet), "looking at broken files"),
-        every(HEALTH_S, partial(examine_next, fleet), "looking at a scored version"),
+        every(HEALTH_S, partial(examine_due, fleet), "looking at scored versions"),
         every(SWEEP_S, closer.run, "closing a round"),
         every(SWEEP_S, feed.run, "the live feed"),
         every(SWEEP_S, lag.run, "the lag metric"),

@@ -42,7 +42,19 @@ class _Due:
     before: int | None
 
 
-async def examine_next(fleet: Fleet) -> bool:
+async def examine_due(fleet: Fleet) -> int:
+    """Look at all scored versions that are due, oldest first; return how many.
+
+    All: one at a time would fall behind where scores come faster, and a version that
+    is pruned meanwhile is never looked at.
+    """
+    count = 0
+    while await _examine_next(fleet):
+        count += 1
+    return count
+
+
+async def _examine_next(fleet: Fleet) -> bool:
     """Look at the oldest scored version that is due; return False when none is."""
     due = await fleet.store.read(_find)
     if due is None:

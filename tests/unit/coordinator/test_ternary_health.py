@@ -12,7 +12,7 @@ from coordinator.domain.ternary_health import examine
 from coordinator.service.feed import Feed
 from coordinator.service.lag import LoopLag
 from coordinator.service.pruning import prune_versions
-from coordinator.service.ternary_health import examine_next
+from coordinator.service.ternary_health import examine_due
 from coordinator.service.version_blobs import read_published
 from coordinator.store import versions
 from coordinator.store.blobs import BlobKind, version_blob
@@ -46,10 +46,7 @@ def train(world: World, seed: int) -> None:
 
 
 def look_at_all(world: World) -> int:
-    count = 0
-    while world.do(examine_next(world.fleet)):
-        count += 1
-    return count
+    return world.do(examine_due(world.fleet))
 
 
 def matrix(flat, part=Q):
