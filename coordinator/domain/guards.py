@@ -53,7 +53,10 @@ RISE: Final = 0.03
 NUM_RISEN: Final = 3
 #: So small next to the usual size, it counts as zeros.
 NOTHING: Final = 1e-6
-#: A rate of zero is this one, where sizes are divided by it.
+#: Once a run has warmed up, sizes are divided by no less than this share of its peak
+#: rate: what codecs rounded away at higher rates comes with the last submissions.
+LEAST_RATE_SHARE: Final = 0.2
+#: And by no less than this one.
 _LEAST_RATE: Final = 1e-12
 
 #: Returns codec and payload of a submission by its place in the round.
@@ -99,13 +102,16 @@ def size_of(
 ) -> float:
     """Return a norm in units that do not change with task size and learning rate.
 
-    Local steps add up like a random walk, each as long as the rate lets it be. A
-    gradient is a mean, whatever its tokens.
+    Local steps add up like a random walk, each as long as the rate lets it be. Where
+    a schedule goes to zero the payload does not: it holds what was left of earlier
+    ones. A gradient is a mean, whatever its tokens.
     """
     if plan.round_kind is RoundKind.GRADIENT:
         return norm
     ends = (tokens_before, tokens_before + tokens)
     rate = sum(learning_rate_at(plan, tokens_accepted) for tokens_accepted in ends) / 2
+    if tokens_before >= plan.warmup_tokens:
+        rate = max(rate, LEAST_RATE_SHARE * plan.learning_rate)
     return norm / (max(rate, _LEAST_RATE) * math.sqrt(max(num_steps, 1)))
 
 

@@ -10,7 +10,7 @@ from bitnet_ext.codecs import Codec, decode, encode
 from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain import guards
 from coordinator.domain.guards import Candidate, judge, keeps_failing, size_of
-from coordinator.domain.plan import TrainingPlan
+from coordinator.domain.plan import TrainingPlan, learning_rate_at
 
 SIZE = 9000
 PLAN = TrainingPlan(learning_rate=1e-3, warmup_tokens=1000)
@@ -209,11 +209,27 @@ def test_sizes_compare_over_learning_rates_and_steps():
     assert early == pytest.approx(late) == pytest.approx(long) == 2000.0
 
 
+def test_what_was_left_of_earlier_payloads_is_not_clipped_at_the_end_of_a_schedule():
+    plan = msgspec.structs.replace(PLAN, schedule_tokens=100_000)
+    sizes, found = [], []
+
+    for before in range(4000, 100_000, 1000):
+        norm = sum(learning_rate_at(plan, before - lag) for lag in (0, 1000, 3000))
+        size = size_of(norm, plan, tokens_before=before, tokens=1000, num_steps=1)
+        found += factors(size, recent=sizes[-guards.NUM_RECENT :])
+        sizes.append(size)
+
+    assert set(found) == {1.0}
+
+
 def test_a_rate_of_zero_gives_a_size_all_the_same():
     over = msgspec.structs.replace(PLAN, schedule_tokens=10_000)
+    at_once = msgspec.structs.replace(over, warmup_tokens=0)
 
     assert size_of(0.0, over, tokens_before=10_000, tokens=10, num_steps=1) == 0.0
-    assert size_of(1.0, over, tokens_before=10_000, tokens=10, num_steps=1) > 1e9
+    assert size_of(1.0, over, tokens_before=10_000, tokens=10, num_steps=1) == 5000.0
+    assert size_of(1.0, at_once, tokens_before=10_000, tokens=10, num_steps=1) == 5000.0
+    assert size_of(1.0, over, tokens_before=0, tokens=10_000, num_steps=1) > 1e9
 
 
 def test_a_gradient_is_its_own_size():
