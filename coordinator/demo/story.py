@@ -46,7 +46,7 @@ SETTINGS: Final = {
     "KEEP_VERSIONS": "3",
     "EVALUATE_EVERY": "5",
     "BATCH_SIZE": "4",
-    "LEARNING_RATE": "4e-3",
+    "LEARNING_RATE": "3e-3",
     # Two workers and a few dozen rounds: more momentum only adds noise (lab log).
     "OUTER_MOMENTUM": "0.3",
     "WARMUP_TOKENS": "100000",

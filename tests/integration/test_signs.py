@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bitnet_ext.codecs import BLOCK, Codec, decode, encode
 from bitnet_ext.layout import SegmentKind, num_params, segments
+from bitnet_ext.newton_schulz import num_blocks
 from bitnet_ext.wire.messages import Task
 from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.control import Seed
@@ -154,10 +155,11 @@ def test_the_new_weights_are_one_step_down_the_gradient(
 
 
 def by_newton(gradient: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return roughly the nearest orthogonal matrix, for each half of the short side."""
+    """Return roughly the nearest orthogonal matrix, of each block of the short side."""
     if gradient.shape[0] > gradient.shape[1]:
         return by_newton(gradient.T).T
-    return np.vstack([three_iterations(half) for half in np.split(gradient, 2)])
+    blocks = np.split(gradient, num_blocks(len(gradient)))
+    return np.vstack([three_iterations(block) for block in blocks])
 
 
 def three_iterations(half: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -183,7 +183,7 @@ def test_an_answer_that_was_stored_by_an_earlier_version_is_understood():
     assert msgspec.to_builtins(message) == BODIES["SubmissionAnswer"]
 
 
-@pytest.mark.parametrize("name", BODIES.keys() - {"SubmissionAnswer"})
+@pytest.mark.parametrize("name", sorted(BODIES.keys() - {"SubmissionAnswer"}))
 def test_an_unknown_field_is_refused_by_name(name):
     with pytest.raises(msgspec.ValidationError, match="unknown field `colour`"):
         decode(name, BODIES[name] | {"colour": "blue"})
