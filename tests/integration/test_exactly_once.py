@@ -54,6 +54,7 @@ GRADIENTS = {
     "ROUND_KIND": "gradient",
     "LEARNING_RATE": 1.0,
     "WARMUP_TOKENS": 0,
+    "SCHEDULE_TOKENS": 0,
     "WEIGHT_DECAY": 0.0,
     "BETA1": 0.0,
     "BETA2": 0.0,
