@@ -256,9 +256,7 @@ class Backward:
 class LocalSteps(Backward):
     """AdamW, or Muon and AdamW, on the flat vector of a model.
 
-    The moments given to it are updated.
-
-    Gradients are zeros before a step and after it.
+    The moments given to it are updated. Gradients are zeros before a step and after it.
     """
 
     def __init__(
@@ -271,7 +269,7 @@ class LocalSteps(Backward):
         parts = list(enumerate(model.flat.segments))
         self._matrices = [part for _, part in parts if by_muon and part.is_linear]
         self._stretches = _stretches(
-            [(index, part) for index, part in parts if part not in self._matrices]
+            (index, part) for index, part in parts if not (by_muon and part.is_linear)
         )
 
     def step(self, batch: Batch, rate: float) -> float:

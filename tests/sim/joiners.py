@@ -22,7 +22,7 @@ import torch
 
 from bitnet_ext.codecs import Vector
 from bitnet_ext.half import Half, from_half, to_half
-from bitnet_ext.wire.verdicts import RoundKind
+from bitnet_ext.wire.verdicts import Optimiser, RoundKind
 from coordinator.domain.plan import TrainingPlan
 from tests.sim.fleet import Claim, Fleet, Recipe
 from tests.sim.net import Net, Shape
@@ -36,6 +36,7 @@ CHURN_TOKENS: Final = 384_000
 CHURN_SEEDS: Final = (7, 8, 9)
 DEATHS: Final = (0.05, 0.25)
 CHURN: Final = TrainingPlan(
+    local_optimiser=Optimiser.ADAMW,
     learning_rate=4e-3,
     warmup_tokens=12_000,
     schedule_tokens=CHURN_TOKENS,
@@ -48,6 +49,7 @@ CHURN: Final = TrainingPlan(
 #: 160 local steps a round, outer momentum as in the demo.
 NEWCOMER: Final = TrainingPlan(
     round_kind=RoundKind.DELTA,
+    local_optimiser=Optimiser.ADAMW,
     learning_rate=2e-3,
     warmup_tokens=40_000,
     outer_momentum=0.3,

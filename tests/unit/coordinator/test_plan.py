@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from bitnet_ext.wire.verdicts import Optimiser, RoundKind
 from coordinator.domain.plan import (
     TrainingPlan,
     hyper_parameters,
@@ -96,6 +97,25 @@ def test_a_task_goes_on_where_the_one_before_it_ended():
     assert first.lr_start == 0.0
     assert first.lr_end == second.lr_start == pytest.approx(0.4e-3)
     assert (first.beta1, first.weight_decay) == (PLAN.beta1, PLAN.weight_decay)
+
+
+def test_a_task_is_given_the_optimiser_of_the_plan():
+    plan = msgspec.structs.replace(
+        PLAN, local_optimiser=Optimiser.ADAMW, local_momentum=0.7, beta2=0.9
+    )
+
+    given = hyper_parameters(plan, tokens_accepted=0, task_tokens=400)
+
+    assert (given.optimiser, given.momentum) == (Optimiser.ADAMW, 0.7)
+    assert (given.beta2, given.eps) == (0.9, PLAN.eps)
+
+
+def test_a_task_of_a_gradient_round_is_given_the_clip_norm_alone():
+    plan = msgspec.structs.replace(PLAN, round_kind=RoundKind.GRADIENT, clip_norm=2.0)
+
+    given = hyper_parameters(plan, tokens_accepted=0, task_tokens=400)
+
+    assert msgspec.to_builtins(given) == {"clip_norm": 2.0}
 
 
 def test_a_gradient_step_takes_the_rate_of_the_middle_of_its_round():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
 import torch
 
-from bitnet_ext.wire.verdicts import RoundKind
+from bitnet_ext.wire.verdicts import Optimiser, RoundKind
 from coordinator.domain import muon
 from tests.sim import results
 from tests.sim.alone import alone, plan_for
@@ -114,11 +116,20 @@ def test_every_window_counts_once_an_epoch_whoever_dies(quorum):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rate"), [(RoundKind.DELTA, 4e-3), (RoundKind.GRADIENT, 0.05)]
+    ("kind", "optimiser", "rate"),
+    [
+        (RoundKind.DELTA, Optimiser.ADAMW, 4e-3),
+        (RoundKind.DELTA, Optimiser.MUON, 0.02),
+        (RoundKind.GRADIENT, Optimiser.ADAMW, 0.05),
+    ],
 )
-def test_the_fleet_learns(kind, rate):
+def test_the_fleet_learns(kind, optimiser, rate):
     plan = msgspec.structs.replace(
-        PLAN, round_kind=kind, learning_rate=rate, round_s=1.0
+        PLAN,
+        round_kind=kind,
+        local_optimiser=optimiser,
+        learning_rate=rate,
+        round_s=1.0,
     )
     fleet = a_fleet(plan=plan)
     before = NET.loss(fleet.published, fleet._text.held_out)
@@ -296,6 +307,36 @@ def test_tasks_of_different_length_end_as_if_each_were_alone():
     each = [trained(NET, fleet.master, [task])[0] for task in fresh]
     for ours, alone_ in zip(both, each, strict=True):
         np.testing.assert_allclose(ours, alone_, rtol=1e-3, atol=1e-5)
+
+
+def test_local_steps_of_muon_move_matrices_otherwise_and_nothing_else():
+    fleet = a_fleet()
+    task = fleet._local(fleet._claims(60 * SEQ_LEN)[0])
+    del task.batches[1:]
+    hyper = msgspec.structs.replace(task.hyper, lr_start=0.01)
+    by_muon = msgspec.structs.replace(hyper, optimiser=Optimiser.MUON)
+
+    ours, other = (
+        trained(NET, fleet.master, [replace(msgspec_copy(task), hyper=each)])[0]
+        for each in (by_muon, hyper)
+    )
+
+    for segment in NET.segments:
+        part = slice(segment.offset, segment.offset + segment.size)
+        same = np.array_equal(ours[part], other[part])
+        assert same is not segment.is_linear, segment.name
+
+
+def test_local_steps_of_muon_take_the_time_of_its_products():
+    fleets = [
+        a_fleet(plan=msgspec.structs.replace(PLAN, local_optimiser=each))
+        for each in (Optimiser.MUON, Optimiser.ADAMW)
+    ]
+
+    by_muon, by_adamw = (fleet._step_flop for fleet in fleets)
+
+    assert by_adamw == ADAMW * NET.num_params
+    assert by_muon == by_adamw + muon.flop(NET.segments)
 
 
 def msgspec_copy(task):
