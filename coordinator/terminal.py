@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from bitnet_ext.wire.verdicts import Verdict
+from coordinator.domain.plan_change import told
 from coordinator.service.view import (
     FleetView,
     RollbackView,
@@ -80,6 +81,8 @@ def _run(run: RunView) -> Iterator[str]:
         yield f"ALARM    Held-out loss has risen. {run.loss_alarm}"
     if run.rollback is not None:
         yield f"rollback {_rollback(run.rollback)}"
+    if run.plan_changes:
+        yield f"plan     from the next version on: {told(run.plan_changes)}"
 
 
 def _eta(run: RunView) -> str:
