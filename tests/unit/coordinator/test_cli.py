@@ -232,10 +232,10 @@ def test_an_epoch_on_another_corpus_is_refused_and_the_run_stays(
     first = load_manifest(tmp_path / "corpus/tokenized/manifest.json")
     other = write_corpus(tmp_path / "corpus", sizes=(999, 600, 300))
 
-    line = refused(capsys, "seed-real-tasks", *folders, "300")
-
-    assert first.corpus_sha256[:12] in line
-    assert other.corpus_sha256[:12] in line
+    for order in (["seed-real-tasks", "300"], ["set-plan", "token_budget=0"]):
+        line = refused(capsys, *order, *folders)
+        assert first.corpus_sha256[:12] in line
+        assert other.corpus_sha256[:12] in line
     write_corpus(tmp_path / "corpus")
     again = said(capsys, "seed-real-tasks", *folders)
     assert again == "epoch 2: 1504 tokens, tasks cut at claim\n"

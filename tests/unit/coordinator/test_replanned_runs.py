@@ -146,6 +146,21 @@ def test_where_no_plan_waits_a_late_result_counts_in_a_round_that_started_over(
     assert running.close_round()
 
 
+def test_a_round_of_late_results_alone_that_is_closing_keeps_its_plan(world: World):
+    late, other = out_of_touch(world, STALE)
+    next_round(world, other)
+    hand_in(world, late, "w1")
+    world.change_run(stop_at=world.clock.now())
+    world.do(sweep(world.fleet, SETTINGS))
+    assert world.live_round().state == "closing"
+
+    assert not ask(world, outer_rate=0.1).at_once
+
+    assert world.close_round()
+    assert [one.outer_rate for one in recorded(world)] == [0.9, 0.9]
+    assert plan(world).outer_rate == 0.1
+
+
 # -- rollbacks, resets, the end of a run -------------------------------------------
 
 
