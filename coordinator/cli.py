@@ -37,12 +37,11 @@ from coordinator.control import (
     ResetPassword,
     ResumeWorker,
     Seed,
-    SetRoundTime,
+    SetPlan,
     TrainFor,
 )
 from coordinator.demo.story import DemoOptions, run_demo
 from coordinator.domain.errors import FleetError, StartError
-from coordinator.domain.plan import AUTO
 from coordinator.login.handlers import HOME_PATH
 from coordinator.service.corpus import Recipe
 from coordinator.service.exporting import Pick, parse_version
@@ -126,8 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     stop = add("train-for", _train_for, "stop giving out training after a while")
     stop.add_argument("seconds", help="seconds from now, or `ever`")
-    pace = add("set-round-time", _set_round_time, "fix the round time, or let it be")
-    pace.add_argument("seconds", help="seconds, or auto: the coordinator chooses")
+    change = add("set-plan", _set_plan, "change what the run trains by")
+    change.add_argument(
+        "words",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="a setting of the plan, in lower case and without its prefix, or "
+        "token_budget: learning_rate=0.001",
+    )
     for order in _ORDERS:
         about = (order.__doc__ or "").rstrip(".")
         name = str(order.__struct_config__.tag)
@@ -289,27 +294,32 @@ def _seed(options: argparse.Namespace) -> int:
 
 
 def _train_for(options: argparse.Namespace) -> int:
-    seconds = _seconds(options.seconds, unless="ever")
+    seconds = _seconds(options.seconds)
     print(verbs.command(_settings(options), TrainFor(seconds=seconds)))
     return 0
 
 
-def _set_round_time(options: argparse.Namespace) -> int:
-    seconds = _seconds(options.seconds, unless=AUTO)
-    print(verbs.command(_settings(options), SetRoundTime(seconds=seconds)))
+def _set_plan(options: argparse.Namespace) -> int:
+    words: dict[str, str] = {}
+    for word in options.words:
+        name, is_one, value = word.partition("=")
+        if not is_one:
+            raise StartError(f"words must be NAME=VALUE, got {word!r}")
+        if name in words:
+            raise StartError(f"{name} must be named once, got {word!r} too")
+        words[name] = value
+    print(verbs.command(_settings(options), SetPlan(words=words)))
     return 0
 
 
-def _seconds(text: str, *, unless: str) -> float | None:
-    """Return a number of seconds; None for the word that stands for none."""
-    if text == unless:
+def _seconds(text: str) -> float | None:
+    """Return a number of seconds; None for ever."""
+    if text == "ever":
         return None
     try:
         return float(text)
     except ValueError:
-        raise StartError(
-            f"seconds must be a number or {unless}, got {text!r}"
-        ) from None
+        raise StartError(f"seconds must be a number or ever, got {text!r}") from None
 
 
 def _pass_on(order: type[Command]) -> Callable[[argparse.Namespace], int]:

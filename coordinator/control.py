@@ -19,15 +19,16 @@ import msgspec
 from msgspec import Struct
 
 from coordinator.domain.errors import FleetError, StartError
+from coordinator.domain.plan_change import told
 from coordinator.login.passwords import new_password, reset_admin_password
 from coordinator.service.exporting import parse_version
 from coordinator.service.feed import Feed
 from coordinator.service.fleet import Fleet
+from coordinator.service.replanning import Replanned, set_plan
 from coordinator.service.rolling_back import ask_for_rollback
 from coordinator.service.steering import (
     acknowledge_reset,
     seed_epoch,
-    set_round_time,
     train_until,
 )
 from coordinator.service.tending import (
@@ -96,17 +97,11 @@ class GoBack(Struct, frozen=True, kw_only=True, tag="roll-back"):
     version: str
 
 
-class SetRoundTime(Struct, frozen=True, kw_only=True, tag="set-round-time"):
-    """Fix the round time from the next round on; `seconds` None: it is chosen."""
+class SetPlan(Struct, frozen=True, kw_only=True, tag="set-plan"):
+    """Let the run train by other values from its next version on."""
 
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.seconds is not None and not 0.0 < self.seconds <= MAX_SECONDS:
-            raise ValueError(
-                f"seconds must be a number above 0, at most {MAX_SECONDS:.0f}, or "
-                f"auto, got {self.seconds}"
-            )
+    #: By name, as an operator writes them.
+    words: dict[str, str]
 
 
 class AcknowledgeReset(Struct, frozen=True, tag="acknowledge-reset"):
@@ -160,7 +155,7 @@ Tending = (
     ReadmitWorker | DrainWorker | ResumeWorker | MarkGone | KickStuck | RequeueFailed
 )
 Command = (
-    Seed | TrainFor | SetRoundTime | GoBack | AcknowledgeReset | ResetPassword | Tending
+    Seed | TrainFor | SetPlan | GoBack | AcknowledgeReset | ResetPassword | Tending
 )
 
 
@@ -210,10 +205,8 @@ async def obey(fleet: Fleet, command: Command) -> str:
                 f"the run goes back to version {to} once its round is closed; no "
                 "training is given out until then"
             )
-        case SetRoundTime(seconds=seconds):
-            kept_s = await set_round_time(fleet, seconds)
-            how = "is chosen" if seconds is None else f"is {seconds:g} s"
-            return f"the round time {how} after this round, which keeps its {kept_s:g}"
+        case SetPlan(words=words):
+            return _replanned(await set_plan(fleet, words))
         case AcknowledgeReset():
             await acknowledge_reset(fleet)
             return "reset acknowledged"
@@ -225,6 +218,22 @@ async def obey(fleet: Fleet, command: Command) -> str:
             return f"new admin password: {password}"
         case _:
             return await _tend(fleet, command)
+
+
+def _replanned(outcome: Replanned) -> str:
+    if not outcome.changes:
+        said = "the plan stays as it is"
+    elif outcome.at_once:
+        said = f"at once, as nobody has begun the open round: {told(outcome.changes)}"
+    else:
+        said = (
+            f"from version {outcome.version} on, when the open round is closed: "
+            f"{told(outcome.changes)}"
+        )
+    before, after = outcome.rates
+    if before != after:
+        said += f"; the learning rate there goes from {before:.3g} to {after:.3g}"
+    return said if outcome.outlook is None else f"{said}; {outcome.outlook}"
 
 
 async def _tend(fleet: Fleet, command: Tending) -> str:

@@ -14,17 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire.messages import MAX_HEARTBEAT_S
 from coordinator.domain.errors import StartError
-from coordinator.domain.plan import AUTO, CHOICES, MOST, Aggregation, TrainingPlan
+from coordinator.domain.plan import Aggregation, TrainingPlan
+from coordinator.domain.plan_words import (
+    WordError,
+    must_be,
+    plan_in_words,
+    token_budget,
+    whole_number,
+)
 from coordinator.domain.rollback import RollBack
 
 PREFIX: Final = "BITNET_COORD_"
 MIN_KEY_CHARS: Final = 32
-_ROUND_RULE: Final = f"{AUTO} or a number of seconds above 0, at most {MOST:g}"
 _LEVELS: Final = ("debug", "info", "warning", "error")
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 #: Hosts that stand for all addresses of the machine.
@@ -90,11 +94,7 @@ class CoordinatorSettings:
             metrics_token=_key(given, "METRICS_TOKEN"),
             preset=_preset(given),
             seed=_whole(given, "SEED", 1, 0, 2**62),
-            token_budget=(
-                _whole(given, "TOKEN_BUDGET", 0, 0, 2**62)
-                if "TOKEN_BUDGET" in given
-                else None
-            ),
+            token_budget=_budget(given),
             heartbeat_s=_seconds(given, "HEARTBEAT_S", 5.0),
             keep_versions=_whole(given, "KEEP_VERSIONS", 20, 1, 10**9),
             roll_back=_roll_back(given),
@@ -141,7 +141,12 @@ def _refuse_unknown(given: Mapping[str, str]) -> None:
 
 
 def _wrong(name: str, rule: str, value: object) -> StartError:
-    return StartError(f"{PREFIX}{name} must be {rule}, got {value!r}")
+    return _refused(must_be(name, rule, value))
+
+
+def _refused(error: WordError) -> StartError:
+    """Return an error of a word as one of the setting of that name."""
+    return StartError(f"{PREFIX}{error.name.upper()}{error.fault}")
 
 
 def _whole(
@@ -150,9 +155,18 @@ def _whole(
     value = env.get(name)
     if value is None:
         return default
-    if re.fullmatch(r"[0-9]{1,19}", value) is None or not least <= int(value) <= most:
-        raise _wrong(name, f"a whole number from {least} to {most}", value)
-    return int(value)
+    try:
+        return whole_number(name, value, least, most)
+    except WordError as error:
+        raise _refused(error) from None
+
+
+def _budget(env: Mapping[str, str]) -> int | None:
+    value = env.get("TOKEN_BUDGET")
+    try:
+        return None if value is None else token_budget(value)
+    except WordError as error:
+        raise _refused(error) from None
 
 
 def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
@@ -241,18 +255,9 @@ def _plan(env: Mapping[str, str]) -> TrainingPlan:
         for name in TrainingPlan.__struct_fields__
         if name.upper() in env
     }
-    for name, words in CHOICES.items():
-        if name in given and given[name] not in words:
-            raise _wrong(name.upper(), f"one of {', '.join(words)}", given[name])
     if given.get("aggregation") == Aggregation.PER_ARRIVAL:
         given.setdefault("outer_momentum", "0")
     try:
-        return msgspec.convert(given, TrainingPlan, strict=False)
-    except msgspec.ValidationError as error:
-        found = re.search(r"\$\.([a-z0-9_]+)", str(error))
-        name = found.group(1) if found else ""
-        if name == "round_s":
-            raise _wrong(name.upper(), _ROUND_RULE, given[name]) from None
-        # A number may be wrong beside another one, and be a default itself.
-        shown = f", got {given[name]!r}" if name in given else ""
-        raise StartError(f"{PREFIX}{name.upper()}: {error}{shown}") from None
+        return plan_in_words(given, TrainingPlan())
+    except WordError as error:
+        raise _refused(error) from None

@@ -10,6 +10,7 @@ from typing import Final
 from bitnet_ext.wire.messages import EXACT
 from bitnet_ext.wire.verdicts import Verdict
 from coordinator.domain.plan import Aggregation
+from coordinator.domain.plan_change import told
 from coordinator.domain.stages import Stage
 from coordinator.service.view import (
     FleetView,
@@ -88,6 +89,8 @@ def _run(run: RunView) -> Iterator[str]:
         yield f"ALARM    Held-out loss has risen. {run.loss_alarm}"
     if run.rollback is not None:
         yield f"rollback {_rollback(run.rollback)}"
+    if run.plan_changes:
+        yield f"plan     from the next version on: {told(run.plan_changes)}"
 
 
 def _eta(run: RunView) -> str:

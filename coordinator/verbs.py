@@ -29,12 +29,14 @@ from coordinator.control import (
     KickStuck,
     MarkGone,
     Seed,
+    SetPlan,
     Status,
     ask,
     obey,
 )
 from coordinator.domain.errors import FleetError, StartError
 from coordinator.domain.manifest import Manifest
+from coordinator.domain.plan_words import BUDGET
 from coordinator.service.corpus import Recipe, Stage, prepare_corpus
 from coordinator.service.exporting import Chosen, Pick, choose, export_version
 from coordinator.service.fleet import RUNNING, FileFault, Fleet, Known, Served
@@ -83,8 +85,8 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
         reconcile(fleet)
         fleet.manifest = load_corpus(fleet.corpus)
         run = fleet.store.read_now(runs.newest_run)
-        if isinstance(wish, Seed):
-            _check_seed(fleet, run, wish)
+        if _may_begin_epoch(wish):
+            _check_epoch(fleet, run, wish)
         made = run is None and ensure_run(fleet, fleet.manifest, run_settings(settings))
         said = asyncio.run(obey(fleet, wish))
         if not made:
@@ -194,12 +196,20 @@ def _check_fleet(settings: CoordinatorSettings) -> None:
         )
 
 
-def _check_seed(fleet: Fleet, run: RunRow | None, wish: Seed) -> None:
+def _may_begin_epoch(wish: Command) -> bool:
+    """Return whether there may be another epoch: it is asked for, or has its tokens."""
+    return isinstance(wish, Seed) or (
+        isinstance(wish, SetPlan) and BUDGET in wish.words
+    )
+
+
+def _check_epoch(fleet: Fleet, run: RunRow | None, wish: Command) -> None:
     """Refuse an epoch before anything is made for it."""
     if run is not None:
         # Tasks on another text could never be trained.
         check_corpus(run, fleet.manifest, fleet.corpus)
-    check_task_size(fleet.the_manifest(), wish.tokens)
+    if isinstance(wish, Seed):
+        check_task_size(fleet.the_manifest(), wish.tokens)
 
 
 def tokenize_corpus(settings: CoordinatorSettings, recipe: Recipe) -> str:

@@ -152,10 +152,23 @@ def train(
     """Run the local steps of `task` from the flat vector `base`.
 
     Afterwards the model holds the trained weights; `base` and `moments` are as
-    they were. Raises as `take_steps` does.
+    they were. AdamW starts anew after Muon, which leaves it no squares to divide by.
+    Raises as `take_steps` does.
     """
+    by_adamw = task.hyper.optimiser is Optimiser.ADAMW
+    if by_adamw and _lack_squares(moments, model.flat.segments):
+        moments = Moments.zeros(model.shape)
     steps = LocalSteps(model, moments.copy(model.device), task.hyper)
     return take_steps(model, base, steps, tokens, task, hooks)
+
+
+def _lack_squares(moments: Moments, parts: Iterable[Segment]) -> bool:
+    """Return whether hidden matrices have made steps, but by Muon only.
+
+    With a mean, many steps and no squares AdamW would divide by next to nothing.
+    """
+    squares = (segment_of(moments.exp_avg_sq, part) for part in parts if part.is_linear)
+    return bool(moments.step.any()) and not any(part.any() for part in squares)
 
 
 def take_steps(

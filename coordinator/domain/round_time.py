@@ -143,7 +143,7 @@ def usual(rounds: Sequence[Measured]) -> Measured | None:
 
 def reason(plan: TrainingPlan, round_s: float, rounds: Sequence[Measured]) -> str:
     """Return why the round time is what it is, in a sentence or two."""
-    return f"{_told_overhead(round_s, rounds)} {_told_choice(plan, round_s, rounds)}"
+    return f"{_told_overhead(round_s, rounds)} {_told_choice(plan, rounds)}"
 
 
 def _told_overhead(round_s: float, rounds: Sequence[Measured]) -> str:
@@ -154,11 +154,9 @@ def _told_overhead(round_s: float, rounds: Sequence[Measured]) -> str:
     return f"Overhead {found.overhead_s:.2g} s of {round_s:g} s = {share:.2g} %."
 
 
-def _told_choice(plan: TrainingPlan, round_s: float, rounds: Sequence[Measured]) -> str:
+def _told_choice(plan: TrainingPlan, rounds: Sequence[Measured]) -> str:
     if plan.round_s != AUTO:
-        if plan.round_s == round_s:
-            return "Fixed."
-        return f"Fixed at {plan.round_s:g} s from the next round on."
+        return "Fixed."
     if plan.aggregation is Aggregation.PER_ARRIVAL:
         return "Not measured, as each submission makes a version."
     bounds = f"between {plan.round_min_s:g} and {plan.round_max_s:g} s"

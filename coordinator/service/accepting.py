@@ -23,7 +23,7 @@ from coordinator.service.bookkeeping import book_end
 from coordinator.service.fleet import Fleet, no_run
 from coordinator.service.late import leased_task, round_closing
 from coordinator.service.returning import is_held, lease_lost, settle_round
-from coordinator.service.roster import plan_of, seq_len_of
+from coordinator.service.roster import plan_from, plan_of, seq_len_of
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
 from coordinator.store.blobs import Written
@@ -71,12 +71,15 @@ def acceptable(
             f"got {meta.base_version}",
             field="base_version",
         )
-    _check_trained(run, task, meta)
+    _check_trained(connection, run, task, meta)
     return run, task
 
 
-def _check_trained(run: RunRow, task: TaskRow, meta: SubmissionMeta) -> None:
-    seq_len, batch_size = seq_len_of(run), plan_of(run).batch_size
+def _check_trained(
+    connection: Connection, run: RunRow, task: TaskRow, meta: SubmissionMeta
+) -> None:
+    seq_len = seq_len_of(run)
+    batch_size = plan_from(connection, run, meta.base_version).batch_size
     batch_tokens = batch_size * seq_len
     if not sizing.is_part(meta.tokens, task.num_tokens, batch_tokens=batch_tokens):
         raise RefusedError(

@@ -383,7 +383,8 @@ class _Claim:
             seed=sizing.order_seed(run.seed, epoch=task.epoch, shard_id=task.shard_id),
             round_kind=plan.round_kind,
             codec=plan.codec,
-            broadcast=plan.broadcast,
+            # As the version was published, by the plan that it was made by.
+            broadcast=msgspec.json.decode(base.plan_json, type=TrainingPlan).broadcast,
             hyper=hyper_parameters(
                 plan, tokens_accepted=run.tokens_accepted, task_tokens=task.num_tokens
             ),

@@ -29,8 +29,9 @@ from coordinator.service.judging import Judged, give_tokens_back, judge_round, r
 from coordinator.service.lines import rollbacks_of
 from coordinator.service.pacing import measure_round, open_next
 from coordinator.service.pruning import prune_versions
+from coordinator.service.replanning import adopt_plan, adopt_where_idle
 from coordinator.service.rolling_back import make_rollback
-from coordinator.service.roster import plan_of
+from coordinator.service.roster import plan_from, plan_of
 from coordinator.service.seeding import add_epoch_if_done, add_evaluation
 from coordinator.service.steering import the_run
 from coordinator.service.stepping import Closing, next_state
@@ -191,10 +192,13 @@ def _find(connection: Connection) -> Closing | None:
     if run is None or live is None or live.state != "closing":
         return None
     base = versions.find_version(connection, live.base_version)
+    submissions = rounds.accepted_in_round(connection, live.round_id)
+    earlier = {row.base_version for row in submissions} - {live.base_version}
     return Closing(
         run=run,
         live=live,
-        submissions=rounds.accepted_in_round(connection, live.round_id),
+        submissions=submissions,
+        earlier_plans={n: plan_from(connection, run, n) for n in sorted(earlier)},
         version=versions.highest_number(connection) + 1,
         tokens_before=base.tokens_total if base else 0,
         recent_sizes=rounds.recent_sizes(
@@ -273,19 +277,23 @@ def _open_next(
     version: int,
     now: float,
 ) -> None:
-    """Close the round, open the next, and make what the new version calls for."""
+    """Close the round, open the next, and make what the new version calls for.
+
+    From here on all goes by the plan that was asked for, where one was.
+    """
     manifest = fleet.the_manifest()
     measure_round(connection, fleet, run, live, now)
     rounds.change_round(
         connection, live.round_id, state="closed", closed_at=now, version=version
     )
-    open_next(connection, run, live, version=version, now=now)
     workers.add_event(
         connection,
         at=now,
         kind="version.published",
         body={"version": version, "round_id": live.round_id},
     )
+    run = adopt_plan(connection, run, version=version, now=now)
+    open_next(connection, run, live, version=version, now=now)
     if (version - run.root_version) % plan_of(run).evaluate_every == 0:
         add_evaluation(
             connection, run, manifest, version=version, now=now, rng=fleet.rng
@@ -316,6 +324,7 @@ def _filter(connection: Connection, fleet: Fleet, closing: Closing, now: float) 
         kind="round.filtered",
         body={"round_id": live.round_id, "reason": "not finite"},
     )
+    adopt_where_idle(connection, fleet, now)
     run = runs.newest_run(connection)
     if run is not None:
         # Where the last stretches were given up, nothing else begins the next epoch.

@@ -102,7 +102,7 @@ def _candidate(
     norm = norm_of(numbers, threads=num_cores())
     size = guards.size_of(
         norm,
-        closing.plan,
+        closing.plan_behind(row),
         tokens_before=closing.tokens_before,
         tokens=row.tokens,
         num_steps=row.num_steps,

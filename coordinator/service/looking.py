@@ -24,6 +24,7 @@ from coordinator.service.evaluating import evaluation_point
 from coordinator.service.fleet import FINISHED, RUNNING, Known
 from coordinator.service.lines import line_of, rollback_view, rollbacks_of
 from coordinator.service.pacing import recently_measured
+from coordinator.service.replanning import changes_ahead
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
 from coordinator.service.ternary_health import newest_health
@@ -159,6 +160,7 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
             line_of(connection, run.run_id), rollbacks_of(connection, run.run_id)
         ),
         rollback=rollback_view(connection, run),
+        plan_changes=changes_ahead(run),
         reset_from_version=None if run.reset_acknowledged else run.reset_from_version,
     )
 

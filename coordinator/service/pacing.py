@@ -50,11 +50,19 @@ def open_next(
     connection: Connection, run: RunRow, live: RoundRow, *, version: int, now: float
 ) -> None:
     """Open the round on `version`, after `live` has been closed."""
-    round_s = round_time.next_round_s(
-        plan_of(run), live.round_s, recently_measured(connection, run)
-    )
     rounds.open_round(
-        connection, run_id=run.run_id, base_version=version, round_s=round_s, now=now
+        connection,
+        run_id=run.run_id,
+        base_version=version,
+        round_s=next_round_s(connection, run, live),
+        now=now,
+    )
+
+
+def next_round_s(connection: Connection, run: RunRow, live: RoundRow) -> float:
+    """Return the round time after that of `live`, by the plan in force."""
+    return round_time.next_round_s(
+        plan_of(run), live.round_s, recently_measured(connection, run)
     )
 
 

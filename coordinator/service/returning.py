@@ -21,6 +21,7 @@ from coordinator.service.bookkeeping import book_end
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
 from coordinator.service.own_files import look_after
+from coordinator.service.replanning import adopt_where_idle
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
@@ -335,6 +336,7 @@ def _after(
         return
     book_end(connection, task, outcome=outcome, fate=fate, now=now)
     settle_round(connection, task.round_id)
+    adopt_where_idle(connection, fleet, now)
     run = runs.newest_run(connection)
     if run is not None and run.state == RUNNING:
         add_epoch_if_done(connection, run, fleet.the_manifest(), now)

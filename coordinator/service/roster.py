@@ -14,7 +14,7 @@ from bitnet_ext.wire.verdicts import ErrorCode, WorkerPhase
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
 from coordinator.service.fleet import Fleet, Known, no_run
-from coordinator.store import runs, workers
+from coordinator.store import runs, versions, workers
 from coordinator.store.rows import RunRow, WorkerRow
 
 #: Workers known at most; who has been silent for `FORGET_AFTER_S` makes room.
@@ -39,8 +39,19 @@ async def register(fleet: Fleet, request: RegisterRequest) -> RegisterAnswer:
 
 
 def plan_of(run: RunRow) -> TrainingPlan:
-    """Return the plan that a run was started with."""
+    """Return the plan in force: that of the open round, and of all that is claimed."""
     return msgspec.json.decode(run.plan_json, type=TrainingPlan)
+
+
+def plan_from(connection: Connection, run: RunRow, base_version: int) -> TrainingPlan:
+    """Return the plan of the tasks that start from a version.
+
+    It is that of the version which was made after it.
+    """
+    after = versions.version_after(connection, base_version)
+    if after is None:
+        return plan_of(run)
+    return msgspec.json.decode(after.plan_json, type=TrainingPlan)
 
 
 def seq_len_of(run: RunRow) -> int:

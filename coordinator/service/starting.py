@@ -259,7 +259,8 @@ def _end_run(connection: Connection, run: RunRow, now: float) -> None:
     rounds.filter_run(connection, run.run_id, "reset")
     rounds.close_rounds(connection, run.run_id, now)
     runs.drop_ranges(connection, run.run_id)
-    runs.change_run(connection, run.run_id, state=FINISHED)
+    nothing = {"next_plan_json": None, "next_token_budget": None}
+    runs.change_run(connection, run.run_id, state=FINISHED, **nothing)
     workers.forget_speeds(connection)
     workers.add_event(connection, at=now, kind="run.reset", body={"run_id": run.run_id})
 

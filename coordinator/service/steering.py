@@ -1,4 +1,4 @@
-"""What an operator asks of a coordinator: more work, a time to stop, a round time."""
+"""What an operator asks of a coordinator: more work, or a time to stop."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from sqlalchemy import Connection
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.manifest import Manifest
-from coordinator.domain.plan import AUTO
 from coordinator.service.fleet import RUNNING, Fleet, no_run
-from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_epoch, add_fixed_tasks, budget_left
-from coordinator.store import rounds, runs, workers
+from coordinator.store import runs, workers
 from coordinator.store.rows import RunRow
 
 MAX_TASKS: Final = 100_000
@@ -77,32 +75,6 @@ async def train_until(fleet: Fleet, stop_at: float | None) -> None:
     fleet.changed.ring()
 
 
-async def set_round_time(fleet: Fleet, round_s: float | None) -> float:
-    """Fix how long the tasks of later rounds should take; None: it is chosen.
-
-    Returns the round time of the open round, which keeps it. Raises RefusedError
-    no_run.
-    """
-    now = fleet.clock.now()
-    choice = round_s or AUTO
-
-    def change(connection: Connection) -> float:
-        run = the_run(connection)
-        plan = msgspec.structs.replace(plan_of(run), round_s=choice)
-        plan_json = msgspec.json.encode(plan).decode()
-        runs.change_run(connection, run.run_id, plan_json=plan_json)
-        body = {"run_id": run.run_id, "round_s": choice}
-        workers.add_event(connection, at=now, kind="round_time.set", body=body)
-        live = rounds.live_round(connection, run.run_id)
-        if live is None:
-            raise LookupError(f"run {run.run_id} has no open round")
-        return live.round_s
-
-    kept_s = await fleet.store.write(change)
-    fleet.changed.ring()
-    return kept_s
-
-
 async def acknowledge_reset(fleet: Fleet) -> None:
     """Take the banner of a hard reset down. Raises RefusedError no_run."""
 
@@ -143,13 +115,11 @@ def check_running(run: RunRow) -> None:
 
 
 def _used_up(run: RunRow) -> RefusedError:
-    """Return the refusal of more training beyond the budget, which never changes."""
+    """Return the refusal of more training beyond the budget."""
     return RefusedError(
         ErrorCode.BAD_REQUEST,
-        f"token_budget of run {run.run_id} ({run.token_budget} tokens) is used up, and "
-        "is fixed for a run: to train on, begin a new one with a larger "
-        "BITNET_COORD_TOKEN_BUDGET in another data folder (`bitnet-coordinator serve "
-        "--data`)",
+        f"token_budget of run {run.run_id} ({run.token_budget} tokens) is used up: to "
+        "train on, give it more with `bitnet-coordinator set-plan token_budget=TOKENS`",
         field="token_budget",
     )
 

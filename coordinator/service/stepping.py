@@ -8,8 +8,8 @@ same bytes, on every CPU and for every number of threads.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -43,6 +43,8 @@ class Closing:
     tokens_before: int
     #: Sizes of the submissions that were applied last (`coordinator.domain.guards`).
     recent_sizes: Sequence[float] = ()
+    #: By base version: the plans of what was made for a version before the base.
+    earlier_plans: Mapping[int, TrainingPlan] = field(default_factory=dict)
     #: Of the run so far, in order.
     rollbacks: Sequence[Rollback] = ()
     #: Of the numbers of each submission, once the guards have ruled.
@@ -52,8 +54,12 @@ class Closing:
 
     @property
     def plan(self) -> TrainingPlan:
-        """Return the plan of the run."""
+        """Return the plan of the round."""
         return plan_of(self.run)
+
+    def plan_behind(self, row: SubmissionRow) -> TrainingPlan:
+        """Return the plan that a submission was made by."""
+        return self.earlier_plans.get(row.base_version, self.plan)
 
     @property
     def tokens(self) -> int:

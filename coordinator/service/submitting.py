@@ -33,13 +33,14 @@ from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.messages import SubmissionAnswer, SubmissionMeta
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
+from coordinator.domain.plan import TrainingPlan
 from coordinator.service.accepting import Arrived, accept, acceptable
 from coordinator.service.bodies import parse
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
 from coordinator.service.late import booking_late
 from coordinator.service.returning import ring
-from coordinator.service.roster import plan_of
+from coordinator.service.roster import plan_from
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind, Spool, Written
 from coordinator.store.rows import RunRow
@@ -125,8 +126,9 @@ class Intake:
         def look(connection: Connection) -> _Expected | None:
             if rounds.find_submission(connection, meta.submission_id) is not None:
                 return None
-            run, _task = acceptable(connection, meta, now)
-            return _Expected.of(run)
+            run, task = acceptable(connection, meta, now)
+            plan = plan_from(connection, run, task.base_version or 0)
+            return _Expected.of(run, plan)
 
         async with booking_late(self._fleet, meta, now):
             self._expected = await self._fleet.store.read(look)
@@ -209,9 +211,8 @@ class _Expected:
     num_elements: int
 
     @classmethod
-    def of(cls, run: RunRow) -> _Expected:
+    def of(cls, run: RunRow, plan: TrainingPlan) -> _Expected:
         shape = shape_from_json(msgspec.json.decode(run.model_json))
-        plan = plan_of(run)
         return cls(
             kind=FrameKind(plan.round_kind),
             codec=Codec(plan.codec),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from coordinator.domain.plan_change import Change
 from coordinator.domain.ternary_health import MatrixHealth
 from coordinator.domain.verdicts import WorkerFacts
 
@@ -89,6 +90,8 @@ class RunView(View, frozen=True, kw_only=True):
     loss_alarm: str | None
     #: None where the run never went back, and once a later version has a lower loss.
     rollback: RollbackView | None
+    #: What the plan, or the budget, will be from the next version on.
+    plan_changes: list[Change]
     #: Not null after a hard reset that no operator has acknowledged.
     reset_from_version: int | None
 

@@ -124,6 +124,15 @@ def void_claims(connection: Connection, round_id: int) -> None:
     )
 
 
+def forget_leases(connection: Connection, round_id: int) -> None:
+    """Let no late result of the claims of a round count that have ended so far."""
+    connection.execute(
+        update(claims)
+        .where(claims.c.round_id == round_id, claims.c.ended_at.is_not(None))
+        .values(lease_hash=None)
+    )
+
+
 def claims_of(connection: Connection, round_id: int) -> list[ClaimRow]:
     """Return the claims of a round that still count, in order."""
     rows = connection.execute(

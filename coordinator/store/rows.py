@@ -37,6 +37,8 @@ class RunRow(Struct, frozen=True, kw_only=True):
     reset_from_version: int | None
     reset_acknowledged: bool
     roll_back_to: int | None
+    next_plan_json: str | None
+    next_token_budget: int | None
 
 
 class RangeRow(Struct, frozen=True, kw_only=True):

@@ -77,6 +77,10 @@ runs: Final = Table(
     Column("reset_acknowledged", Boolean, nullable=False, server_default=text("1")),
     # The version that the run is to go back to once its round is closed.
     Column("roll_back_to", BigInteger),
+    # What `plan_json` and `token_budget` are to be from the next version on (0: no
+    # end); both or neither.
+    Column("next_plan_json", Text),
+    Column("next_token_budget", BigInteger),
     CheckConstraint("state IN ('running','paused','finished')", name="run_state"),
 )
 

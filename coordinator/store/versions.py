@@ -26,6 +26,14 @@ def find_version(connection: Connection, version: int) -> VersionRow | None:
     return None if row is None else typed(VersionRow, row)
 
 
+def version_after(connection: Connection, version: int) -> VersionRow | None:
+    """Return the version that was made of this one; None where it is the newest."""
+    row = connection.execute(
+        select(versions).where(versions.c.parent == version)
+    ).first()
+    return None if row is None else typed(VersionRow, row)
+
+
 def newest_version(connection: Connection, run_id: str) -> VersionRow:
     """Return the newest version of a run, which always has its root."""
     row = connection.execute(

@@ -183,6 +183,7 @@ def fleet() -> FleetView:
             tally=TALLY,
             loss_alarm=None,
             rollback=None,
+            plan_changes=[],
             reset_from_version=None,
         ),
         training=training(),

@@ -1,10 +1,11 @@
 """A run whose processes are killed ends as every run has to end.
 
 A worker dies while it holds a task, then the coordinator while a round has something
-that no version holds yet. First weights, tasks and order of text follow from the
-seeds; who trains which task does not. So the end is held against what is due of every
-run: each token of the epoch is in one version and in no other, and all versions follow
-from the seed and the stored payloads, to the bit.
+that no version holds yet. In between another plan is asked for. First weights, tasks
+and order of text follow from the seeds; who trains which task does not. So the end is
+held against what is due of every run: each token of the epoch is in one version and in
+no other, and all versions follow from the seed, the stored payloads and the plans, to
+the bit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sqlalchemy import Connection
 from bitnet_ext.layout import shape_from_json
 from bitnet_ext.wire.verdicts import RoundKind, SubmissionState
 from coordinator.app import DATABASE_NAME
-from coordinator.control import Seed
+from coordinator.control import Seed, SetPlan
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import Manifest
 from coordinator.service.stepping import Closing, next_state
@@ -51,6 +52,8 @@ SETTINGS = {
 }
 MAY_TRAIN_INVENTED_TEXT = {"BITNET_ALLOW_SYNTHETIC_SHARDS": "true"}
 WAIT_S = 240.0
+#: What the run trains by from the middle on.
+CHANGE = {"learning_rate": "0.01", "outer_momentum": "0.5"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,7 @@ def train_and_kill(folder: Path, process: CoordinatorProcess) -> None:
         # Both calibrate first, which takes a while on a busy machine.
         wait_for("a first round", lambda: newest(process) > 1, timeout_s=WAIT_S)
         kill_while(one, lambda: holds_a_task(process, "one"))
+        process.tell(SetPlan(words=CHANGE))
         with workers(folder, process.url, "one", **env):
             kill_while(process.process, lambda: has_unmerged_work(process))
             process.start_again()
@@ -180,6 +184,7 @@ def test_the_journal_leads_to_the_same_bytes(ended: Ended, tmp_path: Path) -> No
     ]
 
     assert len(stored) > 3
+    assert len({row.plan_json for row in ended.journal.versions}) == 2
     assert [
         (blobs.state.sha256, blobs.published.sha256) for blobs in replayed
     ] == stored
@@ -209,7 +214,7 @@ def closing_of(journal: Journal, row: VersionRow, before: VersionRow) -> Closing
     )
     (live,) = (found for found in journal.rounds if found.round_id == row.round_id)
     return Closing(
-        run=journal.run,
+        run=msgspec.structs.replace(journal.run, plan_json=row.plan_json),
         live=live,
         submissions=merged,
         version=row.version,

@@ -26,6 +26,7 @@ export function run(given = {}) {
     tally: tally(),
     loss_alarm: null,
     rollback: null,
+    plan_changes: [],
     reset_from_version: null,
     ...given,
   };

@@ -248,7 +248,7 @@ class World:
                 created_at=now,
                 tokens_total=0,
                 num_submissions=0,
-                plan_json="{}",
+                plan_json=msgspec.json.encode(plan).decode(),
                 published_sha256=blobs.published.sha256,
                 published_bytes=blobs.published.num_bytes,
                 state_sha256=blobs.state.sha256,

@@ -80,7 +80,7 @@ def test_the_worker_key_is_made_once_and_for_its_owner_alone(capsys, tmp_path):
     [
         ["worker-key"],
         ["train-for", "60"],
-        ["set-round-time", "60"],
+        ["set-plan", "round_s=60"],
         ["acknowledge-reset"],
         ["readmit-worker", "w1"],
         ["drain-worker", "w1"],
@@ -119,8 +119,7 @@ def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):
     fixed = said(capsys, "seed-real-tasks", *folders, "300")
     timed = said(capsys, "train-for", *folders, "60")
     ever = said(capsys, "train-for", *folders, "ever")
-    paced = said(capsys, "set-round-time", *folders, "30")
-    chosen = said(capsys, "set-round-time", *folders, "auto")
+    changed = said(capsys, "set-plan", *folders, "round_s=30", "codec=ternary")
     reset = said(capsys, "acknowledge-reset", *folders)
 
     # What made a fleet says where: the folder may have been a slip.
@@ -130,9 +129,10 @@ def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):
     assert fixed == "epoch 2: 1504 tokens, 5 tasks\n"
     assert timed == "training for 60 s more\n"
     assert ever == "training until the token budget is used up\n"
-    kept = "after this round, which keeps its 60\n"
-    assert paced == f"the round time is 30 s {kept}"
-    assert chosen == f"the round time is chosen {kept}"
+    assert changed == (
+        "at once, as nobody has begun the open round: round_s auto -> 30, codec int8 "
+        "-> ternary\n"
+    )
     assert reset == "reset acknowledged\n"
 
 
@@ -233,10 +233,10 @@ def test_an_epoch_on_another_corpus_is_refused_and_the_run_stays(
     first = load_manifest(tmp_path / "corpus/tokenized/manifest.json")
     other = write_corpus(tmp_path / "corpus", sizes=(999, 600, 300))
 
-    line = refused(capsys, "seed-real-tasks", *folders, "300")
-
-    assert first.corpus_sha256[:12] in line
-    assert other.corpus_sha256[:12] in line
+    for order in (["seed-real-tasks", "300"], ["set-plan", "token_budget=0"]):
+        line = refused(capsys, *order, *folders)
+        assert first.corpus_sha256[:12] in line
+        assert other.corpus_sha256[:12] in line
     write_corpus(tmp_path / "corpus")
     again = said(capsys, "seed-real-tasks", *folders)
     assert again == "epoch 2: 1504 tokens, tasks cut at claim\n"
@@ -292,11 +292,6 @@ def test_before_a_corpus_it_says_what_to_do(capsys, tmp_path):
         ("train-for", "-1", "seconds"),
         ("train-for", "nan", "seconds"),
         ("train-for", "inf", "seconds"),
-        ("set-round-time", "soon", "seconds"),
-        ("set-round-time", "ever", "seconds"),
-        ("set-round-time", "0", "seconds"),
-        ("set-round-time", "nan", "seconds"),
-        ("set-round-time", "inf", "seconds"),
     ],
 )
 def test_a_wrong_amount_is_named_and_shown(capsys, folders, verb, value, name):
@@ -304,6 +299,26 @@ def test_a_wrong_amount_is_named_and_shown(capsys, folders, verb, value, name):
 
     assert name in line
     assert value in line
+
+
+@pytest.mark.parametrize(
+    ("words", "due"),
+    [
+        (["learning_rate"], "words must be NAME=VALUE, got 'learning_rate'"),
+        (["quorum=1", "quorum=0.5"], "quorum must be named once, got 'quorum=0.5' too"),
+        (["learning_rate=abc"], "learning_rate: Expected `float`, got `str` - at"),
+        (["learning_rate="], "learning_rate: Expected `float`, got `str` - at"),
+        (["codec=int8", "pace=1"], "pace can't be set in a run; there are accept_late"),
+        (["round_s=nan"], "round_s must be auto or a number of seconds above 0"),
+        (["token_budget=-5"], "token_budget must be a whole number from 0"),
+    ],
+)
+def test_a_plan_that_can_not_be_is_refused_in_one_line(capsys, folders, words, due):
+    said(capsys, "seed-real-tasks", *folders)
+
+    assert refused(capsys, "set-plan", *folders, *words).startswith(
+        f"bitnet-coordinator: {due}"
+    )
 
 
 def test_an_epoch_of_too_many_tasks_is_refused_before_a_run_is_made(capsys, tmp_path):

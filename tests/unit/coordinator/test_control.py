@@ -27,13 +27,12 @@ from coordinator.control import (
     ResetPassword,
     ResumeWorker,
     Seed,
-    SetRoundTime,
+    SetPlan,
     Status,
     TrainFor,
     ask,
 )
 from coordinator.domain.errors import StartError
-from coordinator.domain.plan import AUTO
 from coordinator.login.passwords import password_matches
 from coordinator.service.feed import Feed
 from coordinator.service.lag import LoopLag
@@ -132,8 +131,7 @@ def test_every_command_reaches_the_fleet(running: World, tmp_path: Path):
         Seed(tokens=300),
         TrainFor(seconds=90.0),
         AcknowledgeReset(),
-        SetRoundTime(seconds=20.0),
-        SetRoundTime(),
+        SetPlan(words={"round_s": "20", "learning_rate": "0.001"}),
     )
 
     assert said == [
@@ -141,13 +139,65 @@ def test_every_command_reaches_the_fleet(running: World, tmp_path: Path):
         "epoch 3: 1504 tokens, 6 tasks",
         "training for 90 s more",
         "reset acknowledged",
-        "the round time is 20 s after this round, which keeps its 60",
-        "the round time is chosen after this round, which keeps its 60",
+        "at once, as nobody has begun the open round: learning_rate 0.002 -> 0.001, "
+        "round_s 60 -> 20",
     ]
     run = running.run_row()
-    assert plan_of(run).round_s == AUTO
+    assert plan_of(run).round_s == 20.0
     assert (run.epoch, run.stop_at, run.reset_acknowledged) == (3, START + 90.0, True)
     assert running.read(lambda c: runs.range_tokens(c, "r-1")) == 2 * 1504
+
+
+def test_a_plan_that_waits_for_the_next_version_says_what_waits(
+    running: World, tmp_path: Path
+):
+    running.train_round(0.5)
+    running.claimed()
+
+    said = asked(
+        running,
+        tmp_path,
+        SetPlan(words={"codec": "ternary"}),
+        SetPlan(words={"learning_rate": "0.001", "warmup_tokens": "0"}),
+        SetPlan(words={"codec": "fp32", "warmup_tokens": "100000"}),
+        SetPlan(words={"learning_rate": "0.002"}),
+    )
+
+    ahead = "from version 3 on, when the open round is closed: "
+    assert said == [
+        f"{ahead}codec fp32 -> ternary",
+        f"{ahead}learning_rate 0.002 -> 0.001, warmup_tokens 100000 -> 0, codec fp32 "
+        "-> ternary; the learning rate there goes from 1.28e-06 to 0.001",
+        f"{ahead}learning_rate 0.002 -> 0.001; the learning rate there goes from "
+        "1.28e-06 to 6.4e-07",
+        "the plan stays as it is",
+    ]
+
+
+def test_what_becomes_of_a_finished_run_is_said(running: World, tmp_path: Path):
+    running.change_run(token_budget=64)
+    running.train_round(0.5)
+    running.change_run(state="finished")
+
+    said = asked(
+        running,
+        tmp_path,
+        SetPlan(words={"codec": "int8"}),
+        SetPlan(words={"token_budget": "128"}),
+    )
+    running.change_run(state="finished", stop_at=running.clock.now())
+    (timed,) = asked(running, tmp_path, SetPlan(words={"token_budget": "256"}))
+
+    now = "at once, as nobody has begun the open round: "
+    assert said == [
+        f"{now}codec fp32 -> int8; the run is finished: a larger token_budget lets it "
+        "go on",
+        f"{now}token_budget 64 -> 128; the run goes on",
+    ]
+    assert timed == (
+        f"{now}token_budget 128 -> 256; the run is finished: `bitnet-coordinator "
+        "train-for` lets it go on"
+    )
 
 
 def test_what_is_done_to_workers_and_tasks_is_said(running: World, tmp_path: Path):
@@ -294,9 +344,14 @@ def test_a_folder_with_a_very_long_name_will_do(running: World, tmp_path: Path):
         b'{"type":"train-for","seconds":-1}\n',
         b'{"type":"train-for","seconds":0}\n',
         b'{"type":"train-for","seconds":1e9}\n',
-        b'{"type":"set-round-time","seconds":0}\n',
-        b'{"type":"set-round-time","seconds":1e10}\n',
-        b'{"type":"set-round-time","seconds":"auto"}\n',
+        b'{"type":"set-plan"}\n',
+        b'{"type":"set-plan","words":["round_s"]}\n',
+        b'{"type":"set-plan","words":{"round_s":20}}\n',
+        b'{"type":"set-plan","words":{"round_s":"0"}}\n',
+        b'{"type":"set-plan","words":{"codec":"int4"}}\n',
+        b'{"type":"set-plan","words":{"round_kind":"gradient"}}\n',
+        b'{"type":"set-plan","words":{"token_budget":"-1"}}\n',
+        b'{"type":"set-plan","words":{"codec":"ternary","pace":"1"}}\n',
         b" " * 10_000 + b"\n",
         b"\xff\xfe\n",
     ],

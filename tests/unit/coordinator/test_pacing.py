@@ -9,9 +9,10 @@ import pytest
 
 from bitnet_ext.wire.verdicts import TaskKind
 from coordinator.domain.plan import AUTO, TrainingPlan
+from coordinator.service.replanning import Replanned, set_plan
 from coordinator.service.returning import end_late
-from coordinator.service.steering import seed_epoch, set_round_time
-from coordinator.store import rounds, versions, workers
+from coordinator.service.steering import seed_epoch
+from coordinator.store import rounds, versions
 from tests.unit.coordinator.fleets import PLAN, World, body, frame, open_world
 from tests.unit.coordinator.test_accept_late import STALE, next_round, out_of_touch
 from tests.unit.coordinator.test_looking import looked
@@ -43,8 +44,8 @@ def closed(world: World):
     return [row for row in found if row.state == "closed"]
 
 
-def choose(world: World, round_s: float | None) -> float:
-    return world.do(set_round_time(world.fleet, round_s))
+def choose(world: World, round_s: float | str) -> Replanned:
+    return world.do(set_plan(world.fleet, {"round_s": str(round_s)}))
 
 
 def test_a_round_is_measured_when_it_becomes_a_version(chosen: World):
@@ -157,7 +158,7 @@ def test_a_round_keeps_its_round_time_and_the_next_takes_the_new_one(running: Wo
         running.set_speed(name, 4.0)
     before = running.claimed("w1")
 
-    assert choose(running, 20.0) == 60.0
+    choose(running, 20.0)
 
     after = running.claimed("w2")
     assert after.byte_length == before.byte_length == 4 * 240
@@ -168,9 +169,25 @@ def test_a_round_keeps_its_round_time_and_the_next_takes_the_new_one(running: Wo
     running.set_speed("w1", 4.0)
     assert running.live_round().round_s == 20.0
     assert running.claimed("w1").byte_length == 4 * 80
-    happened = running.read(lambda c: workers.newest_events(c, 100))
-    (event,) = [one for one in happened if one.kind == "round_time.set"]
-    assert msgspec.json.decode(event.body_json) == {"run_id": "r-1", "round_s": 20.0}
+
+
+def test_a_round_that_nobody_has_claimed_in_takes_a_new_round_time_at_once(
+    running: World,
+):
+    running.set_speed("w1", 4.0)
+
+    choose(running, 20.0)
+
+    assert running.live_round().round_s == 20.0
+    assert running.claimed().byte_length == 4 * 80
+
+
+def test_bounds_of_a_chosen_round_time_hold_at_once_too(chosen: World):
+    chosen.do(set_plan(chosen.fleet, {"round_max_s": "40", "codec": "int8"}))
+    assert chosen.live_round().round_s == 40.0
+
+    chosen.do(set_plan(chosen.fleet, {"codec": "fp32"}))
+    assert chosen.live_round().round_s == 40.0
 
 
 def test_the_grace_of_a_round_is_that_of_its_own_round_time(world: World):
@@ -190,11 +207,14 @@ def test_the_grace_of_a_round_is_that_of_its_own_round_time(world: World):
 
 def test_an_evaluation_waits_for_the_round_time_of_the_open_round(world: World):
     world.start_run(scored=True)
-    world.register("w1")
-    world.register("w2")
+    for name in ("w1", "w2", "w3"):
+        world.register(name)
+    begun = world.claimed("w3")
     choose(world, 5.0)
 
-    world.clock.advance(60.0)
+    for done in (1, 2, 3):
+        world.clock.advance(20.0)
+        world.heartbeat(begun, "w3", tokens_done=done)
     assert world.claimed("w1").kind == TaskKind.TRAIN
     world.clock.advance(1.0)
     assert world.claimed("w2").kind == TaskKind.EVALUATE
@@ -206,8 +226,9 @@ def test_a_restart_keeps_the_round_time_and_the_choice(tmp_path: Path):
         world.register("w1")
         for _ in range(4):
             train(world, overhead_s=1.1)
+        task = world.claimed()
         choose(world, 90.0)
-        world.submit(world.claimed())
+        world.submit(task)
 
     with open_world(tmp_path) as again:
         assert again.live_round().round_s == 30.0
@@ -216,14 +237,17 @@ def test_a_restart_keeps_the_round_time_and_the_choice(tmp_path: Path):
 
 
 def test_each_version_records_the_choice_that_it_was_made_under(running: World):
-    choose(running, None)
+    choose(running, AUTO)
     train(running)
+    task = running.claimed()
     choose(running, 25.0)
+    running.submit(task)
+    running.close_round()
     train(running)
 
     made = running.read(lambda c: versions.versions_of(c, "r-1"))[1:]
     plans = [msgspec.json.decode(row.plan_json, type=TrainingPlan) for row in made]
-    assert [plan.round_s for plan in plans] == [AUTO, 25.0]
+    assert [plan.round_s for plan in plans] == [AUTO, AUTO, 25.0]
 
 
 def test_the_view_says_the_round_time_and_why(chosen: World):
@@ -240,7 +264,7 @@ def test_the_view_says_the_round_time_and_why(chosen: World):
         "Overhead 1.1 s of 30 s = 3.7 %. Chosen between 10 and 600 s."
     )
     assert looked(chosen).round.round_reason == (
-        "Overhead 1.1 s of 30 s = 3.7 %. Fixed at 90 s from the next round on."
+        "Overhead 1.1 s of 90 s = 1.2 %. Fixed."
     )
 
 

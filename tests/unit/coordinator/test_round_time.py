@@ -275,11 +275,6 @@ def test_a_jitter_of_ten_percent_does_not_make_it_flap(overhead_s, jitter):
             took(0.6),
             "Overhead 0.6 s of 40 s = 1.5 %. Fixed.",
         ),
-        (
-            FIXED,
-            [],
-            "Overhead not measured yet. Fixed at 30 s from the next round on.",
-        ),
     ],
 )
 def test_the_reason_has_the_numbers(plan, rounds, due):

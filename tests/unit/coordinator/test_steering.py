@@ -116,8 +116,8 @@ def test_a_used_up_budget_is_not_a_matter_of_time(unseeded: World, ask):
         unseeded.do(ask(unseeded.fleet))
 
     assert caught.value.field == "token_budget"
-    assert "(64 tokens) is used up, and is fixed" in caught.value.message
-    assert "begin a new one" in caught.value.message
+    assert "(64 tokens) is used up: to train on" in caught.value.message
+    assert "set-plan token_budget=" in caught.value.message
     assert "train-for" not in caught.value.message
     assert unseeded.everything() == before
 

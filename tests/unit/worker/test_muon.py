@@ -157,3 +157,35 @@ def test_a_repetitive_stream_is_learnt_within_a_few_dozen_steps() -> None:
 
     assert result.num_steps == 40
     assert result.loss_last < 0.25 * result.loss_first
+
+
+# -- a plan that changes the optimiser of a run ------------------------------------
+
+TASK = a_task(256, hyper=HYPER)
+MUON_TASK = msgspec.structs.replace(TASK, hyper=BY_MUON)
+
+
+def trained(task, moments):
+    weights, tokens = seeded_weights(SMALL), random_tokens(257)
+    return train(loaded_model(), weights, moments, tokens, task, silent_hooks())
+
+
+def test_adamw_starts_anew_where_muon_kept_no_squares() -> None:
+    by_muon = trained(MUON_TASK, Moments.zeros(SMALL)).moments
+
+    after = trained(TASK, by_muon)
+
+    fresh = trained(TASK, Moments.zeros(SMALL))
+    np.testing.assert_array_equal(after.pseudo_gradient, fresh.pseudo_gradient)
+    assert torch.equal(after.moments.step, fresh.moments.step)
+
+
+def test_muon_goes_on_with_the_mean_of_adamw_and_the_other_way_round() -> None:
+    by_adamw = trained(TASK, Moments.zeros(SMALL)).moments
+
+    by_muon = trained(MUON_TASK, by_adamw)
+    again = trained(TASK, by_muon.moments)
+
+    assert (again.moments.step == 3 * TASK.num_steps).all()
+    fresh = trained(MUON_TASK, Moments.zeros(SMALL)).pseudo_gradient
+    assert not np.array_equal(by_muon.pseudo_gradient, fresh)

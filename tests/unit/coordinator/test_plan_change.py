@@ -1,0 +1,220 @@
+"""What may change in a run, how it is written, and what is refused by name."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from coordinator.domain.plan import TrainingPlan, learning_rate_at
+from coordinator.domain.plan_change import (
+    CHANGEABLE,
+    FIXED,
+    Change,
+    Planned,
+    differences,
+    planned,
+    told,
+)
+from coordinator.domain.plan_words import WordError
+from tests.unit.coordinator.test_settings import GOOD_PLAN
+
+PLAN = TrainingPlan(warmup_tokens=1000, schedule_tokens=10_000)
+RUN = Planned(plan=PLAN, token_budget=10_000)
+#: Run without an end, at its peak rate.
+ENDLESS = Planned(plan=msgspec.structs.replace(PLAN, schedule_tokens=0), token_budget=0)
+
+
+def ask(words, run=RUN, *, asked=None, accepted=0) -> Planned:
+    return planned(words, in_force=run, asked=asked or run, tokens_accepted=accepted)
+
+
+def changes(words, run=RUN, **more) -> str:
+    return told(differences(run, ask(words, run, **more)))
+
+
+def error_of(words, run=RUN, **more) -> str:
+    with pytest.raises(WordError) as caught:
+        ask(words, run, **more)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", [n for n in GOOD_PLAN if n.lower() not in FIXED])
+def test_what_can_be_set_when_a_run_is_made_is_written_the_same_later(name):
+    word, due = GOOD_PLAN[name]
+
+    found = ask({name.lower(): word})
+
+    assert getattr(found.plan, name.lower()) == due
+    assert [change.name for change in differences(RUN, found)] == [name.lower()]
+
+
+def test_there_is_no_field_that_is_neither_fixed_nor_changeable():
+    fields = {*TrainingPlan.__struct_fields__, "token_budget"}
+
+    assert {*CHANGEABLE, *FIXED} == fields
+    assert not set(CHANGEABLE) & set(FIXED)
+
+
+@pytest.mark.parametrize(
+    ("words", "due"),
+    [
+        (
+            {"learning_rate": "abc"},
+            "learning_rate: Expected `float`, got `str` - at `$.learning_rate`, "
+            "got 'abc'",
+        ),
+        (
+            {"batch_size": "0"},
+            "batch_size: Expected `int` >= 1 - at `$.batch_size`, got '0'",
+        ),
+        (
+            {"codec": "int4"},
+            "codec must be one of ternary, int8, fp32, got 'int4'",
+        ),
+        (
+            {"round_s": "soon"},
+            "round_s must be auto or a number of seconds above 0, at most 1e+09, "
+            "got 'soon'",
+        ),
+        (
+            {"round_max_s": "5"},
+            "round_min_s: $.round_min_s must be at most round_max_s (5), not 10",
+        ),
+        (
+            {"token_budget": "1e6"},
+            "token_budget must be a whole number from 0 to 4611686018427387904, "
+            "got '1e6'",
+        ),
+        (
+            {"schedule_tokens": "9999"},
+            "schedule_tokens must be 0 or at least the token budget, 10000, got 9999",
+        ),
+        (
+            {"round_kind": "gradients"},
+            "round_kind must be one of delta, gradient, got 'gradients'",
+        ),
+        (
+            {"round_kind": "gradient"},
+            "round_kind is fixed for a run, as the two kinds keep other optimiser "
+            "states: to train with 'gradient', begin another run in another data "
+            "folder",
+        ),
+        (
+            {"aggregation": "per-arrival"},
+            "aggregation is fixed for a run, as what is out was claimed for rounds of "
+            "the other kind: to train with 'per-arrival', begin another run in "
+            "another data folder",
+        ),
+    ],
+)
+def test_what_is_refused_names_field_and_value(words, due):
+    assert error_of(words) == due
+
+
+@pytest.mark.parametrize("name", ["lr", "LEARNING_RATE", "preset", "seed", ""])
+def test_a_name_that_there_is_not_is_shown_with_those_that_there_are(name):
+    assert error_of({name: "1"}) == (
+        f"{name} can't be set in a run; there are {', '.join(CHANGEABLE)}"
+    )
+
+
+def test_what_is_fixed_may_be_named_as_it_is():
+    assert ask({"round_kind": "delta", "aggregation": "rounds"}) == RUN
+
+
+def test_arrivals_still_lack_what_only_rounds_have():
+    plan = TrainingPlan(aggregation="per-arrival", outer_momentum=0.0)
+    run = Planned(plan=plan, token_budget=0)
+
+    assert error_of({"quorum": "0.5"}, run) == (
+        "quorum: $.quorum must be 1.0 with aggregation per-arrival, got '0.5'"
+    )
+
+
+def test_wishes_add_up_and_what_is_set_back_is_no_change():
+    first = ask({"learning_rate": "0.001", "codec": "ternary"})
+    second = ask({"quorum": "0.5", "codec": "int8"}, asked=first)
+
+    assert told(differences(RUN, second)) == (
+        "learning_rate 0.002 -> 0.001, quorum 1 -> 0.5"
+    )
+    assert ask({"quorum": "1", "learning_rate": "2e-3"}, asked=second) == RUN
+
+
+def test_a_change_is_shown_with_all_of_its_digits():
+    assert str(Change(name="eps", before=1e-8, after=0.0012345678)) == (
+        "eps 1e-08 -> 0.0012345678"
+    )
+    assert str(Change(name="token_budget", before=10**17 + 1, after=0)) == (
+        "token_budget 100000000000000001 -> 0"
+    )
+
+
+# -- the token budget, and the schedule that follows it --------------------------
+
+
+def test_a_schedule_that_ends_with_the_run_still_does():
+    assert changes({"token_budget": "20000"}) == (
+        "schedule_tokens 10000 -> 20000, token_budget 10000 -> 20000"
+    )
+    assert changes({"token_budget": "0"}) == (
+        "schedule_tokens 10000 -> 0, token_budget 10000 -> 0"
+    )
+    # Half of it would be warming up.
+    assert changes({"token_budget": "2000"}) == (
+        "schedule_tokens 10000 -> 0, token_budget 10000 -> 2000"
+    )
+
+
+def test_a_run_that_gets_an_end_gets_the_schedule_of_one():
+    assert changes({"token_budget": "20000"}, ENDLESS) == (
+        "schedule_tokens 0 -> 20000, token_budget 0 -> 20000"
+    )
+
+
+def test_a_schedule_of_its_own_stays_and_has_to_reach_the_end():
+    plan = msgspec.structs.replace(PLAN, schedule_tokens=15_000)
+    own = Planned(plan=plan, token_budget=10_000)
+    constant = Planned(plan=ENDLESS.plan, token_budget=10_000)
+
+    assert changes({"token_budget": "12000"}, own) == "token_budget 10000 -> 12000"
+    assert changes({"token_budget": "90000"}, constant) == (
+        "token_budget 10000 -> 90000"
+    )
+    assert error_of({"token_budget": "15001"}, own) == (
+        "schedule_tokens must be 0 or at least the token budget, 15001, got 15000"
+    )
+    assert changes({"token_budget": "15001", "schedule_tokens": "0"}, own) == (
+        "schedule_tokens 15000 -> 0, token_budget 10000 -> 15001"
+    )
+
+
+def test_a_schedule_that_is_named_with_the_budget_counts():
+    words = {"token_budget": "20000", "schedule_tokens": "30000"}
+
+    assert ask(words).plan.schedule_tokens == 30_000
+    # Before the longer budget was known, its warm-up would have been too long.
+    longer = ask({"warmup_tokens": "8000", "token_budget": "20000"})
+    assert longer.plan.schedule_tokens == 20_000
+
+
+def test_a_budget_that_is_taken_back_takes_its_schedule_back():
+    longer = ask({"token_budget": "20000"})
+
+    assert ask({"token_budget": "10000"}, asked=longer) == RUN
+
+
+def test_a_budget_is_never_less_than_what_is_accepted():
+    assert ask({"token_budget": "4000"}, accepted=4000).token_budget == 4000
+    assert error_of({"token_budget": "3999"}, accepted=4000) == (
+        "token_budget must be 0 (no end) or at least 4000, which are accepted already, "
+        "got '3999'"
+    )
+
+
+def test_the_rate_of_a_longer_run_is_that_of_a_run_which_was_as_long_from_the_start():
+    longer = ask({"token_budget": "20000"}, accepted=10_000).plan
+
+    assert learning_rate_at(PLAN, 10_000) == 0.0
+    assert learning_rate_at(longer, 10_000) == pytest.approx(0.667 * 0.002)
+    assert learning_rate_at(longer, 20_000) == 0.0
