@@ -90,9 +90,10 @@ class RegisterAnswer(Message, frozen=True, kw_only=True):
     tokenizer_hash: Sha256
     corpus_hash: Sha256
     heartbeat_s: float
-    #: Sequences in one local step and what makes it, for calibration.
+    #: Sequences in one local step and what makes it, for calibration; None makes none,
+    #: where workers send mean gradients.
     batch_size: int
-    optimiser: Optimiser
+    optimiser: Optimiser | None = None
 
 
 class ClaimRequest(Message, frozen=True, kw_only=True):

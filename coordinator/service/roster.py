@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire import PROTOCOL_VERSION
 from bitnet_ext.wire.messages import LogsRequest, RegisterAnswer, RegisterRequest
-from bitnet_ext.wire.verdicts import ErrorCode, WorkerPhase
+from bitnet_ext.wire.verdicts import ErrorCode, RoundKind, WorkerPhase
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
 from coordinator.service.fleet import Fleet, Known, no_run
@@ -140,6 +140,7 @@ def _register(
     _check_preset(request, run)
     _keep(connection, request, now)
     plan = plan_of(run)
+    makes_steps = plan.round_kind is RoundKind.DELTA
     return RegisterAnswer(
         protocol_version=PROTOCOL_VERSION,
         worker_id=request.worker_id,
@@ -151,7 +152,7 @@ def _register(
         corpus_hash=run.corpus_hash,
         heartbeat_s=request.heartbeat_s or fleet.heartbeat_s,
         batch_size=plan.batch_size,
-        optimiser=plan.local_optimiser,
+        optimiser=plan.local_optimiser if makes_steps else None,
     )
 
 
