@@ -50,13 +50,11 @@ def whole_of(connection: Connection, run_id: str) -> set[int]:
 
     Who has been told that one is damaged is not told again with each score.
     """
-    kept = {
+    return {
         row.version
         for row in versions.kept_versions(connection)
-        if row.run_id == run_id
+        if row.run_id == run_id and not row.damaged
     }
-    bodies = workers.bodies_of_events(connection, "rollback.refused")
-    return kept - {msgspec.json.decode(body)["to_version"] for body in bodies}
 
 
 def rollbacks_of(connection: Connection, run_id: str) -> list[Rollback]:

@@ -80,6 +80,13 @@ def mark_pruned(connection: Connection, numbers: Iterable[int]) -> None:
     )
 
 
+def mark_damaged(connection: Connection, version: int) -> None:
+    """Record that a run could not go back to a version: its files are damaged."""
+    connection.execute(
+        update(versions).where(versions.c.version == version).values(damaged=True)
+    )
+
+
 def add_evaluation(connection: Connection, **columns: Any) -> None:
     """Insert the score of a version."""
     connection.execute(insert(evaluations).values(**columns))
