@@ -13,10 +13,10 @@ from sqlalchemy import Connection
 from coordinator.domain.rollback import (
     RollBack,
     Rollback,
+    deciding_losses,
     loss_alarm,
     newest_line,
     rollback_due,
-    that_count,
 )
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.seeding import is_over
@@ -39,7 +39,9 @@ def roll_back_if_due(
     if run.state != RUNNING or is_over(run, now):
         return
     rollbacks = rollbacks_of(connection, run.run_id)
-    line = that_count(line_of(connection, run.run_id), whole_of(connection, run.run_id))
+    line = deciding_losses(
+        line_of(connection, run.run_id), whole_of(connection, run.run_id)
+    )
     to = rollback_due(line, rollbacks)
     if to is not None:
         decide(connection, run, to, loss_alarm(line, rollbacks) or "", now)
