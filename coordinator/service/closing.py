@@ -191,12 +191,15 @@ def _find(connection: Connection) -> Closing | None:
     if run is None or live is None or live.state != "closing":
         return None
     base = versions.find_version(connection, live.base_version)
+    submissions = rounds.accepted_in_round(connection, live.round_id)
+    bases = {row.base_version for row in submissions}
     return Closing(
         run=run,
         live=live,
-        submissions=rounds.accepted_in_round(connection, live.round_id),
+        submissions=submissions,
         version=versions.highest_number(connection) + 1,
         tokens_before=base.tokens_total if base else 0,
+        tokens_behind=versions.tokens_behind(connection, bases),
         recent_sizes=rounds.recent_sizes(
             connection, run.run_id, newest=guards.NUM_RECENT
         ),

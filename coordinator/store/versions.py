@@ -37,6 +37,16 @@ def newest_version(connection: Connection, run_id: str) -> VersionRow:
     return typed(VersionRow, row)
 
 
+def tokens_behind(connection: Connection, numbers: Iterable[int]) -> dict[int, int]:
+    """Return the tokens behind each of these versions."""
+    rows = connection.execute(
+        select(versions.c.version, versions.c.tokens_total).where(
+            versions.c.version.in_(list(numbers))
+        )
+    )
+    return {version: tokens for version, tokens in rows}
+
+
 def highest_number(connection: Connection) -> int:
     """Return the highest version number ever used, 0 before the first."""
     highest = connection.execute(select(func.max(versions.c.version))).scalar_one()
