@@ -99,6 +99,8 @@ class RegisterAnswer(Message, frozen=True, kw_only=True):
 class ClaimRequest(Message, frozen=True, kw_only=True):
     """`POST /work`. The same `claim_id` always gets the same lease."""
 
+    #: The coordinator may be another since this worker registered.
+    protocol_version: int
     worker_id: Id
     claim_id: Id
 

@@ -28,7 +28,7 @@ async def register(fleet: Fleet, request: RegisterRequest) -> RegisterAnswer:
     Raises RefusedError: protocol_mismatch, unknown_preset, preset_mismatch,
     no_run, rate_limited (too many workers).
     """
-    _check_protocol(request)
+    check_protocol(request.protocol_version)
     fleet.the_manifest()
     now = fleet.clock.now()
     answer = await fleet.store.write(
@@ -36,6 +36,16 @@ async def register(fleet: Fleet, request: RegisterRequest) -> RegisterAnswer:
     )
     fleet.changed.ring()
     return answer
+
+
+def check_protocol(version: int) -> None:
+    """Raise RefusedError `protocol_mismatch` for another version than ours."""
+    if version != PROTOCOL_VERSION:
+        raise RefusedError(
+            ErrorCode.PROTOCOL_MISMATCH,
+            f"protocol_version must be {PROTOCOL_VERSION}, got {version}",
+            field="protocol_version",
+        )
 
 
 def plan_of(run: RunRow) -> TrainingPlan:
@@ -102,16 +112,6 @@ def _plain(text: str) -> str:
         char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}"
         for char in text
     )
-
-
-def _check_protocol(request: RegisterRequest) -> None:
-    if request.protocol_version != PROTOCOL_VERSION:
-        raise RefusedError(
-            ErrorCode.PROTOCOL_MISMATCH,
-            f"protocol_version must be {PROTOCOL_VERSION}, "
-            f"got {request.protocol_version}",
-            field="protocol_version",
-        )
 
 
 def _check_preset(request: RegisterRequest, run: RunRow) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from bitnet_ext.layout import num_params
+from bitnet_ext.wire import PROTOCOL_VERSION
 from coordinator.control import Seed
 from tests.integration.fleet import (
     KEY,
@@ -85,7 +86,8 @@ def test_a_worker_that_waits_for_work_is_told_that_there_is_none(
     task = hand.claim()
     assert task is not None  # the score of version 1; nothing else is to be done
     hand.evaluate(task)
-    claim = json.dumps({"worker_id": hand.name, "claim_id": "c-last"}).encode()
+    said = {"protocol_version": PROTOCOL_VERSION, "worker_id": hand.name}
+    claim = json.dumps(said | {"claim_id": "c-last"}).encode()
     head = (
         f"POST /work HTTP/1.1\r\nHost: x\r\nX-Api-Key: {KEY}\r\n"
         "Content-Type: application/json\r\nExpect: 100-continue\r\n"
