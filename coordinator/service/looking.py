@@ -27,6 +27,7 @@ from coordinator.service.pacing import recently_measured
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
 from coordinator.service.ternary_health import newest_health
+from coordinator.service.training import training_view
 from coordinator.service.view import (
     BooksView,
     EtaView,
@@ -76,6 +77,7 @@ def look(
             insecure_http=insecure_http,
             missing=_no_run(fleet),
             run=None,
+            training=None,
             round=None,
             tasks=None,
             workers=[],
@@ -92,6 +94,7 @@ def look(
         insecure_http=insecure_http,
         missing=_missing(connection, fleet, run),
         run=_run(connection, fleet, run, now),
+        training=training_view(connection, run),
         round=_round(connection, run, lanes, held),
         tasks=_tasks(connection, run, seen, held),
         workers=seen,
@@ -263,10 +266,6 @@ def _round(
         round_s=live.round_s,
         round_reason=reason(plan, live.round_s, measured),
         overhead_s=None if known is None else known.overhead_s,
-        round_kind=plan.round_kind,
-        aggregation=plan.aggregation,
-        codec=plan.codec,
-        broadcast=plan.broadcast,
         lanes=[_lane(claim, held.get(claim.worker_id)) for claim in claims],
     )
 

@@ -76,6 +76,14 @@ class WorkRow(Struct, frozen=True, kw_only=True):
     fixed_size: bool
 
 
+class AppliedRow(Struct, frozen=True, kw_only=True):
+    """What one submission brought to its version."""
+
+    tokens: int
+    num_steps: int
+    payload_bytes: int
+
+
 class TaskRow(Struct, frozen=True, kw_only=True):
     """A row of `tasks`."""
 

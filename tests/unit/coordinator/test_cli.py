@@ -126,7 +126,8 @@ def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):
 
     # What made a fleet says where: the folder may have been a slip.
     made = f"new run in {folders[1]}; "
-    assert cut == f"{made}epoch 1: 1504 tokens, tasks cut at claim\n"
+    assert cut.startswith(f"{made}epoch 1: 1504 tokens, tasks cut at claim; ")
+    assert "; its learning rate falls to zero at " in cut
     assert fixed == "epoch 2: 1504 tokens, 5 tasks\n"
     assert timed == "training for 60 s more\n"
     assert ever == "training until the token budget is used up\n"
