@@ -199,6 +199,7 @@ class VersionRow(Struct, frozen=True, kw_only=True):
     plan_json: str
     pruned: bool
     rolled_back_to: int | None
+    damaged: bool
 
 
 class PointRow(Struct, frozen=True, kw_only=True):

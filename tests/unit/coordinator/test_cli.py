@@ -18,6 +18,7 @@ from coordinator.domain.manifest import load_manifest
 from coordinator.service.telemetry import Telemetry
 from coordinator.settings import PREFIX
 from coordinator.store.lock import DataLock
+from tests.fakes import unread_pipe
 from tests.unit.coordinator.fleets import write_corpus
 
 
@@ -213,6 +214,19 @@ def test_without_the_corpus_the_fleet_is_shown_all_the_same(capsys, folders, tmp
 
     assert main(["status", *folders]) == NOT_RUNNING
     assert "version 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["status", "dump-telemetry"])
+def test_a_reader_that_has_gone_ends_it_without_a_word(
+    capsys, folders, monkeypatch, verb
+):
+    said(capsys, "seed-real-tasks", *folders)
+
+    with unread_pipe() as output:  # closed as at the end of a process
+        monkeypatch.setattr("sys.stdout", output)
+        status = main([verb, *folders])
+
+    assert (status, capsys.readouterr().err) == (141, "")
 
 
 def test_a_database_of_another_schema_is_not_guessed_at(capsys, folders, tmp_path):
