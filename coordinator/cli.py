@@ -2,7 +2,8 @@
 
 Settings come from the environment (`BITNET_COORD_<FIELD>`); an option of the same
 name wins over it. Every wrong value is one line on standard error and exit status 2;
-a command that is interrupted ends with 130 without a word.
+a command that is interrupted ends with 130 without a word, one whose reader has gone
+with 141.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import msgspec
 from msgspec.structs import fields
 
 from bitnet_ext.exports.provenance import VARIANTS, Format, Variant
+from bitnet_ext.output import reader_has_gone
 from bitnet_ext.wire.log import configure_logging
 from bitnet_ext.wire.verdicts import RoundKind
 from coordinator import verbs
@@ -88,9 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # whatever is made here is for its owner alone
     act: Callable[[argparse.Namespace], int] = options.act
     try:
-        return act(options)
+        status = act(options)
+        print(end="", flush=True)  # a reader that has gone is noticed here
+        return status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return reader_has_gone()
     except StartError as error:
         print(f"bitnet-coordinator: {error}", file=sys.stderr)
         return error.exit_code

@@ -7,14 +7,19 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
+from bitnet_ext.wire.messages import EXACT
 from bitnet_ext.wire.verdicts import Verdict
+from coordinator.domain.plan import Aggregation
 from coordinator.domain.plan_change import told
+from coordinator.domain.stages import Stage
 from coordinator.service.view import (
     FleetView,
+    LastRoundView,
     RollbackView,
     RoundView,
     RunView,
     TasksView,
+    TrainingView,
     WorkerView,
 )
 
@@ -43,7 +48,7 @@ _NONE: Final = "-"
 
 
 def status_text(view: FleetView) -> str:
-    """Return run, round and tasks, then a line for each worker that is not gone."""
+    """Return how the run does and trains, then a line for each worker not gone."""
     return "\n".join(_lines(view))
 
 
@@ -57,6 +62,9 @@ def _lines(view: FleetView) -> Iterator[str]:
         yield f"MISSING  {' '.join(view.missing.split())}"
     if view.run is not None:
         yield from _run(view.run)
+    if view.training is not None:
+        yield f"rate     {_rate(view.training)}"
+        yield f"training {_training(view.training)}"
     if view.round is not None:
         yield f"round    {_round(view.round)}"
         yield f"time     {view.round.round_s:g} s a round. {view.round.round_reason}"
@@ -110,11 +118,52 @@ def _loss(loss: float | None) -> str:
     return "not scored" if loss is None else f"held-out loss {loss:.4f}"
 
 
+def _rate(training: TrainingView) -> str:
+    return (
+        f"{training.learning_rate:.3g} (peak {training.peak_rate:.3g}), "
+        f"{_stage(training)} Weight decay {training.weight_decay:g}."
+    )
+
+
+def _stage(training: TrainingView) -> str:
+    if training.stage == Stage.OVER:
+        return "its schedule is over."
+    end = training.stage_end_tokens
+    until = "" if end is None else f" until {end} accepted tokens"
+    if training.constant_reason is None:
+        return f"{training.stage}{until}."
+    then = "" if end is None else ", then constant"
+    return f"{training.stage}{until}{then}. {training.constant_reason}"
+
+
+def _training(training: TrainingView) -> str:
+    kind = f"{training.round_kind} rounds"
+    if training.aggregation == Aggregation.PER_ARRIVAL:
+        kind = f"a version for each {training.round_kind}"
+    steps = ""
+    if training.local_optimiser is not None:
+        steps = f", local steps by {training.local_optimiser}"
+    is_whole = training.broadcast == EXACT
+    down = "whole versions" if is_whole else f"{training.broadcast} links"
+    return (
+        f"{kind}{steps}; {training.codec} up, {down} down."
+        f"{_last_round(training.last_round)}"
+    )
+
+
+def _last_round(last: LastRoundView | None) -> str:
+    if last is None:
+        return ""
+    steps = ""
+    if last.num_steps is not None:
+        steps = f", {last.num_steps} local steps of its middle worker"
+    return f" Last round: {last.tokens} tokens{steps}, {last.payload_bytes} bytes up."
+
+
 def _round(live: RoundView) -> str:
     back = sum(lane.outcome == "back" for lane in live.lanes)
     return (
-        f"{live.round_id} ({live.round_kind}) on version {live.base_version}, "
-        f"{live.state}, "
+        f"{live.round_id} on version {live.base_version}, {live.state}, "
         f"{back} of {len(live.lanes)} back"
     )
 

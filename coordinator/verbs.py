@@ -52,8 +52,9 @@ from coordinator.service.starting import (
     ensure_run,
     load_corpus,
     reconcile,
+    told_schedule,
 )
-from coordinator.service.steering import check_task_size
+from coordinator.service.steering import check_task_size, the_run
 from coordinator.service.telemetry import Telemetry, collect
 from coordinator.service.view import FleetView
 from coordinator.settings import PREFIX, CoordinatorSettings
@@ -88,7 +89,10 @@ def command(settings: CoordinatorSettings, wish: Command) -> str:
             _check_epoch(fleet, run, wish)
         made = run is None and ensure_run(fleet, fleet.manifest, run_settings(settings))
         said = asyncio.run(obey(fleet, wish))
-        return f"new run in {settings.data}; {said}" if made else said
+        if not made:
+            return said
+        rate = told_schedule(fleet.store.read_now(the_run))
+        return f"new run in {settings.data}; {said}; its learning rate {rate}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

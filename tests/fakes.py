@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from coordinator.domain.seams import NewFile
 from coordinator.store.system import OsFs
@@ -169,3 +170,10 @@ class _FakeFile:
         self._file.close()
         if self._fs.must_fail("close"):
             raise self._fs.error("close", self._path)
+
+
+def unread_pipe() -> TextIO:
+    """Return the end to write to of a pipe whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")

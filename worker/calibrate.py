@@ -16,9 +16,10 @@ from bitnet_ext.layout import SegmentKind
 from bitnet_ext.ternary import choose_isa
 from bitnet_ext.wire.messages import HyperParameters
 from bitnet_ext.wire.verdicts import Optimiser
+from worker.gradient import MeanGradient
 from worker.model.flatten import segment_of
 from worker.model.transformer import BitNetModel
-from worker.train import Batch, Hooks, LocalSteps, Moments
+from worker.train import Batch, Hooks, LocalSteps, Moments, Steps
 from worker.tune import (
     MIN_STEPS,
     TORCH,
@@ -74,21 +75,21 @@ class Calibration:
 def calibrate(
     model: BitNetModel,
     batch_size: int,
-    optimiser: Optimiser,
+    optimiser: Optimiser | None,
     choices: Choices,
     hooks: Hooks,
 ) -> Calibration:
     """Time whole local steps on random tokens; keep the best setup.
 
+    Without an optimiser a step is what it is in a gradient round: no weight changes.
     Each setup runs for at least MIN_SECONDS and MIN_STEPS steps, unless it is clearly
     worse than another. The weights of the model are overwritten. Raises what
     `hooks.check` raises.
     """
     random = torch.Generator().manual_seed(0)
     _fill(model, random)
-    moments = Moments.zeros(model.shape).copy(model.device)
-    steps = LocalSteps(model, moments, replace(_HYPER, optimiser=optimiser))
     batch = _random_batch(model, batch_size, random)
+    steps = _steps(model, optimiser, batch.num_tokens)
 
     def measure(setup: Setup, to_beat_s: float | None) -> tuple[float, ...]:
         arrange(model, setup)
@@ -120,8 +121,15 @@ def use_threads(num_threads: int) -> None:
         torch.set_num_interop_threads(1)
 
 
+def _steps(model: BitNetModel, optimiser: Optimiser | None, num_targets: int) -> Steps:
+    if optimiser is None:
+        return MeanGradient(model, _HYPER.clip_norm, num_targets)
+    moments = Moments.zeros(model.shape).copy(model.device)
+    return LocalSteps(model, moments, replace(_HYPER, optimiser=optimiser))
+
+
 def _time_steps(
-    steps: LocalSteps, batch: Batch, to_beat_s: float | None, hooks: Hooks
+    steps: Steps, batch: Batch, to_beat_s: float | None, hooks: Hooks
 ) -> tuple[float, ...]:
     """Return the seconds of each step."""
     seconds: list[float] = []

@@ -28,6 +28,7 @@ from bitnet_ext.layout import (
     UnknownPresetError,
     preset_shape,
 )
+from bitnet_ext.output import reader_has_gone
 from bitnet_ext.ternary import supported_isas
 from bitnet_ext.wire.log import configure_logging
 from bitnet_ext.wire.verdicts import Optimiser
@@ -60,15 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.command(arguments)
+        print(end="", flush=True)  # a reader that has gone is noticed here
     except SettingsError as error:
         return _complain(error, 2)
     except WorkerError as error:
         return _complain(error, 1)
     except BrokenPipeError:
-        # Whoever read it has gone; what is left in the buffer must not fail at the end.
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return reader_has_gone()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0

@@ -130,9 +130,11 @@ class Heartbeat:
         """Start beating."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Stop, without waiting for an answer that is on its way."""
+    def stop(self, wait_s: float = 0.0) -> None:
+        """Stop; wait so long at most for the answer that is on its way."""
         self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(wait_s)
 
     def _run(self) -> None:
         while not self._stopping.wait(self.interval_s):

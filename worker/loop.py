@@ -18,6 +18,7 @@ from functools import partial
 from typing import Final
 
 from bitnet_ext.layout import ModelShape
+from bitnet_ext.wire import PROTOCOL_VERSION
 from bitnet_ext.wire.messages import ClaimRequest, FailRequest, ReleaseRequest
 from bitnet_ext.wire.verdicts import FailCode, WorkerPhase
 from worker.calibrate import Calibration
@@ -160,7 +161,11 @@ class Worker:
     def _claim(self) -> Lease | NoWork:
         """Ask for a task; tries again with the same claim get the same lease."""
         kit = self._kit
-        request = ClaimRequest(worker_id=kit.settings.worker_id, claim_id=kit.new_id())
+        request = ClaimRequest(
+            protocol_version=PROTOCOL_VERSION,
+            worker_id=kit.settings.worker_id,
+            claim_id=kit.new_id(),
+        )
 
         def ask() -> Lease | NoWork:
             asked_at_s = kit.clock()

@@ -63,7 +63,7 @@ def work(settings: WorkerSettings, trainer: Trainer) -> None:
         heartbeat.stop()
         if shutdown.requested and heartbeat.lease is None:
             with closing(_last_client(settings)) as client:
-                _say_goodbye(client, settings)
+                _say_goodbye(client, settings, heartbeat)
         shipper.stop(_last_words_s(settings))
         logging.getLogger().removeHandler(shipper)
 
@@ -89,8 +89,7 @@ def end_now(
                         reason="told to stop, and a step outlasted the grace period",
                     ),
                 )
-                heartbeat.stop()
-                _say_goodbye(client, settings)
+                _say_goodbye(client, settings, heartbeat)
     except CoordinatorError as error:
         log.warning("task not given back: %s", error, extra={"event": "task.untold"})
     finally:
@@ -108,8 +107,12 @@ def _last_client(settings: WorkerSettings) -> Client:
     return _client(settings, connect_s=patience_s, read_s=patience_s)
 
 
-def _say_goodbye(client: Client, settings: WorkerSettings) -> None:
+def _say_goodbye(
+    client: Client, settings: WorkerSettings, heartbeat: Heartbeat
+) -> None:
     """Tell the coordinator that this process ends, so that nobody looks for it."""
+    # A heartbeat that came after it would take it back.
+    heartbeat.stop(_last_words_s(settings))
     request = HeartbeatRequest(
         worker_id=settings.worker_id,
         phase=WorkerPhase.STOPPING,

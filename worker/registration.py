@@ -40,7 +40,8 @@ class Run:
     shape: ModelShape
     layout_hash: bytes
     batch_size: int
-    optimiser: Optimiser
+    #: What makes local steps; None where mean gradients are sent.
+    optimiser: Optimiser | None
     heartbeat_s: float
 
 

@@ -28,9 +28,16 @@ class Trainer(Protocol):
     """What the loop needs of a model; arrays are those of `worker.train`."""
 
     def calibrate(
-        self, shape: ModelShape, batch_size: int, optimiser: Optimiser, hooks: Hooks
+        self,
+        shape: ModelShape,
+        batch_size: int,
+        optimiser: Optimiser | None,
+        hooks: Hooks,
     ) -> Calibration:
-        """Time real steps in some setups; what follows uses the fastest."""
+        """Time real steps in some setups; what follows uses the fastest.
+
+        Without an optimiser a step adds to a mean gradient.
+        """
 
     def train(
         self,
@@ -78,7 +85,11 @@ class TorchTrainer:
         self._model: BitNetModel | None = None
 
     def calibrate(
-        self, shape: ModelShape, batch_size: int, optimiser: Optimiser, hooks: Hooks
+        self,
+        shape: ModelShape,
+        batch_size: int,
+        optimiser: Optimiser | None,
+        hooks: Hooks,
     ) -> Calibration:
         """Time real steps in some setups; what follows uses the fastest."""
         choices = Choices(

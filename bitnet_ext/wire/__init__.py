@@ -10,4 +10,4 @@ from __future__ import annotations
 from typing import Final
 
 #: Raised whenever a golden message or frame changes.
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5

@@ -90,14 +90,17 @@ class RegisterAnswer(Message, frozen=True, kw_only=True):
     tokenizer_hash: Sha256
     corpus_hash: Sha256
     heartbeat_s: float
-    #: Sequences in one local step and what makes it, for calibration.
+    #: Sequences in one local step and what makes it, for calibration; None makes none,
+    #: where workers send mean gradients.
     batch_size: int
-    optimiser: Optimiser
+    optimiser: Optimiser | None = None
 
 
 class ClaimRequest(Message, frozen=True, kw_only=True):
     """`POST /work`. The same `claim_id` always gets the same lease."""
 
+    #: The coordinator may be another since this worker registered.
+    protocol_version: int
     worker_id: Id
     claim_id: Id
 

@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 
 from bitnet_ext.wire.verdicts import Verdict
 from coordinator.domain.accounting import WASTED, Fate
-from coordinator.service.view import FleetView, TallyView, TasksView, WorkerView
+from coordinator.service.view import (
+    FleetView,
+    TallyView,
+    TasksView,
+    TrainingView,
+    WorkerView,
+)
 
 #: Name, kind, and the samples: labels as they are written, and the value.
 Figure = tuple[str, str, Sequence[tuple[str, float]]]
@@ -32,6 +38,8 @@ def _figures(view: FleetView, worst_lag_s: float) -> Iterator[Figure]:
         yield _by_fate(view.run.tally)
         yield _gauge("fleet_version_newest", view.run.newest_version)
         yield _gauge("fleet_tokens_per_second", view.run.tokens_per_s or 0.0)
+    if view.training is not None:
+        yield from _training(view.training)
     if view.round is not None:
         yield _gauge("fleet_round_seconds", view.round.round_s)
         if view.round.overhead_s is not None:
@@ -50,6 +58,14 @@ def _by_fate(tally: TallyView) -> Figure:
     found = {Fate.ACCEPTED: tally.accepted, Fate.APPLIED: tally.applied} | waste
     samples = [(f'{{fate="{fate}"}}', float(found[fate])) for fate in Fate]
     return "fleet_tokens_by_fate", "gauge", samples
+
+
+def _training(training: TrainingView) -> Iterator[Figure]:
+    yield _gauge("fleet_learning_rate", training.learning_rate)
+    yield _gauge("fleet_weight_decay", training.weight_decay)
+    if training.last_round is not None:
+        sent = training.last_round.payload_bytes
+        yield _gauge("fleet_last_round_payload_bytes", sent)
 
 
 def _tasks(tasks: TasksView) -> Iterator[Figure]:

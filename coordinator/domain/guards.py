@@ -102,6 +102,7 @@ def size_of(
 ) -> float:
     """Return a norm in units that do not change with task size and learning rate.
 
+    The rate is that of `tokens` after `tokens_before`, those behind its base version.
     Local steps add up like a random walk, each as long as the rate lets it be. Where
     a schedule goes to zero the payload does not: it holds what was left of earlier
     ones. A gradient is a mean, whatever its tokens.

@@ -112,10 +112,10 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 f"$.round_min_s must be at most round_max_s ({self.round_max_s:g}), "
                 f"not {self.round_min_s:g}"
             )
-        if self.warmup_tokens >= _second_stage(self):
+        if self.warmup_tokens >= second_stage_tokens(self):
             raise ValueError(
                 f"$.schedule_tokens must reach its second stage after warmup_tokens "
-                f"({self.warmup_tokens}), not after {_second_stage(self):.0f}"
+                f"({self.warmup_tokens}), not after {second_stage_tokens(self):.0f}"
             )
         if self.aggregation is Aggregation.PER_ARRIVAL:
             _check_arrivals(self)
@@ -162,7 +162,7 @@ def learning_rate_at(plan: TrainingPlan, tokens_accepted: int) -> float:
         return plan.learning_rate
     corners = (
         (float(plan.warmup_tokens), 1.0),
-        (_second_stage(plan), plan.second_stage_rate),
+        (second_stage_tokens(plan), plan.second_stage_rate),
         (float(plan.schedule_tokens), 0.0),
     )
     for (start, high), (end, low) in pairwise(corners):
@@ -174,7 +174,7 @@ def learning_rate_at(plan: TrainingPlan, tokens_accepted: int) -> float:
 
 def weight_decay_at(plan: TrainingPlan, tokens_accepted: int) -> float:
     """Return the decay after so many accepted tokens: none in the second stage."""
-    return plan.weight_decay if tokens_accepted < _second_stage(plan) else 0.0
+    return plan.weight_decay if tokens_accepted < second_stage_tokens(plan) else 0.0
 
 
 def scheduled(plan: TrainingPlan, token_budget: int) -> TrainingPlan:
@@ -186,8 +186,8 @@ def scheduled(plan: TrainingPlan, token_budget: int) -> TrainingPlan:
     zero nothing learns.
     """
     if plan.schedule_tokens is None:
-        has_stages = plan.warmup_tokens < plan.second_stage_at * token_budget
-        return replace(plan, schedule_tokens=token_budget if has_stages else 0)
+        fits = has_stages(plan, token_budget)
+        return replace(plan, schedule_tokens=token_budget if fits else 0)
     if plan.schedule_tokens and not 0 < token_budget <= plan.schedule_tokens:
         raise ValueError(
             f"must be 0 or at least the token budget, "
@@ -196,8 +196,13 @@ def scheduled(plan: TrainingPlan, token_budget: int) -> TrainingPlan:
     return plan
 
 
-def _second_stage(plan: TrainingPlan) -> float:
-    """Return the accepted tokens at which the second stage begins."""
+def has_stages(plan: TrainingPlan, token_budget: int) -> bool:
+    """Return whether a schedule of so many tokens warms up before its second stage."""
+    return plan.warmup_tokens < plan.second_stage_at * token_budget
+
+
+def second_stage_tokens(plan: TrainingPlan) -> float:
+    """Return the accepted tokens at which the second stage begins; or infinity."""
     if not plan.schedule_tokens:
         return math.inf
     return plan.second_stage_at * plan.schedule_tokens

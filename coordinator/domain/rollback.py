@@ -50,7 +50,9 @@ def newest_line(
     return {n: known[n] for n in sorted(known) if n >= last.version}
 
 
-def that_count(line: Mapping[int, float], whole: Collection[int]) -> dict[int, float]:
+def deciding_losses(
+    line: Mapping[int, float], whole: Collection[int]
+) -> dict[int, float]:
     """Return the losses of a line by which to go back to one of the `whole` versions.
 
     The newest ones say that loss has risen, whatever has become of their files.

@@ -27,7 +27,13 @@ from coordinator.service.bookkeeping import recent_work
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
 from coordinator.service.returning import expire_overdue
-from coordinator.service.roster import heartbeat_s, known_worker, plan_of, seq_len_of
+from coordinator.service.roster import (
+    check_protocol,
+    heartbeat_s,
+    known_worker,
+    plan_of,
+    seq_len_of,
+)
 from coordinator.service.seeding import budget_left, task_id
 from coordinator.service.stretches import P, next_in_corpus
 from coordinator.store import rounds, runs, tasks, versions, workers
@@ -45,8 +51,9 @@ async def claim(fleet: Fleet, request: ClaimRequest) -> Task | None:
     """Return a task under a lease, or None when there is nothing to do now.
 
     The same `claim_id` gets the same lease as long as that lease lives. Raises
-    RefusedError: no_run, disk_low, unknown_worker.
+    RefusedError: protocol_mismatch, no_run, disk_low, unknown_worker.
     """
+    check_protocol(request.protocol_version)
     fleet.the_manifest()
     if fleet.is_stopping:
         return None

@@ -193,14 +193,16 @@ def _find(connection: Connection) -> Closing | None:
         return None
     base = versions.find_version(connection, live.base_version)
     submissions = rounds.accepted_in_round(connection, live.round_id)
-    earlier = {row.base_version for row in submissions} - {live.base_version}
+    bases = {row.base_version for row in submissions}
+    earlier = sorted(bases - {live.base_version})
     return Closing(
         run=run,
         live=live,
         submissions=submissions,
-        earlier_plans={n: plan_from(connection, run, n) for n in sorted(earlier)},
+        earlier_plans={n: plan_from(connection, run, n) for n in earlier},
         version=versions.highest_number(connection) + 1,
         tokens_before=base.tokens_total if base else 0,
+        tokens_behind=versions.tokens_behind(connection, bases),
         recent_sizes=rounds.recent_sizes(
             connection, run.run_id, newest=guards.NUM_RECENT
         ),

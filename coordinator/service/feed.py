@@ -21,7 +21,7 @@ MIN_GAP_S: Final = 0.5
 #: Looked at this often even when nothing rings: silence changes verdicts too.
 MAX_GAP_S: Final = 2.0
 #: The lag is told along with something else, never alone.
-_PARTS: Final = ("missing", "run", "round", "tasks", "ternary")
+_PARTS: Final = ("missing", "run", "training", "round", "tasks", "ternary")
 
 
 class Feed:

@@ -103,7 +103,7 @@ def _candidate(
     size = guards.size_of(
         norm,
         closing.plan_behind(row),
-        tokens_before=closing.tokens_before,
+        tokens_before=closing.tokens_before_made(row),
         tokens=row.tokens,
         num_steps=row.num_steps,
     )

@@ -13,10 +13,10 @@ from sqlalchemy import Connection
 from coordinator.domain.rollback import (
     RollBack,
     Rollback,
+    deciding_losses,
     loss_alarm,
     newest_line,
     rollback_due,
-    that_count,
 )
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.seeding import is_over
@@ -39,7 +39,9 @@ def roll_back_if_due(
     if run.state != RUNNING or is_over(run, now):
         return
     rollbacks = rollbacks_of(connection, run.run_id)
-    line = that_count(line_of(connection, run.run_id), whole_of(connection, run.run_id))
+    line = deciding_losses(
+        line_of(connection, run.run_id), whole_of(connection, run.run_id)
+    )
     to = rollback_due(line, rollbacks)
     if to is not None:
         decide(connection, run, to, loss_alarm(line, rollbacks) or "", now)
@@ -50,13 +52,11 @@ def whole_of(connection: Connection, run_id: str) -> set[int]:
 
     Who has been told that one is damaged is not told again with each score.
     """
-    kept = {
+    return {
         row.version
         for row in versions.kept_versions(connection)
-        if row.run_id == run_id
+        if row.run_id == run_id and not row.damaged
     }
-    bodies = workers.bodies_of_events(connection, "rollback.refused")
-    return kept - {msgspec.json.decode(body)["to_version"] for body in bodies}
 
 
 def rollbacks_of(connection: Connection, run_id: str) -> list[Rollback]:

@@ -28,6 +28,7 @@ from coordinator.service.replanning import changes_ahead
 from coordinator.service.roster import heartbeat_s, plan_of
 from coordinator.service.seeding import budget_left, is_stalled
 from coordinator.service.ternary_health import newest_health
+from coordinator.service.training import training_view
 from coordinator.service.view import (
     BooksView,
     EtaView,
@@ -77,6 +78,7 @@ def look(
             insecure_http=insecure_http,
             missing=_no_run(fleet),
             run=None,
+            training=None,
             round=None,
             tasks=None,
             workers=[],
@@ -93,6 +95,7 @@ def look(
         insecure_http=insecure_http,
         missing=_missing(connection, fleet, run),
         run=_run(connection, fleet, run, now),
+        training=training_view(connection, run),
         round=_round(connection, run, lanes, held),
         tasks=_tasks(connection, run, seen, held),
         workers=seen,
@@ -265,10 +268,6 @@ def _round(
         round_s=live.round_s,
         round_reason=reason(plan, live.round_s, measured),
         overhead_s=None if known is None else known.overhead_s,
-        round_kind=plan.round_kind,
-        aggregation=plan.aggregation,
-        codec=plan.codec,
-        broadcast=plan.broadcast,
         lanes=[_lane(claim, held.get(claim.worker_id)) for claim in claims],
     )
 

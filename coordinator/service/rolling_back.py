@@ -231,6 +231,7 @@ async def _give_up(fleet: Fleet, due: _Due, fault: str) -> None:
         if _find(connection) != due:  # an operator has said another since
             return
         runs.change_run(connection, due.run.run_id, roll_back_to=None)
+        versions.mark_damaged(connection, due.to.version)
         workers.add_event(connection, at=now, kind="rollback.refused", body=body)
 
     await fleet.store.write(forget)

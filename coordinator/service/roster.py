@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire import PROTOCOL_VERSION
 from bitnet_ext.wire.messages import LogsRequest, RegisterAnswer, RegisterRequest
-from bitnet_ext.wire.verdicts import ErrorCode, WorkerPhase
+from bitnet_ext.wire.verdicts import ErrorCode, RoundKind, WorkerPhase
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
 from coordinator.service.fleet import Fleet, Known, no_run
@@ -28,7 +28,7 @@ async def register(fleet: Fleet, request: RegisterRequest) -> RegisterAnswer:
     Raises RefusedError: protocol_mismatch, unknown_preset, preset_mismatch,
     no_run, rate_limited (too many workers).
     """
-    _check_protocol(request)
+    check_protocol(request.protocol_version)
     fleet.the_manifest()
     now = fleet.clock.now()
     answer = await fleet.store.write(
@@ -36,6 +36,16 @@ async def register(fleet: Fleet, request: RegisterRequest) -> RegisterAnswer:
     )
     fleet.changed.ring()
     return answer
+
+
+def check_protocol(version: int) -> None:
+    """Raise RefusedError `protocol_mismatch` for another version than ours."""
+    if version != PROTOCOL_VERSION:
+        raise RefusedError(
+            ErrorCode.PROTOCOL_MISMATCH,
+            f"protocol_version must be {PROTOCOL_VERSION}, got {version}",
+            field="protocol_version",
+        )
 
 
 def plan_of(run: RunRow) -> TrainingPlan:
@@ -115,16 +125,6 @@ def _plain(text: str) -> str:
     )
 
 
-def _check_protocol(request: RegisterRequest) -> None:
-    if request.protocol_version != PROTOCOL_VERSION:
-        raise RefusedError(
-            ErrorCode.PROTOCOL_MISMATCH,
-            f"protocol_version must be {PROTOCOL_VERSION}, "
-            f"got {request.protocol_version}",
-            field="protocol_version",
-        )
-
-
 def _check_preset(request: RegisterRequest, run: RunRow) -> None:
     if request.preset is None or request.preset == run.preset:
         return
@@ -151,6 +151,7 @@ def _register(
     _check_preset(request, run)
     _keep(connection, request, now)
     plan = plan_of(run)
+    makes_steps = plan.round_kind is RoundKind.DELTA
     return RegisterAnswer(
         protocol_version=PROTOCOL_VERSION,
         worker_id=request.worker_id,
@@ -162,7 +163,7 @@ def _register(
         corpus_hash=run.corpus_hash,
         heartbeat_s=request.heartbeat_s or fleet.heartbeat_s,
         batch_size=plan.batch_size,
-        optimiser=plan.local_optimiser,
+        optimiser=plan.local_optimiser if makes_steps else None,
     )
 
 

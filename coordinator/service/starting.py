@@ -30,6 +30,7 @@ from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
 from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan, scheduled
 from coordinator.domain.round_time import first_round_s
+from coordinator.domain.stages import constant_reason
 from coordinator.service.bookkeeping import book_reset
 from coordinator.service.corpus import tokenized_folder
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
@@ -151,20 +152,22 @@ def _make_run(
     now = fleet.clock.now()
     columns = _run_columns(fleet, settings, manifest, shape)
 
-    def add(connection: Connection) -> None:
+    def add(connection: Connection) -> RunRow:
         if replaces is not None:
             _end_run(connection, replaces, now)
             columns["reset_from_version"] = version - 1
             columns["reset_acknowledged"] = False
         runs.add_run(connection, root_version=version, created_at=now, **columns)
-        _add_root(connection, fleet, manifest, blobs, now)
+        return _add_root(connection, fleet, manifest, blobs, now)
 
-    fleet.store.write_now(add)
+    run = fleet.store.write_now(add)
     log.info(
-        "run made" if replaces is None else "hard reset: run replaced",
+        "%s: its learning rate %s",
+        "run made" if replaces is None else "hard reset, run replaced",
+        told_schedule(run),
         extra={
             "event": "run.started" if replaces is None else "run.reset",
-            "run_id": columns["run_id"],
+            "run_id": run.run_id,
             "version": version,
             "preset": settings.preset,
         },
@@ -198,13 +201,22 @@ def _scheduled(plan: TrainingPlan, budget: int) -> TrainingPlan:
         raise StartError(f"BITNET_COORD_SCHEDULE_TOKENS {error}") from None
 
 
+def told_schedule(run: RunRow) -> str:
+    """Return what becomes of the learning rate of a new run, and why if it stays."""
+    plan = plan_of(run)
+    reason = constant_reason(plan, run.token_budget)
+    if reason is None:
+        return f"falls to zero at {plan.schedule_tokens} accepted tokens"
+    return f"stays at its peak after the warm-up. {reason}"
+
+
 def _add_root(
     connection: Connection,
     fleet: Fleet,
     manifest: Manifest,
     blobs: VersionBlobs,
     now: float,
-) -> None:
+) -> RunRow:
     run = runs.newest_run(connection)
     if run is None:
         raise LookupError("the run that was just made has no row")
@@ -237,6 +249,7 @@ def _add_root(
     workers.add_event(
         connection, at=now, kind="run.started", body={"run_id": run.run_id}
     )
+    return run
 
 
 def _end_run(connection: Connection, run: RunRow, now: float) -> None:

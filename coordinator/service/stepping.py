@@ -41,6 +41,9 @@ class Closing:
     version: int
     #: Tokens behind the version before.
     tokens_before: int
+    #: Tokens behind the versions that submissions were made from; at least where these
+    #: are earlier ones.
+    tokens_behind: Mapping[int, int] = field(default_factory=dict)
     #: Sizes of the submissions that were applied last (`coordinator.domain.guards`).
     recent_sizes: Sequence[float] = ()
     #: By base version: the plans of what was made for a version before the base.
@@ -69,6 +72,10 @@ class Closing:
     def staleness(self, row: SubmissionRow) -> int:
         """Return for how many versions before the base a submission was made."""
         return self.live.base_version - row.base_version
+
+    def tokens_before_made(self, row: SubmissionRow) -> int:
+        """Return the tokens behind the version that a submission was made from."""
+        return self.tokens_behind.get(row.base_version, self.tokens_before)
 
 
 def next_state(

@@ -126,15 +126,47 @@ class RoundView(View, frozen=True, kw_only=True):
     #: Seconds of a round that go to other things than training, by the last ones; None
     #: before any was measured.
     overhead_s: float | None
+    lanes: list[LaneView]
+
+
+class LastRoundView(View, frozen=True, kw_only=True):
+    """The last round that became a version, without what was left out of it."""
+
+    tokens: int
+    #: Of all payloads that workers sent.
+    payload_bytes: int
+    #: Local steps of its middle worker; None in gradient rounds.
+    num_steps: int | None
+
+
+class TrainingView(View, frozen=True, kw_only=True):
+    """How the run trains: what its plan says at the tokens accepted by now."""
+
     #: What workers send (`delta`: weight differences, `gradient`: mean gradients).
     round_kind: str
     #: What makes a version (`rounds`: all that is claimed on the one before,
     #: `per-arrival`: each submission).
     aggregation: str
+    #: None in gradient rounds, which have no local steps.
+    local_optimiser: str | None
+    #: Of the local steps, or of the gradient step: now, and at its peak.
+    learning_rate: float
+    peak_rate: float
+    #: What the rate does (`coordinator.domain.stages`).
+    stage: str
+    #: Accepted tokens at which that ends; None where it has no end.
+    stage_end_tokens: int | None
+    #: Accepted tokens at which the second stage begins, or began; None without one.
+    second_stage_tokens: int | None
+    #: Why the rate stays at its peak after the warm-up; None with a schedule.
+    constant_reason: str | None
+    #: Now: zero in the second stage.
+    weight_decay: float
     #: How submissions are coded, and what workers download of a new version.
     codec: str
     broadcast: str
-    lanes: list[LaneView]
+    #: None before the first.
+    last_round: LastRoundView | None
 
 
 class BooksView(View, frozen=True, kw_only=True):
@@ -257,6 +289,7 @@ class FleetView(View, frozen=True, kw_only=True):
     #: What to do before training can begin, or go on; None while it can.
     missing: str | None
     run: RunView | None
+    training: TrainingView | None
     round: RoundView | None
     tasks: TasksView | None
     workers: list[WorkerView]
@@ -273,6 +306,7 @@ class FleetUpdate(View, frozen=True, kw_only=True, omit_defaults=True):
 
     missing: str | UnsetType | None = UNSET
     run: RunView | UnsetType | None = UNSET
+    training: TrainingView | UnsetType | None = UNSET
     round: RoundView | UnsetType | None = UNSET
     tasks: TasksView | UnsetType | None = UNSET
     ternary: TernaryView | UnsetType | None = UNSET

@@ -8,7 +8,14 @@ from typing import Any, Final
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from bitnet_ext.wire.verdicts import SubmissionState
-from coordinator.store.rows import ClaimRow, RoundRow, SubmissionRow, WorkRow, typed
+from coordinator.store.rows import (
+    AppliedRow,
+    ClaimRow,
+    RoundRow,
+    SubmissionRow,
+    WorkRow,
+    typed,
+)
 from coordinator.store.tables import claims, rounds, submissions, tasks
 
 #: Made once, as it is asked for each second.
@@ -286,6 +293,22 @@ def apply_submissions(connection: Connection, round_id: int, version: int) -> No
         )
         .values(state=SubmissionState.APPLIED, version=version)
     )
+
+
+def applied_last(connection: Connection, run_id: str) -> list[AppliedRow]:
+    """Return what the last version was made of that is no rollback, in no order."""
+    newest = select(func.max(submissions.c.version)).where(
+        submissions.c.run_id == run_id
+    )
+    rows = connection.execute(
+        select(
+            submissions.c.tokens, submissions.c.num_steps, submissions.c.payload_bytes
+        ).where(
+            submissions.c.run_id == run_id,
+            submissions.c.version == newest.scalar_subquery(),
+        )
+    )
+    return [typed(AppliedRow, row) for row in rows]
 
 
 def filter_submissions(connection: Connection, round_id: int, reason: str) -> None:

@@ -78,6 +78,14 @@ class WorkRow(Struct, frozen=True, kw_only=True):
     fixed_size: bool
 
 
+class AppliedRow(Struct, frozen=True, kw_only=True):
+    """What one submission brought to its version."""
+
+    tokens: int
+    num_steps: int
+    payload_bytes: int
+
+
 class TaskRow(Struct, frozen=True, kw_only=True):
     """A row of `tasks`."""
 
@@ -191,6 +199,7 @@ class VersionRow(Struct, frozen=True, kw_only=True):
     plan_json: str
     pruned: bool
     rolled_back_to: int | None
+    damaged: bool
 
 
 class PointRow(Struct, frozen=True, kw_only=True):

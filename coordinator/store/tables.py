@@ -316,6 +316,8 @@ versions: Final = Table(
     Column("pruned", Boolean, nullable=False, server_default=text("0")),
     # The earlier version that this one is again; no round led to it.
     Column("rolled_back_to", BigInteger),
+    # Its files were, when the run was to go back to it.
+    Column("damaged", Boolean, nullable=False, server_default=text("0")),
 )
 Index("ix_versions_run", versions.c.run_id, versions.c.version)
 

@@ -45,6 +45,16 @@ def newest_version(connection: Connection, run_id: str) -> VersionRow:
     return typed(VersionRow, row)
 
 
+def tokens_behind(connection: Connection, numbers: Iterable[int]) -> dict[int, int]:
+    """Return the tokens behind each of these versions."""
+    rows = connection.execute(
+        select(versions.c.version, versions.c.tokens_total).where(
+            versions.c.version.in_(list(numbers))
+        )
+    )
+    return {version: tokens for version, tokens in rows}
+
+
 def highest_number(connection: Connection) -> int:
     """Return the highest version number ever used, 0 before the first."""
     highest = connection.execute(select(func.max(versions.c.version))).scalar_one()
@@ -85,6 +95,13 @@ def mark_pruned(connection: Connection, numbers: Iterable[int]) -> None:
         update(versions)
         .where(versions.c.version.in_(list(numbers)))
         .values(pruned=True)
+    )
+
+
+def mark_damaged(connection: Connection, version: int) -> None:
+    """Record that a run could not go back to a version: its files are damaged."""
+    connection.execute(
+        update(versions).where(versions.c.version == version).values(damaged=True)
     )
 
 

@@ -127,16 +127,6 @@ def newest_events(connection: Connection, limit: int) -> list[EventRow]:
     return [typed(EventRow, row) for row in reversed(rows.all())]
 
 
-def bodies_of_events(connection: Connection, kind: str) -> list[str]:
-    """Return the bodies of all kept events of a kind, in order, as JSON."""
-    found = connection.scalars(
-        select(events.c.body_json)
-        .where(events.c.kind == kind)
-        .order_by(events.c.event_id)
-    )
-    return list(found)
-
-
 def fact(connection: Connection, name: str) -> str | None:
     """Return a small fact of this installation."""
     return connection.execute(

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.bench.timing import Contender
+from tests.bench.timing import Contender, repeated
 
 _SOURCE: Final = Path(__file__).with_name("probes.c")
 
@@ -93,11 +93,9 @@ class Probes:
             seconds = self._library.probe_memcpy(
                 target.ctypes.data, source.ctypes.data, size, repeats
             )
-            return float(seconds) / repeats
+            return float(seconds)
 
-        copy(1)
-        repeats = max(1, round(least_s / max(copy(1), 1e-7)))
-        return lambda: copy(repeats)
+        return repeated(copy, least_s=least_s)
 
     def cold(
         self, call: Callable[[], object], memory: NDArray[Any], *, repeats: int

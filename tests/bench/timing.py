@@ -42,25 +42,24 @@ def timed(call: Callable[[], object], *, least_s: float = 0.0) -> Contender:
 
     How often is found out here, so this makes a few calls.
     """
-    repeats = _repeats(call, least_s)
 
-    def run() -> float:
+    def run(repeats: int) -> float:
         began_s = time.perf_counter()
         for _ in range(repeats):
             call()
-        return (time.perf_counter() - began_s) / repeats
+        return time.perf_counter() - began_s
 
-    return run
+    return repeated(run, least_s=least_s)
 
 
-def _repeats(call: Callable[[], object], least_s: float) -> int:
-    call()
-    if not least_s:
-        return 1
-    began_s = time.perf_counter()
-    call()
-    once_s = max(time.perf_counter() - began_s, 1e-7)
-    return max(1, round(least_s / once_s))
+def repeated(run: Callable[[int], float], *, least_s: float) -> Contender:
+    """Return a contender that repeats often enough to take `least_s`, and its mean.
+
+    `run` does so many repeats and returns the seconds of all of them.
+    """
+    run(1)  # finds cold caches
+    repeats = max(1, round(least_s / max(run(1), 1e-7))) if least_s else 1
+    return lambda: run(repeats) / repeats
 
 
 def interleave(contenders: Mapping[str, Contender], *, rounds: int) -> dict[str, Times]:

@@ -18,7 +18,7 @@ from bitnet_ext.packing import pack
 from bitnet_ext.wire import PROTOCOL_VERSION
 
 #: The versions that the digests below belong to.
-PINNED_PROTOCOL = 4
+PINNED_PROTOCOL = 5
 PINNED_FORMAT = 1
 
 LAYOUT = bytes(range(32))

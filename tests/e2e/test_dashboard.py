@@ -21,6 +21,7 @@ from coordinator.service.view import (
     FleetUpdate,
     FleetView,
     LaneView,
+    LastRoundView,
     RollbackView,
     RoundView,
     RunView,
@@ -28,6 +29,7 @@ from coordinator.service.view import (
     TallyView,
     TasksView,
     TernaryView,
+    TrainingView,
     VersionPoint,
     WorkerView,
 )
@@ -128,7 +130,30 @@ def ternary() -> TernaryView:
 
 
 PACE = "Overhead 3 s of 100 s = 3 %. Fixed."
-SENT = "Sent up: weight differences, int8; down: whole versions."
+TRAINS = (
+    "Learning rate 0.00147 (peak 0.002), first stage until 3 000 tokens. "
+    "Weight decay 0.1. Local steps by Muon. "
+    "Sent up: weight differences, int8; down: whole versions. "
+    "Last round: 1 000 tokens, 40 local steps of its middle worker, 2.6 MB up."
+)
+
+
+def training() -> TrainingView:
+    return TrainingView(
+        round_kind="delta",
+        aggregation="rounds",
+        local_optimiser="muon",
+        learning_rate=0.0014666,
+        peak_rate=0.002,
+        stage="first stage",
+        stage_end_tokens=3000,
+        second_stage_tokens=3000,
+        constant_reason=None,
+        weight_decay=0.1,
+        codec="int8",
+        broadcast="exact",
+        last_round=LastRoundView(tokens=1000, payload_bytes=2_600_000, num_steps=40),
+    )
 
 
 def fleet() -> FleetView:
@@ -161,6 +186,7 @@ def fleet() -> FleetView:
             plan_changes=[],
             reset_from_version=None,
         ),
+        training=training(),
         round=RoundView(
             round_id=2,
             base_version=2,
@@ -170,10 +196,6 @@ def fleet() -> FleetView:
             round_s=100.0,
             round_reason=PACE,
             overhead_s=3.0,
-            round_kind="delta",
-            aggregation="rounds",
-            codec="int8",
-            broadcast="exact",
             lanes=[
                 LaneView(
                     worker_id="w-birch",
@@ -238,11 +260,29 @@ async def switch_theme(page: Page) -> None:
     assert await page.run(colour) != before
 
 
+async def shown(page: Page, selector: str) -> str:
+    """Return the words of an element, with common spaces."""
+    words = await page.run(text(selector))
+    return words.replace("\xa0", " ").replace("\u2009", " ")
+
+
 async def see_ternary_health(page: Page) -> None:
-    shown = (await page.run(text(".ternary"))).replace("\xa0", " ")
-    for words in ("31.0 % to 32.1 %", "most in layer 12, down", "1.00 % to 7.00 %"):
-        assert words in shown
+    words = await shown(page, ".ternary")
+    for said in ("31.0 % to 32.1 %", "most in layer 12, down", "1.00 % to 7.00 %"):
+        assert said in words
     assert await page.run("document.querySelectorAll('.heat i').length") == 3 * 12 * 7
+
+
+async def see_the_second_stage_begin(server: PageServer, page: Page) -> None:
+    said = "ariaLabel.includes('Second stage from v3 on.')"
+    await page.until(f"document.querySelector('.chart').{said}")
+    later = msgspec.structs.replace(
+        training(), stage="second stage", stage_end_tokens=10_000, weight_decay=0.0
+    )
+    publish(server, "fleet.updated", FleetUpdate(training=later))
+    await page.until(f"{text('.loss .key')}.includes('second stage until')")
+    words = await shown(page, ".loss .key")
+    assert "second stage until 10.0 k tokens. Weight decay 0. Local" in words
 
 
 async def see_that_the_run_goes_back(server: PageServer, page: Page) -> None:
@@ -271,8 +311,8 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
             await page.until(f"{text('.live')}.includes('Live')")
             await page.until("document.querySelector('.chart canvas')")
             assert await page.run(text(".why")) == "<b>not markup</b>"
-            for said in (PACE, SENT):
-                assert said in await page.run(text(".round .key"))
+            assert PACE in await page.run(text(".round .key"))
+            assert await shown(page, ".loss .key") == TRAINS
             await see_ternary_health(page)
 
             await follow_events(page)
@@ -292,6 +332,7 @@ def test_the_page_shows_a_snapshot_follows_events_and_recovers(server, tmp_path)
         await page.until("document.title === '1 lost: tiny'")
         await page.until(f"{text('.workers .verdict')}.includes('Lost')")
         assert "Worker birch is lost." in await page.run(text("#news"))
+        await see_the_second_stage_begin(server, page)
         await see_that_the_run_goes_back(server, page)
 
     async def recover_from_a_lost_backlog(page: Page) -> None:

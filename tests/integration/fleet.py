@@ -265,7 +265,11 @@ class Hand:
         return shape_from_json(self.answer.model)
 
     def claim(self, claim_id: str | None = None) -> Task | None:
-        request = ClaimRequest(worker_id=self.name, claim_id=claim_id or self.new_id())
+        request = ClaimRequest(
+            protocol_version=PROTOCOL_VERSION,
+            worker_id=self.name,
+            claim_id=claim_id or self.new_id(),
+        )
         found = self.client.claim(request)
         return None if isinstance(found, NoWork) else found
 

@@ -33,6 +33,11 @@ from tests.integration.fleet import (
 
 JSON = {"X-Api-Key": KEY, "Content-Type": "application/json"}
 BYTES = {"X-Api-Key": KEY, "Content-Type": "application/octet-stream"}
+CLAIM = {
+    "protocol_version": PROTOCOL_VERSION,
+    "worker_id": "stranger",
+    "claim_id": "c",
+}
 #: What may change without anything having happened.
 PASSING = ("heartbeat_at", "clock_high_water")
 
@@ -367,6 +372,27 @@ def test_another_type_of_body_is_refused(running: Running) -> None:
     assert_refused(response, 415, ErrorCode.UNSUPPORTED_MEDIA, "Content-Type")
 
 
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"protocol_version": 9}, ErrorCode.PROTOCOL_MISMATCH),
+        # Up to 4 a claim did not say it.
+        ({"protocol_version": None}, ErrorCode.BAD_REQUEST),
+    ],
+)
+def test_a_worker_of_another_protocol_gets_no_lease(
+    running: Running, changes: dict[str, Any], code: ErrorCode
+) -> None:
+    said = CLAIM | {"worker_id": "hand"} | changes
+    claim = {name: value for name, value in said.items() if value is not None}
+
+    response = running.post("/work", claim)
+
+    assert_refused(response, 400, code, "protocol_version")
+    leased = "SELECT task_id FROM tasks WHERE lease_claim_id = 'c'"
+    assert running.process.rows(leased) == []
+
+
 def test_another_method_is_refused(running: Running) -> None:
     response = running.get("/register")
 
@@ -374,7 +400,7 @@ def test_another_method_is_refused(running: Running) -> None:
 
 
 def test_an_unknown_worker_must_register_first(running: Running) -> None:
-    response = running.post("/work", {"worker_id": "stranger", "claim_id": "c"})
+    response = running.post("/work", CLAIM)
 
     assert_refused(response, 404, ErrorCode.UNKNOWN_WORKER, "worker_id")
 
@@ -386,7 +412,7 @@ def test_without_a_corpus_workers_are_told_to_come_again(tmp_path: Path) -> None
         )
         work = requests.post(
             f"{process.url}/work",
-            json={"worker_id": "w", "claim_id": "c"},
+            json=CLAIM,
             headers=JSON,
             timeout=30.0,
         )

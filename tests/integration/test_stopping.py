@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from bitnet_ext.layout import num_params
+from bitnet_ext.wire import PROTOCOL_VERSION
 from coordinator.control import Seed
 from tests.integration.fleet import (
     KEY,
@@ -23,6 +25,7 @@ from tests.integration.fleet import (
     Hand,
     coordinator,
     make_corpus,
+    wait_for,
 )
 
 
@@ -58,7 +61,7 @@ def test_an_upload_in_flight_is_finished_and_answered(
         line.sendall(body[:100_000])
 
         process.process.send_signal(signal.SIGTERM)
-        wait_until_refused(process.port)
+        wait_for("the port to be closed", lambda: is_refused(process.port))
         line.sendall(body[100_000:])
 
         answer = b"".join(iter(lambda: line.recv(65536), b""))
@@ -67,13 +70,13 @@ def test_an_upload_in_flight_is_finished_and_answered(
     assert process.process.wait(30.0) == 0
 
 
-def wait_until_refused(port: int) -> None:
-    """Return once the coordinator takes no connection any more."""
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 30.0).close()
-        except ConnectionRefusedError:
-            return
+def is_refused(port: int) -> bool:
+    """Return whether the coordinator takes no connection any more.
+
+    One that it closes on its way in is only reset.
+    """
+    with socket.socket() as line:
+        return line.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
 def test_a_worker_that_waits_for_work_is_told_that_there_is_none(
@@ -83,7 +86,8 @@ def test_a_worker_that_waits_for_work_is_told_that_there_is_none(
     task = hand.claim()
     assert task is not None  # the score of version 1; nothing else is to be done
     hand.evaluate(task)
-    claim = json.dumps({"worker_id": hand.name, "claim_id": "c-last"}).encode()
+    said = {"protocol_version": PROTOCOL_VERSION, "worker_id": hand.name}
+    claim = json.dumps(said | {"claim_id": "c-last"}).encode()
     head = (
         f"POST /work HTTP/1.1\r\nHost: x\r\nX-Api-Key: {KEY}\r\n"
         "Content-Type: application/json\r\nExpect: 100-continue\r\n"

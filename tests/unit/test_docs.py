@@ -30,6 +30,7 @@ from coordinator.control import SOCKET_NAME
 from coordinator.domain.plan import TrainingPlan
 from coordinator.live.socket import live_route
 from coordinator.login.handlers import page_routes
+from coordinator.service import view
 from coordinator.settings import PREFIX, CoordinatorSettings
 from coordinator.store.blobs import BlobKind
 from coordinator.store.lock import LOCK_NAME
@@ -204,6 +205,14 @@ def test_the_fields_of_a_message_are_documented(message):
         for field in message.__struct_fields__
         if f"{quotes}{field}{quotes}" not in text
     ] == []
+
+
+@pytest.mark.parametrize("part", [view.TrainingView, view.LastRoundView])
+def test_the_fields_of_how_a_run_trains_are_documented(part):
+    text = doc("protocol.md").partition("### How a run trains")[2]
+    section = text.partition("\n### ")[0]
+
+    assert [name for name in part.__struct_fields__ if f"`{name}`" not in section] == []
 
 
 @pytest.mark.parametrize("table", sorted(metadata.tables))

@@ -133,11 +133,26 @@ export function round(lanes, given = {}) {
     round_s: 100,
     round_reason: "Overhead 3 s of 100 s = 3 %. Fixed.",
     overhead_s: 3,
+    lanes,
+    ...given,
+  };
+}
+
+export function training(given = {}) {
+  return {
     round_kind: "delta",
     aggregation: "rounds",
+    local_optimiser: "muon",
+    learning_rate: 0.00147,
+    peak_rate: 0.002,
+    stage: "first stage",
+    stage_end_tokens: 2_000_000,
+    second_stage_tokens: 2_000_000,
+    constant_reason: null,
+    weight_decay: 0.1,
     codec: "int8",
     broadcast: "exact",
-    lanes,
+    last_round: { tokens: 20_480, payload_bytes: 2_600_000, num_steps: 40 },
     ...given,
   };
 }
@@ -189,6 +204,7 @@ export function fleet(given = {}) {
     insecure_http: false,
     missing: null,
     run: run(),
+    training: training(),
     round: round([]),
     tasks: tasks(),
     workers: [],

@@ -6,6 +6,7 @@ import { placeLabels } from "../../webui/js/axis.js";
 import { splitCommands } from "../../webui/js/command.js";
 import {
   age,
+  bytes,
   clockTime,
   count,
   dayTime,
@@ -38,6 +39,7 @@ const tables = [
     [[734_200_000], "734.2\u00a0M"],
     [[1_200_000_000], "1.20\u00a0G"],
   ],
+  [bytes, [[0], "0\u00a0B"], [[9999], "9\u2009999\u00a0B"], [[2_600_000], "2.6\u00a0MB"]],
   [percent, [[0.374], "37\u00a0%"], [[0.6118, 1], "61.2\u00a0%"]],
   [
     duration,

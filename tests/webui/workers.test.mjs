@@ -186,6 +186,7 @@ test("the columns of the chart share their versions", () => {
   const series = lossSeries(versions, [evaluation(1, 4), evaluation(3, 2)], {
     numLast: null,
     smoothing: 0,
+    secondStageTokens: null,
   });
 
   assert.deepEqual(series, {
@@ -194,6 +195,7 @@ test("the columns of the chart share their versions", () => {
     smooth: [null, 3, 3],
     held: [8, null, 4],
     rollbacks: [],
+    secondStage: null,
     natsPerBit: 2,
   });
 });
@@ -203,7 +205,8 @@ test("the chart marks where the run went back, among the versions that it shows"
     version(number, { rolled_back_to: { 3: 1, 7: 2 }[number] ?? null }),
   );
   const shown = (numLast) =>
-    lossSeries(versions, [], { numLast, smoothing: 0 }).rollbacks;
+    lossSeries(versions, [], { numLast, smoothing: 0, secondStageTokens: null })
+      .rollbacks;
 
   assert.deepEqual(shown(null), [
     { version: 3, from: 2, to: 1 },
@@ -212,11 +215,27 @@ test("the chart marks where the run went back, among the versions that it shows"
   assert.deepEqual(shown(2), [{ version: 7, from: 6, to: 2 }]);
 });
 
+test("the chart marks the first version of which all that follows is second stage", () => {
+  const versions = [1, 2, 3, 5].map((number) => version(number)); // 1,000 tokens each
+  const marked = (secondStageTokens, numLast = null) =>
+    lossSeries(versions, [], { numLast, smoothing: 0, secondStageTokens }).secondStage;
+
+  assert.equal(marked(2000), 2);
+  assert.equal(marked(2001), 3);
+  assert.equal(marked(2000, 2), null); // to the left of what is shown
+  assert.equal(marked(5001), null); // yet to come
+  assert.equal(marked(null), null);
+});
+
 test("smoothing starts without a bias towards zero, and over all history", () => {
   const losses = [null, 4, 2, 2];
   const versions = losses.map((train_loss, i) => version(i + 1, { train_loss }));
 
-  const { x, smooth } = lossSeries(versions, [], { numLast: 3, smoothing: 0.5 });
+  const { x, smooth } = lossSeries(versions, [], {
+    numLast: 3,
+    smoothing: 0.5,
+    secondStageTokens: null,
+  });
 
   assert.deepEqual(x, [2, 3, 4]);
   assert.equal(smooth[0], 4);

@@ -23,6 +23,11 @@ export function short(value) {
   return number(value / 1e9, 2) + HARD_SPACE + "G";
 }
 
+/** Return a size in bytes as `734.2 MB`. */
+export function bytes(value) {
+  return short(value) + (value < 1e4 ? HARD_SPACE : "") + "B";
+}
+
 /** Return a share of one as `37 %`. */
 export function percent(share, digits = 0) {
   return number(100 * share, digits) + HARD_SPACE + "%";

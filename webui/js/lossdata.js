@@ -9,8 +9,13 @@ const LN2 = Math.log(2);
  * in a bias-corrected moving average of the training loss; 0 follows every version.
  * `natsPerBit` turns bits per byte of the held-out text into its nats a token, so that
  * one height has two scales; without an evaluation it is a guess used for nothing.
+ * `secondStageTokens` are those at which the second stage begins, or null.
  */
-export function lossSeries(versions, evaluations, { numLast, smoothing }) {
+export function lossSeries(
+  versions,
+  evaluations,
+  { numLast, smoothing, secondStageTokens },
+) {
   const held = new Map(evaluations.map((point) => [point.version, point.loss]));
   const train = new Map(versions.map((point) => [point.version, point.train_loss]));
   const smooth = smoothed(versions, smoothing);
@@ -22,6 +27,7 @@ export function lossSeries(versions, evaluations, { numLast, smoothing }) {
     smooth: x.map((version) => smooth.get(version) ?? null),
     held: x.map((version) => held.get(version) ?? null),
     rollbacks: rollbacksIn(versions, x),
+    secondStage: secondStageIn(versions, x, secondStageTokens),
     natsPerBit: natsPerBit(evaluations.at(-1)),
   };
 }
@@ -34,6 +40,13 @@ function rollbacksIn(versions, x) {
       ? [{ version, from: versions[i - 1].version, to }]
       : [],
   );
+}
+
+// The version in `x` from which on all is trained in the second stage; null: none.
+function secondStageIn(versions, x, begins) {
+  if (begins === null) return null;
+  const first = versions.find(({ tokens_total: tokens }) => tokens >= begins);
+  return first && x.includes(first.version) ? first.version : null;
 }
 
 function smoothed(versions, weight) {

@@ -56,7 +56,7 @@ BODIES = {
         "batch_size": 8,
         "optimiser": "muon",
     },
-    "ClaimRequest": {"worker_id": "w-1", "claim_id": "c-1"},
+    "ClaimRequest": {"protocol_version": 1, "worker_id": "w-1", "claim_id": "c-1"},
     "HyperParameters": HYPER,
     "Task": {
         "task_id": "t-1",

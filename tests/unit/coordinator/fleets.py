@@ -328,9 +328,7 @@ class World:
     def claim(self, worker_id: str = "w1", claim_id: str | None = None) -> Task | None:
         """Claim; a fresh `claim_id` where none is given."""
         self._claims += 1
-        request = ClaimRequest(
-            worker_id=worker_id, claim_id=claim_id or f"c-{self._claims}"
-        )
+        request = claim_request(worker_id, claim_id or f"c-{self._claims}")
         return self.do(claim(self.fleet, request))
 
     def claimed(self, worker_id: str = "w1", claim_id: str | None = None) -> Task:
@@ -480,6 +478,13 @@ class World:
             for kind in BlobKind
             for name in blobs.names(kind)
         }
+
+
+def claim_request(worker_id: str, claim_id: str) -> ClaimRequest:
+    """Return a claim as a worker of today makes it."""
+    return ClaimRequest(
+        protocol_version=PROTOCOL_VERSION, worker_id=worker_id, claim_id=claim_id
+    )
 
 
 def frame(

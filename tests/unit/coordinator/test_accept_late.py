@@ -249,6 +249,18 @@ def test_a_stale_result_goes_along_with_less_weight(world: World):
     assert tokens(world) == {"applied": 64}
 
 
+def test_a_stale_result_is_sized_by_the_rate_at_which_it_was_made(world: World):
+    late, other = out_of_touch(world, STALE)  # in the warm-up: the rate rises
+    next_round(world, other)
+    world.submit(late, "w1")
+    next_round(world, world.claimed("w2"))
+
+    named = select(submissions.c.task_id, submissions.c.size)
+    sizes = world.read(lambda c: {row.task_id: row.size for row in c.execute(named)})
+    assert len(sizes) == 3
+    assert sizes[late.task_id] == pytest.approx(sizes[other.task_id])
+
+
 def test_a_part_may_be_late_too(world: World):
     late, other = out_of_touch(world, STALE)
     next_round(world, other)

@@ -196,7 +196,7 @@ def test_the_page_shows_who_is_out_since_before_the_round(two: World) -> None:
 
     view = looked(two)
 
-    assert view.round.aggregation == "per-arrival"
+    assert view.training.aggregation == "per-arrival"
     assert view.round.first_claim_at == began
     assert [lane.worker_id for lane in view.round.lanes] == ["w2", "w1"]
 

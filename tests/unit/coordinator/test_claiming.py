@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
-from bitnet_ext.wire.messages import ClaimRequest
 from bitnet_ext.wire.verdicts import ErrorCode, TaskKind
 from coordinator.domain import leases, sizing
 from coordinator.domain.errors import RefusedError
@@ -14,7 +14,7 @@ from coordinator.domain.plan import hyper_parameters
 from coordinator.service.claiming import MIN_FREE_BYTES, claim
 from coordinator.service.steering import seed_epoch
 from coordinator.store import rounds, runs, tasks, workers
-from tests.unit.coordinator.fleets import PLAN, SECRET, SHAPE, World
+from tests.unit.coordinator.fleets import PLAN, SECRET, SHAPE, World, claim_request
 
 #: Four steps of two sequences of eight tokens.
 PROBE = 64
@@ -417,6 +417,22 @@ def test_a_worker_whose_lease_ran_out_can_claim_again(running: World):
     assert again.lease_id != first.lease_id
 
 
+def test_a_worker_of_before_an_upgrade_is_refused_before_it_gets_a_lease(
+    running: World,
+):
+    old = msgspec.structs.replace(claim_request("w1", "c-1"), protocol_version=4)
+    before = running.everything()
+
+    with pytest.raises(RefusedError, match=r"must be \d+, got 4$") as caught:
+        running.do(claim(running.fleet, old))
+
+    assert (caught.value.code, caught.value.field) == (
+        ErrorCode.PROTOCOL_MISMATCH,
+        "protocol_version",
+    )
+    assert running.everything() == before
+
+
 def test_an_unknown_worker_is_refused(running: World):
     with pytest.raises(RefusedError) as caught:
         running.claim("w9")
@@ -444,10 +460,7 @@ def test_eight_workers_at_once_get_eight_stretches(running: World):
 
     async def all_at_once():
         return await asyncio.gather(
-            *(
-                claim(running.fleet, ClaimRequest(worker_id=name, claim_id=f"c-{name}"))
-                for name in names
-            )
+            *(claim(running.fleet, claim_request(name, f"c-{name}")) for name in names)
         )
 
     found = running.do(all_at_once())

@@ -18,6 +18,7 @@ from coordinator.domain.manifest import load_manifest
 from coordinator.service.telemetry import Telemetry
 from coordinator.settings import PREFIX
 from coordinator.store.lock import DataLock
+from tests.fakes import unread_pipe
 from tests.unit.coordinator.fleets import write_corpus
 
 
@@ -124,7 +125,8 @@ def test_without_a_coordinator_a_command_does_its_work_itself(capsys, folders):
 
     # What made a fleet says where: the folder may have been a slip.
     made = f"new run in {folders[1]}; "
-    assert cut == f"{made}epoch 1: 1504 tokens, tasks cut at claim\n"
+    assert cut.startswith(f"{made}epoch 1: 1504 tokens, tasks cut at claim; ")
+    assert "; its learning rate falls to zero at " in cut
     assert fixed == "epoch 2: 1504 tokens, 5 tasks\n"
     assert timed == "training for 60 s more\n"
     assert ever == "training until the token budget is used up\n"
@@ -212,6 +214,19 @@ def test_without_the_corpus_the_fleet_is_shown_all_the_same(capsys, folders, tmp
 
     assert main(["status", *folders]) == NOT_RUNNING
     assert "version 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["status", "dump-telemetry"])
+def test_a_reader_that_has_gone_ends_it_without_a_word(
+    capsys, folders, monkeypatch, verb
+):
+    said(capsys, "seed-real-tasks", *folders)
+
+    with unread_pipe() as output:  # closed as at the end of a process
+        monkeypatch.setattr("sys.stdout", output)
+        status = main([verb, *folders])
+
+    assert (status, capsys.readouterr().err) == (141, "")
 
 
 def test_a_database_of_another_schema_is_not_guessed_at(capsys, folders, tmp_path):

@@ -46,6 +46,15 @@ def running(world: World) -> World:
     return world
 
 
+@pytest.mark.parametrize(
+    ("plan", "optimiser"), [(PLAN, PLAN.local_optimiser), (GRADIENTS, None)]
+)
+def test_who_registers_hears_what_makes_its_steps(world: World, plan, optimiser):
+    world.start_run(plan)
+
+    assert world.register("w1").optimiser == optimiser
+
+
 def noise(seed):
     return np.random.default_rng(seed).normal(size=NUM_PARAMS).astype(np.float32)
 

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from bitnet_ext.layout import num_params
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.service.fleet import Known
 from coordinator.service.grace import extend_leases
 from coordinator.service.looking import look
@@ -14,7 +15,7 @@ from coordinator.service.view import FleetView
 from coordinator.store import clock, runs, workers
 from coordinator.verbs import _AtRest
 from tests.fakes import START
-from tests.unit.coordinator.fleets import SHAPE, World
+from tests.unit.coordinator.fleets import NUM_PARAMS, PLAN, SHAPE, World
 
 
 def looked(
@@ -47,7 +48,8 @@ def test_before_a_corpus_the_page_says_what_to_do(world: World):
     view = looked(world)
 
     assert "bitnet-coordinator tokenize-corpus" in view.missing
-    assert (view.run, view.round, view.tasks, view.workers) == (None, None, None, [])
+    assert (view.run, view.training, view.round, view.tasks) == (None,) * 4
+    assert view.workers == []
     assert view.server.loop_lag_ms == 1.3
 
 
@@ -122,7 +124,6 @@ def test_a_worker_in_the_middle_of_its_task(running: World):
     assert (row.claimed_at, row.predicted_s) == (START, 60.0)
     assert (lane(view, "w1").tokens_done, lane(view, "w1").outcome) == (120, None)
     assert view.round.first_claim_at == START
-    assert view.round.round_kind == "delta"
     assert view.tasks.leased == 1
 
 
@@ -264,6 +265,85 @@ def test_predictions_that_are_wrong_are_an_alarm_with_the_figures(running: World
     )
     assert "10 s, predicted 60 s" in row.books.duration_alarm
     assert row.books.spread == pytest.approx(0.7**3)
+
+
+def test_what_is_in_force_goes_by_accepted_tokens(world: World):
+    plan = msgspec.structs.replace(
+        PLAN, warmup_tokens=64, schedule_tokens=640, second_stage_at=0.2
+    )
+    world.start_run(plan, token_budget=640)
+    world.register()
+    fresh = looked(world).training
+    for _ in range(2):
+        world.set_speed("w1", 64 / 60)
+        world.train_round(0.5)  # 64 tokens
+
+    later = looked(world).training
+
+    assert (fresh.learning_rate, fresh.stage, fresh.stage_end_tokens) == (
+        0.0,
+        "warm-up",
+        64,
+    )
+    assert (fresh.weight_decay, fresh.last_round) == (0.1, None)
+    assert later.learning_rate == pytest.approx(0.667 * 2e-3)
+    assert (later.stage, later.stage_end_tokens) == ("second stage", 640)
+    assert (later.peak_rate, later.second_stage_tokens) == (2e-3, 128)
+    assert (later.weight_decay, later.constant_reason) == (0.0, None)
+    assert (later.round_kind, later.aggregation) == ("delta", "rounds")
+    assert (later.local_optimiser, later.codec) == ("muon", "fp32")
+    assert later.broadcast == "exact"
+
+
+def test_a_run_that_is_too_short_for_a_schedule_says_why_its_rate_stays(world: World):
+    plan = msgspec.structs.replace(PLAN, schedule_tokens=0)
+    world.start_run(plan, token_budget=200_000)
+
+    training = looked(world).training
+
+    assert (training.stage, training.stage_end_tokens) == ("warm-up", 100_000)
+    assert training.second_stage_tokens is None
+    assert training.constant_reason.startswith("The run is too short for a schedule")
+
+
+def test_the_last_round_is_told_by_what_its_version_was_made_of(running: World):
+    for name in ("w2", "w3"):
+        running.register(name)
+    running.train_round(0.5)
+    running.set_speed("w1", 64 / 60)
+    held = [running.claimed(name) for name in ("w1", "w2", "w3")]
+    for name, task, num_steps in zip(("w1", "w2", "w3"), held, (1, 3, 4), strict=True):
+        running.submit(task, name, num_steps=num_steps)
+    before = looked(running).training.last_round
+    assert running.close_round()
+
+    last = looked(running).training.last_round
+
+    assert (before.tokens, before.num_steps) == (64, 4)
+    assert (last.tokens, last.num_steps) == (16 + 48 + 64, 3)
+    assert last.payload_bytes == 3 * before.payload_bytes > 3 * 4 * NUM_PARAMS
+
+
+def test_a_rollback_is_not_the_last_round(running: World):
+    running.train_round(0.5)
+    before = looked(running).training.last_round
+    running.change_run(roll_back_to=1)
+    assert running.close_round()
+
+    view = looked(running)
+
+    assert (view.run.newest_version, view.training.last_round) == (3, before)
+
+
+def test_a_gradient_round_has_neither_local_optimiser_nor_local_steps(world: World):
+    world.start_run(msgspec.structs.replace(PLAN, round_kind=RoundKind.GRADIENT))
+    world.register()
+    world.train_round(0.5)
+
+    training = looked(world).training
+
+    assert (training.round_kind, training.local_optimiser) == ("gradient", None)
+    assert (training.last_round.tokens, training.last_round.num_steps) == (64, None)
 
 
 def test_history_is_left_out_of_updates(running: World):

@@ -7,7 +7,7 @@ import pytest
 from coordinator.api.metrics import metrics_text
 from coordinator.domain.accounting import Fate
 from coordinator.store import workers
-from tests.unit.coordinator.fleets import World
+from tests.unit.coordinator.fleets import NUM_PARAMS, World
 from tests.unit.coordinator.test_looking import looked
 
 
@@ -81,6 +81,17 @@ def test_the_round_time_is_there_and_its_overhead_once_it_is_known(running: Worl
     assert before["fleet_round_seconds"] == after["fleet_round_seconds"] == 60.0
     assert "fleet_round_overhead_seconds" not in before
     assert after["fleet_round_overhead_seconds"] == 9.0
+
+
+def test_rate_decay_and_the_bytes_of_the_last_round_are_there(running: World):
+    before = samples(running)
+    running.train_round(0.5)  # 64 of the 100,000 tokens of the warm-up
+    after = samples(running)
+
+    assert (before["fleet_learning_rate"], before["fleet_weight_decay"]) == (0.0, 0.1)
+    assert after["fleet_learning_rate"] == pytest.approx(2e-3 * 64 / 100_000)
+    assert "fleet_last_round_payload_bytes" not in before
+    assert after["fleet_last_round_payload_bytes"] > 4 * NUM_PARAMS
 
 
 def test_before_a_run_there_are_figures_too(world: World):

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, create_engine, inspect, text
 from bitnet_ext.wire.verdicts import Optimiser
 from coordinator.domain.errors import StartError
 from coordinator.domain.plan import TrainingPlan
-from coordinator.store import rounds, tallies
+from coordinator.store import rounds, tallies, versions
 from coordinator.store.engine import Store
 from coordinator.store.schema import _config, migrate, schema_revision
 from coordinator.store.tables import metadata
@@ -183,6 +183,25 @@ def test_runs_of_before_go_on_with_adamw(tmp_path):
     plan = msgspec.json.decode(run_plan, type=TrainingPlan)
     assert plan == TrainingPlan(local_optimiser=Optimiser.ADAMW, learning_rate=0.25)
     assert TrainingPlan().local_optimiser is Optimiser.MUON
+
+
+def test_versions_that_events_call_damaged_are_so(tmp_path):
+    engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    with engine.begin() as connection:
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0012")
+        for version in (1, 2):
+            of = {"run_id": "r", "version": version, "parent": version - 1}
+            _insert(connection, "versions", of | {"pruned": 0})
+        refused = {"kind": "rollback.refused", "body_json": '{"to_version":2}'}
+        _insert(connection, "events", refused)
+
+        migrate(connection)
+
+        found = {row.version: row.damaged for row in versions.kept_versions(connection)}
+    engine.dispose()
+    assert found == {1: False, 2: True}
 
 
 def _insert(connection: Connection, table: str, row: dict[str, object]) -> None:

@@ -6,12 +6,12 @@ import pytest
 
 from coordinator.domain.rollback import (
     Rollback,
+    deciding_losses,
     loss_alarm,
     newest_line,
     num_in_vain,
     num_steps,
     rollback_due,
-    that_count,
 )
 
 RISEN = {40: 5.0, 50: 5.3, 60: 5.4, 70: 5.5}
@@ -60,7 +60,7 @@ def test_a_run_goes_back_to_the_best_of_its_line_once_loss_has_risen():
 def test_nobody_goes_back_to_a_version_that_is_lost(whole, to):
     line = {20: 5.25, 30: 5.1} | RISEN
 
-    assert rollback_due(that_count(line, whole), []) == to
+    assert rollback_due(deciding_losses(line, whole), []) == to
 
 
 def test_nobody_goes_back_a_third_time_without_anything_better_in_between():

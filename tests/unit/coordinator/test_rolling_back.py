@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from bitnet_ext.chain import add_links
 from bitnet_ext.layout import layout_hash, segments
@@ -437,6 +437,18 @@ def test_of_a_damaged_version_an_operator_is_told_once(watched: World):
 
     assert len(told(watched, "rollback.refused")) == 1
     assert looked(watched).run.loss_alarm
+
+
+def test_nor_is_one_told_again_once_the_event_is_forgotten(watched: World):
+    rise(watched, *RISE)
+    damage(watched, 2)
+    assert not watched.close_round()
+    watched.write(lambda c: c.execute(delete(events)))  # only the newest are kept
+
+    train(watched)
+    score(watched, 194.0)
+
+    assert watched.run_row().roll_back_to is None
 
 
 def test_a_run_goes_back_to_the_next_best_where_the_best_is_damaged(watched: World):

@@ -85,6 +85,28 @@ def test_a_budget_that_is_set_is_kept(world: World):
     assert world.run_row().token_budget == 5
 
 
+@pytest.mark.parametrize(
+    ("budget", "due"),
+    [
+        (200_000, "stays at its peak after the warm-up. The run is too short"),
+        (200_001, "falls to zero at 200001 accepted tokens"),
+    ],
+)
+def test_the_log_says_what_becomes_of_the_rate_of_a_run(
+    world: World, caplog, budget, due
+):
+    caplog.set_level("INFO", logger="coordinator.service.starting")
+
+    make_run(world, RunSettings(preset="tiny", seed=3, plan=PLAN, token_budget=budget))
+
+    (line,) = (
+        record.getMessage()
+        for record in caplog.records
+        if getattr(record, "event", None) == "run.started"
+    )
+    assert line.startswith(f"run made: its learning rate {due}")
+
+
 @pytest.mark.parametrize("budget", [0, 200_001])
 def test_a_schedule_that_ends_before_its_run_is_refused(world: World, budget):
     plan = TrainingPlan(warmup_tokens=10, schedule_tokens=200_000)

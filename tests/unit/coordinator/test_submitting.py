@@ -14,7 +14,7 @@ import pytest
 from bitnet_ext.codecs import Codec
 from bitnet_ext.frames import FrameHeader, FrameKind, encode_frame
 from bitnet_ext.layout import layout_hash
-from bitnet_ext.wire.messages import ClaimRequest, SubmissionMeta, Task
+from bitnet_ext.wire.messages import SubmissionMeta, Task
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.service.claiming import claim
@@ -23,7 +23,14 @@ from coordinator.service.submitting import MAX_META_BYTES, Intake
 from coordinator.store import rounds
 from coordinator.store.blobs import BlobKind
 from tests.fakes import START, MadeToFailError
-from tests.unit.coordinator.fleets import NUM_PARAMS, SHAPE, World, body, frame
+from tests.unit.coordinator.fleets import (
+    NUM_PARAMS,
+    SHAPE,
+    World,
+    body,
+    claim_request,
+    frame,
+)
 
 #: Durability calls of one upload before it is accepted; the last test names them.
 NUM_CALLS = 6
@@ -383,7 +390,7 @@ def test_a_task_that_another_gets_during_the_upload_is_lost(running: World):
         try:
             await intake.feed(sent[:-100])
             running.clock.advance(30.0)
-            await claim(running.fleet, ClaimRequest(worker_id="w2", claim_id="c-9"))
+            await claim(running.fleet, claim_request("w2", "c-9"))
             await intake.feed(sent[-100:])
             await intake.finish()
         finally:

@@ -30,7 +30,10 @@ def test_a_fleet_is_shown_worst_first(running: World):
     assert shown(running) == [
         "run      r-1 (tiny), running, epoch 1, version 1, 0 tokens",
         "ETA      unknown. No token budget is set.",
-        "round    1 (delta) on version 1, open, 0 of 2 back",
+        "rate     0 (peak 0.002), warm-up until 100000 accepted tokens, then constant. "
+        "No token budget is set. Weight decay 0.1.",
+        "training delta rounds, local steps by muon; fp32 up, whole versions down.",
+        "round    1 on version 1, open, 0 of 2 back",
         "time     60 s a round. Overhead not measured yet. Fixed.",
         "tasks    0 pending, 2 leased (1 soft-expired, 1 stuck), 0 done, 0 failed; "
         "1264 tokens not cut yet",
@@ -86,6 +89,72 @@ def test_the_end_is_a_moment_with_its_window(running: World):
     assert text.splitlines()[1] == (
         "ETA      2001-09-09 01:46:40 UTC, between 2001-09-09 01:45:40 UTC and "
         "2001-09-09 01:48:10 UTC. So."
+    )
+
+
+def training_lines(world: World, **changes: object) -> tuple[str, str]:
+    view = looked(world)
+    training = msgspec.structs.replace(view.training, **changes)
+    text = status_text(msgspec.structs.replace(view, training=training))
+    rate, training_line = text.splitlines()[2:4]
+    return rate, training_line
+
+
+def test_the_rate_is_told_with_its_stage_and_the_tokens_that_end_it(running: World):
+    scheduled = {"learning_rate": 0.0014667, "constant_reason": None}
+    first, _ = training_lines(
+        running, **scheduled, stage="first stage", stage_end_tokens=5000
+    )
+    over, _ = training_lines(
+        running,
+        learning_rate=0.0,
+        constant_reason=None,
+        stage="over",
+        stage_end_tokens=None,
+        weight_decay=0.0,
+    )
+    constant, _ = training_lines(
+        running,
+        learning_rate=0.002,
+        constant_reason="So short.",
+        stage="constant",
+        stage_end_tokens=None,
+    )
+
+    assert first == (
+        "rate     0.00147 (peak 0.002), first stage until 5000 accepted tokens. "
+        "Weight decay 0.1."
+    )
+    assert over == "rate     0 (peak 0.002), its schedule is over. Weight decay 0."
+    assert constant == (
+        "rate     0.002 (peak 0.002), constant. So short. Weight decay 0.1."
+    )
+
+
+def test_it_says_who_steps_how_and_what_the_last_round_sent(running: World):
+    running.train_round(0.5)
+    last = looked(running).training.last_round
+    _, delta = training_lines(running, broadcast="ternary")
+    _, arrivals = training_lines(running, aggregation="per-arrival", last_round=None)
+    _, gradient = training_lines(
+        running,
+        round_kind="gradient",
+        local_optimiser=None,
+        last_round=msgspec.structs.replace(last, num_steps=None),
+    )
+
+    sent = f"{last.payload_bytes} bytes up."
+    assert delta == (
+        "training delta rounds, local steps by muon; fp32 up, ternary links down. "
+        f"Last round: 64 tokens, 4 local steps of its middle worker, {sent}"
+    )
+    assert arrivals == (
+        "training a version for each delta, local steps by muon; "
+        "fp32 up, whole versions down."
+    )
+    assert gradient == (
+        "training gradient rounds; fp32 up, whole versions down. "
+        f"Last round: 64 tokens, {sent}"
     )
 
 

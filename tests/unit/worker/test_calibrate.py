@@ -86,6 +86,18 @@ def test_steps_are_those_of_the_optimiser(optimiser, monkeypatch) -> None:
     assert bool(made) is (optimiser is Optimiser.MUON)
 
 
+def test_without_an_optimiser_a_gradient_grows_and_no_weight_changes() -> None:
+    two, four = loaded_model(), loaded_model()  # so many steps are made
+
+    for model, seconds_a_step in ((two, 10.0), (four, 0.25)):
+        hooks = silent_hooks(clock=ticking(seconds_a_step))
+        calibrate(model, 2, None, choices(2), hooks)
+
+    assert (two.flat.values == four.flat.values).all()
+    assert two.flat.grads.any()
+    torch.testing.assert_close(four.flat.grads, 2.0 * two.flat.grads)
+
+
 def test_a_check_that_raises_ends_it_between_two_steps() -> None:
     done = []
 

@@ -26,6 +26,7 @@ from bitnet_ext.layout import PRESETS
 from bitnet_ext.ternary import supported_isas
 from bitnet_ext.wire.verdicts import ErrorCode
 from tests import exported
+from tests.fakes import unread_pipe
 from tests.unit.worker.fleet import ENV, published
 from tests.unit.worker.shapes import (
     EOT,
@@ -154,6 +155,18 @@ def test_eval_prints_the_score_and_ends_with_json(capsys, frame, corpus) -> None
     assert last["bits_per_byte"] == pytest.approx(bits)
     assert f"bits per byte  {bits:.4f}" in lines
     assert "shard          heldout-00000" in lines
+
+
+def test_a_score_that_nobody_reads_ends_it_without_a_word(
+    capsys, frame, corpus, monkeypatch
+) -> None:
+    given = ["--weights", str(frame), "--corpus", str(corpus), "--preset", "tiny"]
+
+    with unread_pipe() as output:  # closed as at the end of a process
+        monkeypatch.setattr("sys.stdout", output)
+        status = main(["eval", *given])
+
+    assert (status, capsys.readouterr().err) == (141, "")
 
 
 def test_eval_takes_the_tokenized_folder_too(capsys, frame, corpus) -> None:

@@ -32,7 +32,7 @@ from worker.errors import (
 )
 
 CONTENT = bytes(range(256)) * 800
-CLAIM = ClaimRequest(worker_id="w1", claim_id="c1")
+CLAIM = ClaimRequest(protocol_version=1, worker_id="w1", claim_id="c1")
 BEAT = HeartbeatRequest(worker_id="w1", phase=WorkerPhase.IDLE)
 BEAT_ANSWER = HeartbeatAnswer(lease=LeaseState.NONE, lease_s=30.0, heartbeat_s=5.0)
 

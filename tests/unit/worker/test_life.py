@@ -8,6 +8,7 @@ import pytest
 from bitnet_ext.frames import decode_frame
 from bitnet_ext.layout import layout_hash
 from bitnet_ext.ternary import active_isa
+from bitnet_ext.wire import PROTOCOL_VERSION
 from bitnet_ext.wire.verdicts import (
     ErrorCode,
     FailCode,
@@ -164,15 +165,23 @@ def test_a_claim_that_is_refused_again_and_again_is_asked_less_often(fleet) -> N
     assert max(waits[3:]) > max(waits[:2])
 
 
-def test_a_key_that_was_withdrawn_ends_it(fleet) -> None:
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(401, ErrorCode.UNAUTHORIZED), (400, ErrorCode.PROTOCOL_MISMATCH)],
+)
+def test_a_key_that_was_withdrawn_and_an_upgrade_end_it(fleet, status, code) -> None:
     fleet.hands_out()
     fleet.turns(1)
-    unauthorized = refuses(401, ErrorCode.UNAUTHORIZED)
-    fleet.coordinator.on("POST /work", unauthorized)
-    fleet.coordinator.on("POST /register", unauthorized)
+    refused = refuses(status, code)
+    fleet.coordinator.on("POST /work", refused)
+    fleet.coordinator.on("POST /register", refused)
 
-    with pytest.raises(SettingsError, match="unauthorized"):
+    with pytest.raises(SettingsError, match=code):
         fleet.worker.run()
+
+    assert fleet.coordinator.asked("POST /work")[-1].json()["protocol_version"] == (
+        PROTOCOL_VERSION
+    )
 
 
 def test_a_hard_reset_is_followed_and_the_old_state_forgotten(fleet) -> None:

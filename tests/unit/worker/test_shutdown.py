@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from bitnet_ext.wire.verdicts import ErrorCode
+from bitnet_ext.wire.messages import HeartbeatAnswer
+from bitnet_ext.wire.verdicts import ErrorCode, LeaseState, WorkerPhase
 from tests.unit.worker.fleet import ENV, accepts
 from tests.unit.worker.stand_in import HANG_UP, Reply, refuses, says
 from worker.errors import StoppedError
@@ -21,6 +22,7 @@ from worker.process import end_now
 from worker.shutdown import SIGNALS, Shutdown
 
 PATIENCE_S = 60.0
+BEAT = says(HeartbeatAnswer(lease=LeaseState.NONE, lease_s=0.0, heartbeat_s=5.0))
 
 
 def test_before_the_signal_everything_fits() -> None:
@@ -75,6 +77,29 @@ def test_an_overrun_gives_the_task_back_and_ends_the_process(fleet) -> None:
     assert release.json()["lease_id"] == "0" * 32
     assert last_word(fleet) == ("stopping", None)
     assert ends == [0]
+
+
+def test_a_goodbye_waits_for_the_heartbeat_that_is_on_its_way(fleet) -> None:
+    on_its_way, goodbye, overtaken = threading.Event(), threading.Event(), []
+
+    def hear(request) -> Reply:
+        if request.json()["phase"] == WorkerPhase.STOPPING:
+            goodbye.set()
+        else:
+            on_its_way.set()
+            overtaken.append(goodbye.wait(0.2))
+        return BEAT
+
+    fleet.coordinator.on("POST /heartbeat", hear)
+    fleet.heartbeat.lease = Lease(fleet.task(), 100.0, fleet.clock)
+    fleet.heartbeat.interval_s = 0.01
+    fleet.heartbeat.start()
+    assert on_its_way.wait(PATIENCE_S)
+
+    end_now(fleet.settings, fleet.heartbeat, lambda _: None)
+
+    assert goodbye.is_set()
+    assert overtaken == [False]
 
 
 def test_an_overrun_without_a_task_says_nothing(fleet) -> None:

@@ -1,12 +1,14 @@
-// The panel of the loss: what is shown of it, the chart, and the version pointed at.
+// The panel of the loss: what is shown of it, the chart, the version pointed at, and how
+// the run trains.
 
 import { dayTime, number, short } from "../format.js";
 import { html, useEffect, useMemo, useRef, useState } from "../lib.js";
 import { lossSeries } from "../lossdata.js";
 import { markWords } from "../rollback.js";
 import { now, themeTurn } from "../store.js";
+import { trainingWords } from "../training.js";
 import { makeLossPlot } from "./lossplot.js";
-import { useWidth } from "./parts.js";
+import { Rich, useWidth } from "./parts.js";
 
 const RANGES = [
   ["All", null],
@@ -19,10 +21,11 @@ const TIP_PX = 190;
 export function LossPanel({ view }) {
   const [numLast, setNumLast] = useState(200);
   const [smoothing, setSmoothing] = useState(0.6);
-  const { versions, evaluations, run } = view;
+  const { versions, evaluations, run, training } = view;
+  const { second_stage_tokens: secondStageTokens } = training;
   const series = useMemo(
-    () => lossSeries(versions, evaluations, { numLast, smoothing }),
-    [versions, evaluations, numLast, smoothing],
+    () => lossSeries(versions, evaluations, { numLast, smoothing, secondStageTokens }),
+    [versions, evaluations, numLast, smoothing, secondStageTokens],
   );
   const isEmpty = [...series.train, ...series.held].every((value) => value === null);
   return html`
@@ -50,6 +53,7 @@ export function LossPanel({ view }) {
             appears after the first round.</p>`
           : html`<${Chart} view=${view} series=${series} />`
       }
+      <p class="key"><${Rich} parts=${trainingWords(training)} /></p>
     </section>
   `;
 }
@@ -115,14 +119,16 @@ function Chart({ view, series }) {
   `;
 }
 
-function inWords({ evaluations, run }, { rollbacks }) {
-  const backs = rollbacks.map((mark) => ` The run went ${markWords(mark)}.`).join("");
-  if (evaluations.length === 0) return `Training loss by weight version.${backs}`;
+function inWords({ evaluations, run }, { rollbacks, secondStage }) {
+  const backs = rollbacks.map((mark) => ` The run went ${markWords(mark)}.`);
+  const stage = secondStage === null ? "" : ` Second stage from v${secondStage} on.`;
+  const marks = stage + backs.join("");
+  if (evaluations.length === 0) return `Training loss by weight version.${marks}`;
   const last = evaluations.at(-1);
   const best = run.best_version === null ? "" : ` Best is v${run.best_version}.`;
   return (
     "Held-out and training loss by weight version. Held-out is " +
-    `${number(last.bits_per_byte, 3)} bits per byte at v${last.version}.${best}${backs}`
+    `${number(last.bits_per_byte, 3)} bits per byte at v${last.version}.${best}${marks}`
   );
 }
 

@@ -1,4 +1,4 @@
-// What is written onto the loss chart: gzip, rollbacks, the values at the line ends.
+// What is written onto the loss chart: gzip, marks, the values at the line ends.
 
 import { number } from "../format.js";
 import { markWords } from "../rollback.js";
@@ -29,14 +29,18 @@ export function drawGzip(plot, { gzip, series }, colours) {
   ctx.restore();
 }
 
-/** Draw a dotted line where the run went back, with its title; right of it if it fits. */
-export function drawRollbacks(plot, { series }, colours) {
+/**
+ * Draw a dotted line where the run went back, and where the second stage begins.
+ *
+ * With its title; right of it if it fits.
+ */
+export function drawMarks(plot, { series }, colours) {
   const { ctx, bbox } = plot;
   ctx.save();
   ctx.font = canvasFont(400);
   ctx.textBaseline = "top";
-  for (const mark of series.rollbacks) {
-    const x = Math.round(plot.valToPos(mark.version, "x", true));
+  for (const [version, words] of marks(series)) {
+    const x = Math.round(plot.valToPos(version, "x", true));
     ctx.strokeStyle = colours["text-3"];
     ctx.lineWidth = devicePixelRatio;
     ctx.setLineDash([devicePixelRatio, 3 * devicePixelRatio]);
@@ -44,7 +48,6 @@ export function drawRollbacks(plot, { series }, colours) {
     ctx.moveTo(x, bbox.top);
     ctx.lineTo(x, bbox.top + bbox.height);
     ctx.stroke();
-    const words = markWords(mark);
     const gap = 4 * devicePixelRatio;
     const fits = x + gap + ctx.measureText(words).width < bbox.left + bbox.width;
     ctx.textAlign = fits ? "left" : "right";
@@ -52,6 +55,11 @@ export function drawRollbacks(plot, { series }, colours) {
     write(ctx, words, fits ? x + gap : x - gap, bbox.top, colours);
   }
   ctx.restore();
+}
+
+function marks({ rollbacks, secondStage }) {
+  const backs = rollbacks.map((mark) => [mark.version, markWords(mark)]);
+  return secondStage === null ? backs : [[secondStage, "second stage"], ...backs];
 }
 
 // How far the curves stay from the words, if these stand at that end of the line.

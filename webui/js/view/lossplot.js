@@ -7,7 +7,7 @@ import { readColours } from "../colours.js";
 import { number } from "../format.js";
 import { uPlot } from "../lib.js";
 import { niceTicks, yRange } from "../lossdata.js";
-import { FONT_PX, drawEnds, drawGzip, drawRollbacks } from "./lossdraw.js";
+import { FONT_PX, drawEnds, drawGzip, drawMarks } from "./lossdraw.js";
 
 const HEIGHT_PX = 236;
 const NARROW_PX = 520;
@@ -94,7 +94,7 @@ function options(width, data, colours, onPoint) {
     hooks: {
       drawClear: [
         (plot) => drawGzip(plot, data(), colours()),
-        (plot) => drawRollbacks(plot, data(), colours()),
+        (plot) => drawMarks(plot, data(), colours()),
       ],
       draw: [(plot) => drawEnds(plot, data(), colours())],
       setCursor: [({ cursor }) => onPoint(cursor.idx ?? null, cursor.left)],

@@ -6,12 +6,9 @@ import { layOutRound } from "../lanes.js";
 import { fleet, now } from "../store.js";
 import { share } from "./parts.js";
 
-/** What workers send, by the kind of the round. */
-const KINDS = { delta: "weight differences", gradient: "mean gradients" };
-
 /** Draw the panel. */
 export function RoundPanel() {
-  const { round, workers } = fleet.value.view;
+  const { round, training, workers } = fleet.value.view;
   if (round === null) {
     return html`
       <section class="panel"><header><h2>Round</h2></header>
@@ -23,7 +20,7 @@ export function RoundPanel() {
     <section class="panel round">
       <header>
         <h2>Round ${round.round_id} <span>on v${round.base_version}</span></h2>
-        <div class="tools">${standing(round, laid)}</div>
+        <div class="tools">${standing(round, training, laid)}</div>
       </header>
       ${
         round.lanes.length === 0
@@ -35,8 +32,8 @@ export function RoundPanel() {
   `;
 }
 
-function standing(round, { numBack, leftS }) {
-  if (round.aggregation === "per-arrival") return "each submission makes a version";
+function standing(round, { aggregation }, { numBack, leftS }) {
+  if (aggregation === "per-arrival") return "each submission makes a version";
   if (round.state === "closing") return "all back, the step is computed";
   if (round.lanes.length === 0) return "";
   return html`
@@ -75,7 +72,6 @@ function Lanes({ round, laid }) {
     <p class="key">
       ${hidden && html`Not listed: ${hidden}. `}Solid: back. Outline: computing. Tick:
       forecast. Hatch: late. Dotted: ${duration(round.round_s)}, what a task should take. ${round.round_reason}
-      Sent up: ${KINDS[round.round_kind]}, ${round.codec}; down: ${round.broadcast === "exact" ? "whole versions" : `${round.broadcast} links`}.
     </p>
   `;
 }
