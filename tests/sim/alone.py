@@ -6,7 +6,8 @@ recipes of one worker are trained side by side, as replicas of one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 
 import msgspec
 import numpy as np
@@ -85,6 +86,24 @@ def windows_within(seconds: float, net: Net, setting: Setting) -> int:
     )
     mean_jitter = 1 + setting.jitter / 2
     return int(seconds / ((1 / speed + adamw_s) * mean_jitter))
+
+
+def numbers_of(plans: Sequence[Mapping[str, object]]) -> str:
+    """Return all that these plans tell an optimiser along a run, at 67 places of it.
+
+    The run has 1,000 windows: a plan gives the same numbers along a longer one.
+    """
+    num_windows, places = 1000, range(0, 1001, 15)
+    told = [
+        (
+            hyper_parameters(plan, tokens_accepted=at * SEQ_LEN, task_tokens=0),
+            astuple(step_sizes(plan, tokens_before=at * SEQ_LEN, tokens=1, step=at)),
+            plan.clip_norm,
+        )
+        for plan in (plan_for(num_windows, **fields) for fields in plans)
+        for at in places
+    ]
+    return msgspec.json.encode(told).decode()
 
 
 def plan_for(num_windows: int, **fields: object) -> TrainingPlan:

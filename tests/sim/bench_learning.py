@@ -21,7 +21,13 @@ from typing import Any, Final
 import torch
 
 from bitnet_ext.wire.verdicts import RoundKind
-from tests.sim.alone import alone, alone_by_muon, plan_for, windows_within
+from tests.sim.alone import (
+    alone,
+    alone_by_muon,
+    numbers_of,
+    plan_for,
+    windows_within,
+)
 from tests.sim.fleet import Fleet, Recipe
 from tests.sim.net import SEQ_LEN, Net, Shape
 from tests.sim.results import (
@@ -232,7 +238,8 @@ class Grid:
             some = points[start : start + self._num_together]
             plans = [{"beta2": beta, "learning_rate": rate} for beta, rate in some]
             arguments = {**self._same, "plans": plans}
-            job = Job(self._name, self._act, arguments, self._code)
+            numbers = numbers_of(plans)
+            job = Job(self._name, self._act, arguments, self._code, numbers)
             self._waiting.append((some, self._submit(job)))
 
     def losses(self) -> dict[Point, float]:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[2]
-#: The code that decides what one worker alone gives,
+#: The code that decides what one worker alone gives. Of plans the numbers decide
+#: (`Job.numbers`), which hardly ever change, not their code, which often does;
 ALONE_CODE: Final = (
     *(f"tests/sim/{name}.py" for name in ("net", "text", "steps", "alone")),
     "bitnet_ext/fused.py",
     "bitnet_ext/kernels_fused*",
     "bitnet_ext/layout.py",
     "coordinator/domain/initial.py",
-    "coordinator/domain/plan.py",
 )
 #: what the fastest alone gives in the time of a fleet,
 WALLTIME_CODE: Final = (*ALONE_CODE, "tests/sim/setting.py")
@@ -51,11 +51,14 @@ class Job:
     act: Callable[..., Result]
     arguments: dict[str, Any]
     code: tuple[str, ...] = CODE
+    #: What else the result depends on.
+    numbers: str = ""
 
     def file_name(self) -> str:
         """Return the name of its result: another for another code or argument."""
         text = json.dumps(self.arguments, sort_keys=True, default=str)
-        digest = hashlib.sha256(f"{digest_of(self.code)}{self.name}{text}".encode())
+        made_of = f"{digest_of(self.code)}{self.numbers}{self.name}{text}"
+        digest = hashlib.sha256(made_of.encode())
         return f"{self.name}-{digest.hexdigest()[:12]}.json"
 
 

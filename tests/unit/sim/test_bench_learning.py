@@ -6,6 +6,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from tests.sim.alone import numbers_of
 from tests.sim.bench_learning import STUDIES, Grid, _named, gap
 from tests.sim.results import (
     ALONE_CODE,
@@ -13,6 +14,7 @@ from tests.sim.results import (
     PARALLEL_CODE,
     ROOT,
     WALLTIME_CODE,
+    Job,
 )
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -81,3 +83,24 @@ def test_a_gap_is_in_percent_of_what_it_is_compared_with():
 def test_every_file_that_a_result_goes_by_is_there(code):
     for pattern in code:
         assert list(ROOT.glob(pattern)), pattern
+
+
+def test_of_a_plan_only_what_an_optimiser_is_told_counts():
+    plan = {"learning_rate": 2e-3, "beta2": 0.99}
+
+    assert numbers_of([plan]) == numbers_of([plan | {"round_s": 5.0}])
+    for field, value in (
+        ("learning_rate", 1e-3),
+        ("beta2", 0.95),
+        ("second_stage_at", 0.6),
+        ("outer_momentum", 0.7),
+        ("clip_norm", 2.0),
+    ):
+        assert numbers_of([plan]) != numbers_of([plan | {field: value}]), field
+
+
+def test_a_result_goes_by_the_numbers_that_it_was_made_of():
+    jobs = [Job("a", dict, {}, numbers=numbers) for numbers in ("1", "1", "2")]
+    first, again, other = [job.file_name() for job in jobs]
+
+    assert first == again != other
