@@ -101,7 +101,7 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     codec: Annotated[str, _one_of(CODECS)] = "int8"
     #: What workers download: `exact` for whole versions that equal the master weights,
     #: else the codec of the links between versions.
-    broadcast: Annotated[str, _one_of(BROADCASTS)] = EXACT
+    broadcast: Annotated[str, _one_of(BROADCASTS)] = "int8"
     #: Every n-th version is scored on the held-out shard.
     evaluate_every: Count = 10
 

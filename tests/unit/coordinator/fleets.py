@@ -24,6 +24,7 @@ from bitnet_ext.frames import FrameHeader, FrameKind, encode_frame
 from bitnet_ext.layout import ModelShape, layout_hash, num_params, shape_to_json
 from bitnet_ext.wire import PROTOCOL_VERSION
 from bitnet_ext.wire.messages import (
+    EXACT,
     ClaimRequest,
     EvaluationAnswer,
     EvaluationRequest,
@@ -88,7 +89,9 @@ SHAPE = ModelShape(
 )
 NUM_PARAMS = num_params(SHAPE)
 #: A batch is 16 tokens, a probe 64; frames are fp32, so that sums are exact.
-PLAN = TrainingPlan(batch_size=2, round_s=60.0, codec="fp32", evaluate_every=10)
+PLAN = TrainingPlan(
+    batch_size=2, round_s=60.0, codec="fp32", broadcast=EXACT, evaluate_every=10
+)
 SECRET = b"s" * 32
 
 

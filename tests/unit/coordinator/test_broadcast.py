@@ -15,7 +15,7 @@ from coordinator.service.own_files import look_after
 from coordinator.service.serving import open_weights
 from coordinator.service.starting import reconcile
 from coordinator.service.version_blobs import read_published
-from coordinator.store import runs, versions
+from coordinator.store import versions
 from coordinator.store.blobs import BlobKind, version_blob
 from tests.fakes import MadeToFailError
 from tests.unit.coordinator.fleets import NUM_PARAMS, PLAN, SHAPE, World, open_world
@@ -281,17 +281,3 @@ def test_a_link_that_no_version_names_is_removed_at_the_start(chained: World):
     reconcile(chained.fleet)
 
     assert chained.fleet.blobs.names(BlobKind.LINK) == [version_blob(2)]
-
-
-def test_a_plan_from_before_there_were_links_is_exact(running: World):
-    plan = msgspec.json.decode(running.run_row().plan_json)
-    del plan["broadcast"]
-    running.write(
-        lambda c: runs.change_run(
-            c, "r-1", plan_json=msgspec.json.encode(plan).decode()
-        )
-    )
-
-    train(running, 1)
-
-    assert running.fleet.blobs.names(BlobKind.LINK) == []

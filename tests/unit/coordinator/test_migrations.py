@@ -11,6 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, inspect, text
 
+from bitnet_ext.wire.messages import EXACT
 from bitnet_ext.wire.verdicts import Optimiser
 from coordinator.domain.errors import StartError
 from coordinator.domain.plan import TrainingPlan
@@ -181,8 +182,32 @@ def test_runs_of_before_go_on_with_adamw(tmp_path):
     engine.dispose()
     assert run_plan == its_plan
     plan = msgspec.json.decode(run_plan, type=TrainingPlan)
-    assert plan == TrainingPlan(local_optimiser=Optimiser.ADAMW, learning_rate=0.25)
+    assert plan == TrainingPlan(
+        local_optimiser=Optimiser.ADAMW, broadcast=EXACT, learning_rate=0.25
+    )
     assert TrainingPlan().local_optimiser is Optimiser.MUON
+
+
+def test_plans_from_before_there_were_links_are_exact_and_others_stay(tmp_path):
+    engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    with engine.begin() as connection:
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0014")
+        for run_id, plan in (("old", "{}"), ("links", '{"broadcast":"ternary"}')):
+            of = {"run_id": run_id, "plan_json": plan, "state": "running"}
+            _insert(connection, "runs", of)
+
+        migrate(connection)
+
+        found = connection.execute(text("SELECT run_id, plan_json FROM runs"))
+        plans = {
+            run_id: msgspec.json.decode(plan, type=TrainingPlan).broadcast
+            for run_id, plan in found
+        }
+    engine.dispose()
+    assert plans == {"old": EXACT, "links": "ternary"}
+    assert TrainingPlan().broadcast == "int8"
 
 
 def test_versions_that_events_call_damaged_are_so(tmp_path):
