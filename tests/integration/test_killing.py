@@ -24,6 +24,7 @@ from coordinator.app import DATABASE_NAME
 from coordinator.control import Seed, SetPlan
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import Manifest
+from coordinator.service.broadcast import publication
 from coordinator.service.stepping import Closing, next_state
 from coordinator.service.version_blobs import VersionBlobs, first_state, write_version
 from coordinator.store import rounds, runs, versions
@@ -53,7 +54,7 @@ SETTINGS = {
 MAY_TRAIN_INVENTED_TEXT = {"BITNET_ALLOW_SYNTHETIC_SHARDS": "true"}
 WAIT_S = 240.0
 #: What the run trains by from the middle on.
-CHANGE = {"learning_rate": "0.01", "outer_momentum": "0.5"}
+CHANGE = {"learning_rate": "0.01", "outer_momentum": "0.5", "broadcast": "ternary"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,14 @@ def replay(journal: Journal, data: Path, fresh: Path) -> Iterator[VersionBlobs]:
         closing = closing_of(journal, row, before)
         after = next_state(payloads, closing, state, None)
         assert after is not None
-        yield write_version(made, after, layout)
+        sent = publication(
+            made,
+            after,
+            base_version=before.version,
+            known=None,
+            broadcast=closing.plan.broadcast,
+        )
+        yield write_version(made, after, layout, sent)
         state = after
 
 

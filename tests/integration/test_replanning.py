@@ -19,7 +19,7 @@ from tests.integration.fleet import (
 )
 from tests.integration.test_chain import Holder, train
 
-SETTINGS = {"EVALUATE_EVERY": 1000, "HEARTBEAT_S": 60, "SEED": 7}
+SETTINGS = {"BROADCAST": "exact", "EVALUATE_EVERY": 1000, "HEARTBEAT_S": 60, "SEED": 7}
 
 
 def test_each_version_comes_as_it_was_published_over_a_kill(tmp_path: Path) -> None:

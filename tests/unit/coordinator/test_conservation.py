@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Connection, func, select, text
 
+from bitnet_ext.codecs import Codec
 from bitnet_ext.wire.messages import Task
 from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskState
 from coordinator.domain.accounting import Fate
@@ -34,6 +35,7 @@ from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import Aggregation, TrainingPlan
 from coordinator.service.closing import RoundCloser
 from coordinator.service.grace import extend_leases
+from coordinator.service.replanning import set_plan
 from coordinator.service.returning import sweep_leases
 from coordinator.service.starting import reconcile
 from coordinator.service.sweeping import keep_clock
@@ -73,7 +75,13 @@ PLANS = [
 #: What a submission holds, everywhere: mostly what is fine, now and then what a guard
 #: leaves out (too large, zeros, against all others), or what no step survives.
 VALUES = [*[1e-3] * 6, 1.0, 0.0, -1e-3, 3e38]
+MOST_OF_INT8 = 1e32
 SOME_VALUES = st.lists(st.sampled_from(VALUES), min_size=1, max_size=len(NAMES))
+#: What may be asked of the plan: what it is, and another.
+WORDS = [
+    {"batch_size": "2", "codec": "fp32", "round_s": "20"},
+    {"batch_size": "3", "codec": "int8", "round_s": "9"},
+]
 AFTER_S = st.sampled_from([0.1, 5.0, 15.0, 40.0])
 WHICH = st.integers(0, len(NAMES) - 1)
 STATES = Path(__file__).parents[3] / "docs" / "states.md"
@@ -271,7 +279,9 @@ class Histories(RuleBasedStateMachine):
             task = self.held.pop(name)
             trained = half_of(task) if in_part else {}
             meta = self.world.meta(task, name, **trained)
-            sent = body(meta, frame(task, value))
+            codec = Codec(task.codec)
+            held = value if codec is Codec.FP32 else min(value, MOST_OF_INT8)
+            sent = body(meta, frame(task, held, codec=codec))
             if self.per_arrival:
                 self.make_way(sent)
             if not self.is_late("submission", lambda sent=sent: self.world.send(sent)):
@@ -335,6 +345,13 @@ class Histories(RuleBasedStateMachine):
         """Let an operator do something about a worker, where it makes sense."""
         with suppress(RefusedError):
             self.world.do(act(self.world.fleet, name))
+
+    @rule(words=st.sampled_from(WORDS))
+    def replan(self, words: dict[str, str]) -> None:
+        """Ask for another plan, or take that back; nobody is refused for it."""
+        self.claim(NAMES, 2)
+        found = self.world.do(set_plan(self.world.fleet, words))
+        self.happened["asked while a round is on its way"] += not found.at_once
 
     @rule()
     def kick_all(self) -> None:
@@ -406,6 +423,8 @@ DUE = {
     "lease.failed",
     "lease.late",
     "version.published",
+    "plan.adopted",
+    "asked while a round is on its way",
     "submission too late",
     "return too late",
     "given-back work divided",
@@ -426,7 +445,7 @@ def test_every_token_of_an_epoch_is_accounted_for_once() -> None:
     run_state_machine_as_test(
         lambda: Histories(happened),
         settings=settings(
-            max_examples=60,
+            max_examples=80,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,
