@@ -25,6 +25,7 @@ SETTINGS = {
     "LEARNING_RATE": RATE,
     "WARMUP_TOKENS": WARMUP,
     "EVALUATE_EVERY": 10**6,
+    "BROADCAST": "exact",
     "SEED": 7,
 }
 PLAN = TrainingPlan(

@@ -28,6 +28,7 @@ PLAIN = {
     "WARMUP_TOKENS": 0,
     "LEARNING_RATE": 1e-3,
     "EVALUATE_EVERY": 1000,
+    "BROADCAST": "exact",
 }
 RATE = 5e-3
 GRADIENTS = {
