@@ -49,8 +49,10 @@ class FrameKind(StrEnum):
     GRADIENT_STATE = "gradient_state"
     #: A published version minus the one before it, as coded: n elements.
     LINK = "link"
-    #: What a worker's codec rounded away: n elements; stays on its disk.
+    #: What a worker's codec rounded away of deltas: n elements; stays on its disk.
     RESIDUAL = "residual"
+    #: The same of gradients.
+    GRADIENT_RESIDUAL = "gradient_residual"
     #: Both moments of AdamW, then steps by segment: 2n + s elements; as the residual.
     MOMENTS = "moments"
 
@@ -69,6 +71,7 @@ _KIND_NUMBERS: Final = {
     FrameKind.LINK: 6,
     FrameKind.RESIDUAL: 7,
     FrameKind.MOMENTS: 8,
+    FrameKind.GRADIENT_RESIDUAL: 9,
 }
 _KINDS: Final = {number: kind for kind, number in _KIND_NUMBERS.items()}
 _CODECS: Final = {codec.number: codec for codec in Codec}

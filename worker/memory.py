@@ -7,7 +7,9 @@ lost, refused or given back leaves no trace, so its update can be trained again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,11 +17,19 @@ from numpy.typing import NDArray
 
 from bitnet_ext.frames import FrameKind
 from bitnet_ext.layout import ModelShape, num_params, segments
+from bitnet_ext.wire.verdicts import RoundKind
 from worker.registration import Run
 from worker.shelf import Kept, Owner, Shelf
 from worker.train import Moments
 
 log = logging.getLogger(__name__)
+
+#: How the residual of each kind of round is kept, at most one of them. A process that
+#: is killed while it puts one in place of the other leaves the right one, or none.
+_RESIDUALS: Final[Mapping[RoundKind, FrameKind]] = {
+    RoundKind.DELTA: FrameKind.RESIDUAL,
+    RoundKind.GRADIENT: FrameKind.GRADIENT_RESIDUAL,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,15 @@ class Learned:
     moments: Moments | None
     #: What the codec rounded away; part of the next payload. None: nothing.
     residual: NDArray[np.float32] | None
+    #: Of the payload that this is the rest of.
+    round_kind: RoundKind
+
+    def residual_for(self, round_kind: RoundKind) -> NDArray[np.float32] | None:
+        """Return what is part of the next payload, where that is of this kind.
+
+        A gradient is no difference of weights, so neither is what is left of it.
+        """
+        return self.residual if round_kind is self.round_kind else None
 
 
 class Memory:
@@ -56,16 +75,17 @@ class Memory:
         owner = Owner(run.run_id, run.layout_hash)
         self._owner, self._learned = owner, learned
         residual, moments = learned.residual, learned.moments
-        self._shelf.put(
-            owner, FrameKind.RESIDUAL, None if residual is None else Kept(residual)
-        )
+        kept = None if residual is None else Kept(residual)
+        for round_kind, kind in _RESIDUALS.items():
+            is_its = round_kind is learned.round_kind
+            self._shelf.put(owner, kind, kept if is_its else None)
         self._shelf.put(
             owner, FrameKind.MOMENTS, None if moments is None else Kept(_flat(moments))
         )
 
     def _read(self, owner: Owner, shape: ModelShape) -> Learned | None:
         size = num_params(shape)
-        residual = self._shelf.get(owner, FrameKind.RESIDUAL, size)
+        round_kind, residual = self._read_residual(owner, size)
         flat = self._shelf.get(
             owner, FrameKind.MOMENTS, 2 * size + len(segments(shape))
         )
@@ -81,7 +101,15 @@ class Memory:
         return Learned(
             None if flat is None else _moments(flat.vector, size),
             None if residual is None else residual.vector,
+            round_kind,
         )
+
+    def _read_residual(self, owner: Owner, size: int) -> tuple[RoundKind, Kept | None]:
+        for round_kind, kind in _RESIDUALS.items():
+            kept = self._shelf.get(owner, kind, size)
+            if kept is not None:
+                return round_kind, kept
+        return RoundKind.DELTA, None
 
 
 def _flat(moments: Moments) -> NDArray[np.float32]:

@@ -307,7 +307,9 @@ def _encode(
     """Return the frame of a result, and what to remember once it is accepted."""
     try:
         payload, residual = encode_with_feedback(
-            codec, result.pseudo_gradient, known.residual if known else None
+            codec,
+            result.pseudo_gradient,
+            known.residual_for(task.round_kind) if known else None,
         )
     except PayloadError as error:
         raise TaskError(
@@ -320,7 +322,8 @@ def _encode(
         version=task.base_version,
         num_elements=len(result.pseudo_gradient),
     )
-    return encode_frame(header, payload), Learned(result.moments, residual)
+    learned = Learned(result.moments, residual, task.round_kind)
+    return encode_frame(header, payload), learned
 
 
 def _log_submission(meta: SubmissionMeta, state: SubmissionState) -> None:

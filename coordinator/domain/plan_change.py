@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain.plan import TrainingPlan, scheduled
 from coordinator.domain.plan_words import (
     BUDGET,
@@ -24,8 +25,12 @@ from coordinator.domain.plan_words import (
 
 #: What stays as it is for a whole run, and why.
 FIXED: Final[Mapping[str, str]] = {
-    "round_kind": "the two kinds keep other optimiser states",
     "aggregation": "what is out was claimed for rounds of the other kind",
+}
+#: The learning rate that is usual for rounds of a kind.
+USUAL_RATES: Final[Mapping[RoundKind, float]] = {
+    RoundKind.DELTA: 2e-3,
+    RoundKind.GRADIENT: 2e-2,
 }
 #: What may change, by name.
 CHANGEABLE: Final = tuple(
@@ -66,6 +71,7 @@ def planned(
     """
     for name, word in words.items():
         _check(name, word, in_force.plan)
+    _check_rate(words, asked.plan)
     budget = asked.token_budget
     if BUDGET in words:
         budget = _budget(words[BUDGET], tokens_accepted)
@@ -108,6 +114,20 @@ def _check(name: str, word: str, plan: TrainingPlan) -> None:
         raise WordError(
             name, f" can't be set in a run; there are {', '.join(CHANGEABLE)}"
         )
+
+
+def _check_rate(words: Mapping[str, str], plan: TrainingPlan) -> None:
+    """Refuse another kind of round at the rate of the kind before, ten times off."""
+    kind = words.get("round_kind", plan.round_kind)
+    check_choice("round_kind", kind)
+    if kind == plan.round_kind or "learning_rate" in words:
+        return
+    usual = ", ".join(f"{rate:g} for {one}" for one, rate in USUAL_RATES.items())
+    raise WordError(
+        "round_kind",
+        f"={kind} needs learning_rate=RATE in the same command: usual are {usual}, "
+        f"and it is {plan.learning_rate:g}",
+    )
 
 
 def _budget(word: str, tokens_accepted: int) -> int:

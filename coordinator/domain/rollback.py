@@ -105,14 +105,21 @@ def num_in_vain(best: int, rollbacks: Sequence[Rollback]) -> int:
     return count
 
 
-def num_steps(version: int, root_version: int, rollbacks: Sequence[Rollback]) -> int:
-    """Return how many steps lead from the root to the state of a version.
+def num_steps(
+    version: int,
+    root_version: int,
+    rollbacks: Sequence[Rollback],
+    of_other_kind: Sequence[int] = (),
+) -> int:
+    """Return how many steps of one kind in a row lead to the state of a version.
 
     Every version of a run is one step more than the one before, but for its root and
-    for those that are earlier ones again. `rollbacks` are in order.
+    for those that are earlier ones again. `of_other_kind` are the versions that a step
+    of the other kind has made: none counts up to there. Both are in order.
     """
+    last = max((n for n in of_other_kind if n <= version), default=root_version)
     for each in reversed(rollbacks):
-        if each.version <= version:
-            steps = num_steps(each.to, root_version, rollbacks)
+        if last < each.version <= version:
+            steps = num_steps(each.to, root_version, rollbacks, of_other_kind)
             return steps + version - each.version
-    return version - root_version
+    return version - last

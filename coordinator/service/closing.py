@@ -25,7 +25,7 @@ from coordinator.service.bookkeeping import book_merge
 from coordinator.service.broadcast import publication
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
-from coordinator.service.judging import Judged, give_tokens_back, judge_round, record
+from coordinator.service.judging import Judged, judge_round, leave_all_out, record
 from coordinator.service.lines import rollbacks_of
 from coordinator.service.pacing import measure_round, open_next
 from coordinator.service.pruning import prune_versions
@@ -194,6 +194,9 @@ def _find(connection: Connection) -> Closing | None:
     base = versions.find_version(connection, live.base_version)
     submissions = rounds.accepted_in_round(connection, live.round_id)
     bases = {row.base_version for row in submissions}
+    of_other_kind = versions.of_other_kind(
+        connection, run.run_id, plan_of(run).round_kind
+    )
     earlier = sorted(bases - {live.base_version})
     return Closing(
         run=run,
@@ -204,8 +207,12 @@ def _find(connection: Connection) -> Closing | None:
         tokens_before=base.tokens_total if base else 0,
         tokens_behind=versions.tokens_behind(connection, bases),
         recent_sizes=rounds.recent_sizes(
-            connection, run.run_id, newest=guards.NUM_RECENT
+            connection,
+            run.run_id,
+            after=max(of_other_kind, default=0),
+            newest=guards.NUM_RECENT,
         ),
+        of_other_kind=of_other_kind,
         rollbacks=rollbacks_of(connection, run.run_id),
     )
 
@@ -306,10 +313,13 @@ def _open_next(
 def _filter(connection: Connection, fleet: Fleet, closing: Closing, now: float) -> None:
     """Leave every submission of the round out; the round starts over."""
     live, reason = closing.live, "not finite after the step"
-    rounds.filter_submissions(connection, live.round_id, reason)
-    book_merge(connection, closing.submissions, Fate.FILTERED)
-    give_tokens_back(
-        connection, closing.submissions, reason=reason, now=now, rng=fleet.rng
+    leave_all_out(
+        connection,
+        closing.submissions,
+        round_id=live.round_id,
+        reason=reason,
+        now=now,
+        rng=fleet.rng,
     )
     rounds.void_claims(connection, live.round_id)
     tasks.forgive_returns(connection, live.round_id)

@@ -127,6 +127,21 @@ def record(connection: Connection, judged: Judged, *, now: float, rng: Rng) -> N
             _leave_out(connection, row, candidate, ruling, now, rng)
 
 
+def leave_all_out(
+    connection: Connection,
+    rows: Sequence[SubmissionRow],
+    *,
+    round_id: int,
+    reason: str,
+    now: float,
+    rng: Rng,
+) -> None:
+    """Leave all that a round would have merged out; its tokens go back."""
+    rounds.filter_submissions(connection, round_id, reason)
+    book_merge(connection, rows, Fate.FILTERED)
+    give_tokens_back(connection, rows, reason=reason, now=now, rng=rng)
+
+
 def give_tokens_back(
     connection: Connection,
     rows: Iterable[SubmissionRow],

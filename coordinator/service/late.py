@@ -23,7 +23,7 @@ from coordinator.domain.throughput import waited_s
 from coordinator.service.bookkeeping import measure
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.returning import expire_overdue, held_task, ring
-from coordinator.service.roster import plan_of
+from coordinator.service.roster import plan_from, plan_of
 from coordinator.service.seeding import budget_left
 from coordinator.store import rounds, tallies, tasks, versions, workers
 from coordinator.store.rows import ClaimRow, RoundRow, RunRow, TaskRow
@@ -67,6 +67,8 @@ def _late_task(
     if not _may_join(run, live, began) or not _fits_budget(connection, run, task):
         return None
     if _is_of_an_old_line(connection, run, began):
+        return None
+    if _is_of_other_kind(connection, run, began):
         return None
     if live.state != "open":
         raise round_closing(live)
@@ -129,6 +131,12 @@ def _is_of_an_old_line(connection: Connection, run: RunRow, began: RoundRow) -> 
     if run.roll_back_to is not None:
         return live is None or began.round_id != live.round_id
     return bool(made) and began.base_version < made[-1].version
+
+
+def _is_of_other_kind(connection: Connection, run: RunRow, began: RoundRow) -> bool:
+    """Return whether the rounds of the run are of another kind by now."""
+    made_by = plan_from(connection, run, began.base_version)
+    return made_by.round_kind is not plan_of(run).round_kind
 
 
 def _fits_budget(connection: Connection, run: RunRow, task: TaskRow) -> bool:

@@ -67,11 +67,22 @@ def next_round_s(connection: Connection, run: RunRow, live: RoundRow) -> float:
 
 
 def recently_measured(connection: Connection, run: RunRow) -> list[Measured]:
-    """Return what the newest closed rounds took, oldest first."""
+    """Return what the newest closed rounds took, oldest first.
+
+    Those of the other kind do not count: their steps and tasks are others.
+    """
     # The open one comes on top.
     newest = rounds.newest_rounds(connection, run.run_id, round_time.NUM_ROUNDS + 1)
+    of_other_kind = versions.of_other_kind(
+        connection,
+        run.run_id,
+        plan_of(run).round_kind,
+        since=newest[0].base_version if newest else 0,
+    )
     return [
         Measured(overhead_s=row.overhead_s, shortest_s=row.shortest_s)
         for row in newest
-        if row.overhead_s is not None and row.shortest_s is not None
+        if row.overhead_s is not None
+        and row.shortest_s is not None
+        and row.version not in of_other_kind
     ]

@@ -25,6 +25,7 @@ from coordinator.domain.plan import TrainingPlan, learning_rate_at
 from coordinator.domain.plan_change import Change, Planned, differences, planned, told
 from coordinator.domain.plan_words import BUDGET, WordError
 from coordinator.service.fleet import FINISHED, RUNNING, Fleet
+from coordinator.service.judging import leave_all_out
 from coordinator.service.pacing import next_round_s
 from coordinator.service.roster import plan_of
 from coordinator.service.seeding import add_epoch_if_done, budget_left, is_over
@@ -189,12 +190,22 @@ def _adopt_in_round(
 ) -> RunRow:
     """Adopt what waits in a round that nobody works in, and do what follows from it.
 
-    What was claimed there before comes too late: it is of another plan.
+    What was claimed there before comes too late: it is of another plan. What came late
+    from earlier rounds is left out where it is of the other kind.
     """
     names = {change.name for change in changes_ahead(run)}
     run = adopt_plan(connection, run, version=live.base_version, now=now)
     if names:
         rounds.forget_leases(connection, live.round_id)
+    if "round_kind" in names:
+        leave_all_out(
+            connection,
+            rounds.accepted_in_round(connection, live.round_id),
+            round_id=live.round_id,
+            reason="its round has become one of the other kind",
+            now=now,
+            rng=fleet.rng,
+        )
     if names & _ROUND_TIME:
         round_s = next_round_s(connection, run, live)
         rounds.change_round(connection, live.round_id, round_s=round_s)

@@ -1,8 +1,10 @@
 """From the submissions of a round to the next server state; blocking, off the loop.
 
-The state is a function of the state before, the payloads in their order, the plan and
-the tokens before the round: so a round that is closed again, or replayed, gives the
-same bytes, on every CPU and for every number of threads.
+The state is a function of the state before, the payloads in their order, the plan, the
+tokens before the round and, in gradient rounds, how many such steps there were. Of a
+state of the other kind the weights alone count: what one kind of step remembers is of
+no use to the other. So a round that is closed again, or replayed, gives the same bytes,
+on every CPU and for every number of threads.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
+import numpy as np
 
 from bitnet_ext.codecs import Vector
-from bitnet_ext.frames import FrameError, decode_frame
+from bitnet_ext.frames import decode_frame
 from bitnet_ext.layout import segments, shape_from_json
 from bitnet_ext.outer import Part
 from bitnet_ext.wire.verdicts import RoundKind
@@ -44,12 +47,15 @@ class Closing:
     #: Tokens behind the versions that submissions were made from; at least where these
     #: are earlier ones.
     tokens_behind: Mapping[int, int] = field(default_factory=dict)
-    #: Sizes of the submissions that were applied last (`coordinator.domain.guards`).
+    #: Sizes of the submissions that were applied last (`coordinator.domain.guards`),
+    #: since the run has had rounds of this kind.
     recent_sizes: Sequence[float] = ()
     #: By base version: the plans of what was made for a version before the base.
     earlier_plans: Mapping[int, TrainingPlan] = field(default_factory=dict)
     #: Of the run so far, in order.
     rollbacks: Sequence[Rollback] = ()
+    #: The versions of the run that rounds of the other kind have made, in order.
+    of_other_kind: Sequence[int] = ()
     #: Of the numbers of each submission, once the guards have ruled.
     factors: Sequence[float] = ()
     #: What the submissions add up to, where the guards have added up just that.
@@ -102,34 +108,39 @@ def _after_outer_step(
 ) -> ServerState | None:
     if spare is None or spare.weights.shape != base.weights.shape:
         spare = ServerState.empty(len(base.weights))
+    # After a gradient step there is no momentum of outer steps.
+    is_its = base.square is None
+    momentum = base.momentum if is_its else np.zeros_like(base.weights)
     is_finite = outer_step(
-        (base.weights, base.momentum),
+        (base.weights, momentum),
         parts,
         (spare.weights, spare.momentum),
         rate=closing.plan.outer_rate,
         decay=closing.plan.outer_momentum,
         mean=closing.mean,
     )
-    return replace(spare, version=closing.version) if is_finite else None
+    # The memory may be of a state of the other kind.
+    return replace(spare, version=closing.version, square=None) if is_finite else None
 
 
 def _after_gradient_step(
     closing: Closing, base: ServerState, parts: Iterator[Part]
 ) -> ServerState | None:
-    if base.square is None:
-        raise FrameError(f"the state of version {base.version} has no mean of squares")
-    before = OptimiserState(
-        weights=base.weights, momentum=base.momentum, square=base.square
-    )
     sizes = step_sizes(
         closing.plan,
         tokens_before=closing.tokens_before,
         tokens=closing.tokens,
-        step=1 + num_steps(base.version, closing.run.root_version, closing.rollbacks),
+        step=1
+        + num_steps(
+            base.version,
+            closing.run.root_version,
+            closing.rollbacks,
+            closing.of_other_kind,
+        ),
     )
     shape = shape_from_json(msgspec.json.decode(closing.run.model_json))
     after = merged_step(
-        before,
+        _before_gradient_step(base),
         parts,
         segments(shape),
         sizes,
@@ -144,6 +155,14 @@ def _after_gradient_step(
         momentum=after.momentum,
         square=after.square,
     )
+
+
+def _before_gradient_step(base: ServerState) -> OptimiserState:
+    """Return what a gradient step goes on from: after an outer step weights alone."""
+    momentum, square = base.momentum, base.square
+    if square is None:
+        momentum = square = np.zeros_like(base.weights)
+    return OptimiserState(weights=base.weights, momentum=momentum, square=square)
 
 
 def num_cores() -> int:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain.plan import learning_rate_at, weight_decay_at
 from coordinator.domain.stages import constant_reason, second_stage_begins, stage_at
-from coordinator.service.roster import plan_of
+from coordinator.service.roster import plan_from, plan_of
 from coordinator.service.view import LastRoundView, TrainingView
 from coordinator.store import rounds
 from coordinator.store.rows import RunRow
@@ -33,16 +33,16 @@ def training_view(connection: Connection, run: RunRow) -> TrainingView:
         weight_decay=weight_decay_at(plan, tokens),
         codec=plan.codec,
         broadcast=plan.broadcast,
-        last_round=_last_round(connection, run, has_steps=has_steps),
+        last_round=_last_round(connection, run),
     )
 
 
-def _last_round(
-    connection: Connection, run: RunRow, *, has_steps: bool
-) -> LastRoundView | None:
+def _last_round(connection: Connection, run: RunRow) -> LastRoundView | None:
     applied = rounds.applied_last(connection, run.run_id)
     if not applied:
         return None
+    made_by = plan_from(connection, run, max(row.base_version for row in applied))
+    has_steps = made_by.round_kind is RoundKind.DELTA
     return LastRoundView(
         tokens=sum(row.tokens for row in applied),
         payload_bytes=sum(row.payload_bytes for row in applied),

@@ -40,7 +40,8 @@ class ServerState:
     version: int
     weights: NDArray[np.float32]
     momentum: NDArray[np.float32]
-    #: Of gradient rounds: the mean of squares of AdamW; None in delta rounds.
+    #: After a gradient step: the mean of squares of AdamW; None after an outer step. So
+    #: a state shows which kind of step its momentum is of.
     square: NDArray[np.float32] | None = None
 
     @classmethod

@@ -302,7 +302,10 @@ def applied_last(connection: Connection, run_id: str) -> list[AppliedRow]:
     )
     rows = connection.execute(
         select(
-            submissions.c.tokens, submissions.c.num_steps, submissions.c.payload_bytes
+            submissions.c.tokens,
+            submissions.c.num_steps,
+            submissions.c.payload_bytes,
+            submissions.c.base_version,
         ).where(
             submissions.c.run_id == run_id,
             submissions.c.version == newest.scalar_subquery(),
@@ -344,14 +347,20 @@ def rule(connection: Connection, submission_id: str, **columns: Any) -> None:
     )
 
 
-def recent_sizes(connection: Connection, run_id: str, *, newest: int) -> list[float]:
-    """Return the sizes of the submissions that were applied last, in no order."""
+def recent_sizes(
+    connection: Connection, run_id: str, *, after: int, newest: int
+) -> list[float]:
+    """Return the sizes of the submissions that were applied last, in no order.
+
+    Only those of versions after `after` count.
+    """
     rows = connection.execute(
         select(submissions.c.size)
         .where(
             submissions.c.run_id == run_id,
             submissions.c.state == SubmissionState.APPLIED,
             submissions.c.size.is_not(None),
+            submissions.c.version > after,
         )
         .order_by(
             submissions.c.version.desc(),

@@ -81,6 +81,7 @@ class WorkRow(Struct, frozen=True, kw_only=True):
 class AppliedRow(Struct, frozen=True, kw_only=True):
     """What one submission brought to its version."""
 
+    base_version: int
     tokens: int
     num_steps: int
     payload_bytes: int

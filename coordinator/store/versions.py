@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.store.rows import EvaluationRow, PointRow, VersionRow, typed
 from coordinator.store.tables import evaluations, rounds, versions
 
@@ -87,6 +88,30 @@ def rollbacks_of(connection: Connection, run_id: str) -> list[VersionRow]:
         .order_by(versions.c.version)
     )
     return [typed(VersionRow, row) for row in rows]
+
+
+def of_other_kind(
+    connection: Connection, run_id: str, round_kind: str, *, since: int = 0
+) -> list[int]:
+    """Return the versions that a round of another kind has made, oldest first.
+
+    From the version `since` on. Neither the root nor an earlier version again is one.
+    """
+    # Plans from before there were two kinds do not name theirs.
+    made_by = func.coalesce(
+        func.json_extract(versions.c.plan_json, "$.round_kind"), RoundKind.DELTA
+    )
+    rows = connection.execute(
+        select(versions.c.version)
+        .where(
+            versions.c.run_id == run_id,
+            versions.c.version >= since,
+            versions.c.round_id.is_not(None),
+            made_by != round_kind,
+        )
+        .order_by(versions.c.version)
+    )
+    return [version for (version,) in rows]
 
 
 def mark_pruned(connection: Connection, numbers: Iterable[int]) -> None:

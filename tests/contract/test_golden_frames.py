@@ -70,6 +70,9 @@ FRAMES = {
     (FrameKind.RESIDUAL, Codec.FP32, 300): (
         "faffe73ec39dc2b00e0491d9140e4393c69dfaa6ad8ed497b5f15c9d13e6fd22"
     ),
+    (FrameKind.GRADIENT_RESIDUAL, Codec.FP32, 300): (
+        "c0159ffadefb2cc8d6995c319927ae7758642d3a7a881f76bb3de62da5ddf460"
+    ),
     (FrameKind.MOMENTS, Codec.FP32, 610): (
         "51ed5e0eea699a13b5f1cb3d1f88cf666bf3871f30653d57c5df9bd11dff9760"
     ),

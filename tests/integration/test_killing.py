@@ -196,7 +196,8 @@ def replay(journal: Journal, data: Path, fresh: Path) -> Iterator[VersionBlobs]:
     run = journal.run
     shape = shape_from_json(msgspec.json.decode(run.model_json))
     layout = bytes.fromhex(run.layout_hash)
-    kind = RoundKind(msgspec.json.decode(run.plan_json)["round_kind"])
+    root = msgspec.json.decode(journal.versions[0].plan_json)
+    kind = RoundKind(root["round_kind"])
     payloads, made = (Blobs(folder, OsFs(), SystemRng()) for folder in (data, fresh))
     state = first_state(run.root_version, initial_weights(shape, SEED), kind)
     yield write_version(made, state, layout)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 
 from bitnet_ext.codecs import Codec
-from bitnet_ext.frames import frame_bytes
+from bitnet_ext.frames import FrameKind, decode_frame, frame_bytes
 from bitnet_ext.layout import num_params
 from coordinator.control import Seed, SetPlan
+from coordinator.store.blobs import version_blob
 from tests.integration.fleet import (
     CoordinatorProcess,
     Hand,
@@ -106,6 +109,52 @@ def test_a_worker_goes_on_by_another_codec_optimiser_and_batch(tmp_path: Path) -
         "ternary",
         "int8",
     ]
+    log = (tmp_path / "one.log").read_text()
+    assert "cannot do this task" not in log
+    assert "is of no use" not in log
+    assert "work dropped" not in log
+
+
+def test_a_run_goes_to_gradient_rounds_and_back_and_goes_on_learning(
+    tmp_path: Path,
+) -> None:
+    """Killed after each change; 0.02 is too high for rounds as small as these."""
+    make_corpus(tmp_path / "corpus", num_files=48, words=400)
+    small = {"ROUND_S": 1, "WARMUP_TOKENS": 2000}
+    settings = SETTINGS | small | {"CODEC": "ternary", "BROADCAST": "int8"}
+    with coordinator(tmp_path, **settings) as process:
+        process.tell(Seed())
+        with workers(tmp_path, process.url, "one"):
+            train_on(process)
+            for kind, rate in (("gradient", "0.005"), ("delta", "0.002")):
+                words = {"round_kind": kind, "learning_rate": rate}
+                process.tell(SetPlan(words=words))
+                train_on(process)
+                process.kill()
+                process.start_again()
+                train_on(process)
+        made = process.rows(
+            "SELECT version, json_extract(plan_json, '$.round_kind'), train_loss "
+            "FROM versions WHERE parent IS NOT NULL ORDER BY version"
+        )
+        filtered = process.rows("SELECT reason FROM submissions WHERE reason != ''")
+        bad = process.rows(
+            "SELECT kind, body_json FROM events WHERE kind IN ('submission.refused', "
+            "'submission.filtered', 'round.filtered', 'round.stuck', 'lease.failed')"
+        )
+
+    assert (bad, filtered) == ([], [])
+    stretches = [list(rows) for _, rows in groupby(made, key=itemgetter(1))]
+    assert [rows[0][1] for rows in stretches] == ["delta", "gradient", "delta"]
+    losses = [[loss for _, _, loss in rows] for rows in stretches]
+    for before, after in pairwise(losses):
+        assert min(after) < min(before), losses
+    states = {"delta": FrameKind.SERVER_STATE, "gradient": FrameKind.GRADIENT_STATE}
+    for version, kind, _ in made:
+        name = version_blob(version)
+        state, _ = decode_frame((process.data / "state" / name).read_bytes())
+        link, _ = decode_frame((process.data / "link" / name).read_bytes())
+        assert (state.kind, link.codec) == (states[kind], Codec.INT8)
     log = (tmp_path / "one.log").read_text()
     assert "cannot do this task" not in log
     assert "is of no use" not in log

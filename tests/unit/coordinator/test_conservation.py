@@ -32,7 +32,7 @@ from bitnet_ext.wire.messages import Task
 from bitnet_ext.wire.verdicts import ErrorCode, SubmissionState, TaskState
 from coordinator.domain.accounting import Fate
 from coordinator.domain.errors import RefusedError
-from coordinator.domain.plan import Aggregation, TrainingPlan
+from coordinator.domain.plan import AcceptLate, Aggregation, TrainingPlan
 from coordinator.service.closing import RoundCloser
 from coordinator.service.grace import extend_leases
 from coordinator.service.replanning import set_plan
@@ -67,7 +67,7 @@ NAMES = ["w1", "w2", "w3", "w4"]
 PLAN = TrainingPlan(batch_size=2, round_s=20.0, codec="fp32", evaluate_every=10**6)
 PLANS = [
     PLAN,
-    msgspec.structs.replace(PLAN, quorum=0.3),
+    msgspec.structs.replace(PLAN, quorum=0.3, accept_late=AcceptLate.STALE),
     msgspec.structs.replace(
         PLAN, aggregation=Aggregation.PER_ARRIVAL, outer_momentum=0.0
     ),
@@ -81,6 +81,11 @@ SOME_VALUES = st.lists(st.sampled_from(VALUES), min_size=1, max_size=len(NAMES))
 WORDS = [
     {"batch_size": "2", "codec": "fp32", "round_s": "20"},
     {"batch_size": "3", "codec": "int8", "round_s": "9"},
+]
+#: And of the kind of round.
+KINDS = [
+    {"round_kind": "gradient", "learning_rate": "0.02"},
+    {"round_kind": "delta", "learning_rate": "0.002"},
 ]
 AFTER_S = st.sampled_from([0.1, 5.0, 15.0, 40.0])
 WHICH = st.integers(0, len(NAMES) - 1)
@@ -353,6 +358,13 @@ class Histories(RuleBasedStateMachine):
         found = self.world.do(set_plan(self.world.fleet, words))
         self.happened["asked while a round is on its way"] += not found.at_once
 
+    @precondition(lambda self: not self.per_arrival)
+    @rule(words=st.sampled_from(KINDS))
+    def change_kind(self, words: dict[str, str]) -> None:
+        """Ask for rounds of the other kind, whatever is out or waits."""
+        found = self.world.do(set_plan(self.world.fleet, words))
+        self.happened["another kind at once"] += found.at_once and bool(found.changes)
+
     @rule()
     def kick_all(self) -> None:
         self.world.do(kick_stuck(self.world.fleet))
@@ -425,6 +437,7 @@ DUE = {
     "version.published",
     "plan.adopted",
     "asked while a round is on its way",
+    "another kind at once",
     "submission too late",
     "return too late",
     "given-back work divided",

@@ -139,7 +139,7 @@ def test_the_numbers_of_every_ruling_are_stored(four: World):
     assert found["w3"].factor == pytest.approx(0.5, rel=0.1)
     assert [found[name].factor for name in ("w1", "w2", "w4")] == [1.0] * 3
     assert all(row.cosine > 0.5 for row in found.values())
-    sizes = four.read(lambda c: rounds.recent_sizes(c, "r-1", newest=32))
+    sizes = four.read(lambda c: rounds.recent_sizes(c, "r-1", after=0, newest=32))
     assert sorted(sizes) == sorted(row.size for row in found.values())
 
 

@@ -38,7 +38,9 @@ def error_of(words, run=RUN, **more) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", [n for n in GOOD_PLAN if n.lower() not in FIXED])
+@pytest.mark.parametrize(
+    "name", [n for n in GOOD_PLAN if n.lower() not in {*FIXED, "round_kind"}]
+)
 def test_what_can_be_set_when_a_run_is_made_is_written_the_same_later(name):
     word, due = GOOD_PLAN[name]
 
@@ -95,9 +97,8 @@ def test_there_is_no_field_that_is_neither_fixed_nor_changeable():
         ),
         (
             {"round_kind": "gradient"},
-            "round_kind is fixed for a run, as the two kinds keep other optimiser "
-            "states: to train with 'gradient', begin another run in another data "
-            "folder",
+            "round_kind=gradient needs learning_rate=RATE in the same command: usual "
+            "are 0.002 for delta, 0.02 for gradient, and it is 0.002",
         ),
         (
             {"aggregation": "per-arrival"},
@@ -122,9 +123,35 @@ def test_what_is_fixed_may_be_named_as_it_is():
     assert ask({"round_kind": "delta", "aggregation": "rounds"}) == RUN
 
 
+def test_the_kind_of_round_changes_with_a_rate_of_its_own():
+    words = {"round_kind": "gradient", "learning_rate": "0.02"}
+
+    assert changes(words) == "round_kind delta -> gradient, learning_rate 0.002 -> 0.02"
+    # The rate that there is may be meant, if it is said.
+    assert changes({"round_kind": "gradient", "learning_rate": "0.002"}) == (
+        "round_kind delta -> gradient"
+    )
+
+
+def test_a_kind_that_is_taken_back_takes_a_rate_of_its_own_too():
+    asked = ask({"round_kind": "gradient", "learning_rate": "0.02"})
+
+    assert error_of({"round_kind": "delta"}, asked=asked) == (
+        "round_kind=delta needs learning_rate=RATE in the same command: usual are "
+        "0.002 for delta, 0.02 for gradient, and it is 0.02"
+    )
+    assert ask({"round_kind": "gradient"}, asked=asked) == asked
+    assert ask({"round_kind": "delta", "learning_rate": "2e-3"}, asked=asked) == RUN
+
+
 def test_arrivals_still_lack_what_only_rounds_have():
     plan = TrainingPlan(aggregation="per-arrival", outer_momentum=0.0)
     run = Planned(plan=plan, token_budget=0)
+
+    assert error_of({"round_kind": "gradient", "learning_rate": "0.02"}, run) == (
+        "round_kind: $.round_kind must be delta with aggregation per-arrival, "
+        "got 'gradient'"
+    )
 
     assert error_of({"quorum": "0.5"}, run) == (
         "quorum: $.quorum must be 1.0 with aggregation per-arrival, got '0.5'"

@@ -106,3 +106,28 @@ def test_a_version_again_has_as_many_steps_as_what_it_is():
     steps = [num_steps(version, 10, rollbacks) for version in (10, 19, 20, 22, 30, 31)]
 
     assert steps == [0, 9, 2, 4, 4, 5]
+
+
+def test_steps_are_counted_since_those_of_the_other_kind():
+    rollbacks = [Rollback(20, 12), Rollback(30, 16), Rollback(40, 31)]
+    others = [11, 15, 24, 32, 33]
+    due = {
+        10: 0,  # the root
+        11: 0,
+        12: 1,
+        14: 3,
+        15: 0,
+        16: 1,
+        20: 1,  # as 12
+        23: 4,
+        24: 0,
+        29: 5,
+        30: 1,  # as 16
+        31: 2,
+        33: 0,
+        39: 6,
+        40: 2,  # as 31, though 33 came between
+        41: 3,
+    }
+
+    assert {n: num_steps(n, 10, rollbacks, others) for n in due} == due

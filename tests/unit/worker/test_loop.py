@@ -132,6 +132,24 @@ def test_a_gradient_task_is_answered_by_a_gradient_and_its_residual_goes_on(
     assert len(payloads) > 1
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(RoundKind.DELTA, RoundKind.GRADIENT), (RoundKind.GRADIENT, RoundKind.DELTA)],
+)
+def test_at_a_change_of_kind_what_was_rounded_away_is_dropped(
+    fleet, before, after
+) -> None:
+    """After three tasks it would make the next payload another (see above)."""
+    kinds = [before] * 3 + [after] * 4
+    fleet.hands_out(*[fleet.task(round_kind=kind) for kind in kinds])
+
+    fleet.turns(7)
+
+    frames = [frame for _, frame in fleet.submissions()]
+    payloads = [payload_of(f, FrameKind(k)) for f, k in zip(frames, kinds, strict=True)]
+    assert [payload == payloads[0] for payload in payloads] == [True] * 6 + [False]
+
+
 def test_an_answer_lost_on_its_way_is_asked_for_again(fleet) -> None:
     fleet.coordinator.on("POST /gradient", HANG_UP, HANG_UP, accepts)
     fleet.hands_out(fleet.task())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bitnet_ext.layout import layout_hash, num_params, segments
-from bitnet_ext.wire.verdicts import Optimiser
+from bitnet_ext.wire.verdicts import Optimiser, RoundKind
 from tests.unit.worker.shapes import SMALL, seeded_weights
 from worker.memory import Learned, Memory
 from worker.registration import Run
@@ -24,7 +24,8 @@ RUN = Run(
     optimiser=Optimiser.MUON,
     heartbeat_s=5.0,
 )
-LEARNED = Learned(Moments.zeros(SMALL), None)
+DELTA, GRADIENT = RoundKind.DELTA, RoundKind.GRADIENT
+LEARNED = Learned(Moments.zeros(SMALL), None, DELTA)
 
 
 def test_what_was_committed_is_recalled() -> None:
@@ -67,7 +68,7 @@ def learned(seed: int, residual: bool = True) -> Learned:
         torch.rand(SIZE, generator=chance),
         torch.full((len(segments(SMALL)),), 1000.0 + seed),
     )
-    return Learned(moments, seeded_weights(SMALL, seed) if residual else None)
+    return Learned(moments, seeded_weights(SMALL, seed) if residual else None, DELTA)
 
 
 def assert_same(found: Learned | None, due: Learned) -> None:
@@ -99,13 +100,38 @@ def test_a_codec_that_loses_nothing_leaves_no_residual_behind(tmp_path) -> None:
 def test_gradient_rounds_leave_no_moments_behind(tmp_path) -> None:
     memory = Memory(Shelf(tmp_path))
     memory.commit(RUN, learned(1))
-    memory.commit(RUN, Learned(None, learned(2).residual))
+    memory.commit(RUN, Learned(None, learned(2).residual, GRADIENT))
 
     found = Memory(Shelf(tmp_path)).recall(RUN)
 
     assert found is not None
     assert found.moments is None
     np.testing.assert_array_equal(found.residual, learned(2).residual)
+
+
+def test_a_residual_is_part_of_payloads_of_its_own_kind_alone() -> None:
+    residual = seeded_weights(SMALL, 1)
+
+    for kind, other in ((DELTA, GRADIENT), (GRADIENT, DELTA)):
+        found = Learned(None, residual, kind)
+        assert found.residual_for(kind) is residual
+        assert found.residual_for(other) is None
+
+
+@pytest.mark.parametrize(("before", "after"), [(DELTA, GRADIENT), (GRADIENT, DELTA)])
+def test_another_process_knows_what_kind_its_residual_is_of(
+    tmp_path, before, after
+) -> None:
+    memory = Memory(Shelf(tmp_path))
+    for seed, kind in ((1, before), (2, after)):
+        memory.commit(RUN, Learned(None, seeded_weights(SMALL, seed), kind))
+
+    found = Memory(Shelf(tmp_path)).recall(RUN)
+
+    assert found is not None
+    assert found.residual_for(before) is None
+    np.testing.assert_array_equal(found.residual_for(after), seeded_weights(SMALL, 2))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_files_of_another_run_are_left_until_there_is_something_better(
