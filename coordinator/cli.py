@@ -309,7 +309,7 @@ def _set_plan(options: argparse.Namespace) -> int:
     words: dict[str, str] = {}
     for word in options.words:
         name, is_one, value = word.partition("=")
-        if not is_one:
+        if not (name and is_one):
             raise StartError(f"words must be NAME=VALUE, got {word!r}")
         if name in words:
             raise StartError(f"{name} must be named once, got {word!r} too")

@@ -165,6 +165,11 @@ class KeyOrigin(Struct, frozen=True, tag="key-origin"):
 
 #: What `KeyOrigin` is answered for a key from the environment.
 KEY_IS_SET: Final = "set"
+#: Why a line between command line and coordinator makes no sense.
+OTHER_VERSION: Final = (
+    "the coordinator that runs is of another version of this program: restart it with "
+    "this one"
+)
 _KEY_IN_FOLDER: Final = "in the folder"
 
 
@@ -232,7 +237,10 @@ def _replanned(outcome: Replanned) -> str:
         )
     before, after = outcome.rates
     if before != after:
-        said += f"; the learning rate there goes from {before:.3g} to {after:.3g}"
+        said += (
+            "; at the tokens accepted so far the learning rate goes from "
+            f"{before:.3g} to {after:.3g}"
+        )
     return said if outcome.outlook is None else f"{said}; {outcome.outlook}"
 
 
@@ -325,8 +333,12 @@ class ControlServer:
             if isinstance(command, Question):
                 return Outcome(said=await self._tell(command))
             return Outcome(said=await obey(self._fleet, command))
-        except (FleetError, msgspec.DecodeError) as error:
+        except FleetError as error:
             return Outcome(error=str(error))
+        except msgspec.DecodeError as error:
+            # A command by a name that this program does not have.
+            is_new = str(error).endswith("`$.type`")
+            return Outcome(error=f"{OTHER_VERSION} ({error})" if is_new else str(error))
         except Exception:
             log.exception("a command failed", extra={"event": "command.failed"})
             return Outcome(error="internal error; the log has the story")

@@ -156,7 +156,8 @@ def _last_round(last: LastRoundView | None) -> str:
         return ""
     steps = ""
     if last.num_steps is not None:
-        steps = f", {last.num_steps} local steps of its middle worker"
+        of_steps = "local step" if last.num_steps == 1 else "local steps"
+        steps = f", {last.num_steps} {of_steps} of its middle worker"
     return f" Last round: {last.tokens} tokens{steps}, {last.payload_bytes} bytes up."
 
 

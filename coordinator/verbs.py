@@ -23,6 +23,7 @@ from coordinator.app import DATABASE_NAME, open_fleet, run_settings
 from coordinator.app import worker_key as stored_key
 from coordinator.control import (
     KEY_IS_SET,
+    OTHER_VERSION,
     Command,
     DumpTelemetry,
     KeyOrigin,
@@ -113,8 +114,16 @@ def telemetry(settings: CoordinatorSettings) -> Telemetry:
     """
     said = ask(settings.data, DumpTelemetry())
     if said is not None:
-        return msgspec.json.decode(said, type=Telemetry)
+        return _understood(said, Telemetry)
     return _at_rest(settings, lambda c, known, now: collect(c, known, now=now))
+
+
+def _understood(said: str, kind: type[T]) -> T:
+    """Return an answer. Raises StartError for one of another version's form."""
+    try:
+        return msgspec.json.decode(said, type=kind)
+    except msgspec.DecodeError as error:
+        raise StartError(f"{OTHER_VERSION} ({error})") from error
 
 
 def status(settings: CoordinatorSettings) -> tuple[FleetView, float | None]:
@@ -125,7 +134,7 @@ def status(settings: CoordinatorSettings) -> tuple[FleetView, float | None]:
     """
     said = ask(settings.data, Status())
     if said is not None:
-        return msgspec.json.decode(said, type=FleetView), None
+        return _understood(said, FleetView), None
 
     def see(
         connection: Connection, known: Known, now: float

@@ -32,6 +32,9 @@ from worker.tune import (
 )
 
 MIN_SECONDS: Final = 1.0
+#: Sequences in a step that is timed, at most: two steps of thousands take minutes, and
+#: those of so many say as much about a setup.
+MAX_SEQUENCES: Final = 32
 
 # The numbers do not matter for the time; they only have to stay finite.
 _HYPER: Final = HyperParameters(
@@ -82,13 +85,14 @@ def calibrate(
     """Time whole local steps on random tokens; keep the best setup.
 
     Without an optimiser a step is what it is in a gradient round: no weight changes.
+    One of more than MAX_SEQUENCES is timed as if it had so many.
     Each setup runs for at least MIN_SECONDS and MIN_STEPS steps, unless it is clearly
     worse than another. The weights of the model are overwritten. Raises what
     `hooks.check` raises.
     """
     random = torch.Generator().manual_seed(0)
     _fill(model, random)
-    batch = _random_batch(model, batch_size, random)
+    batch = _random_batch(model, min(batch_size, MAX_SEQUENCES), random)
     steps = _steps(model, optimiser, batch.num_tokens)
 
     def measure(setup: Setup, to_beat_s: float | None) -> tuple[float, ...]:

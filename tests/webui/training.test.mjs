@@ -5,8 +5,8 @@ import test from "node:test";
 import { trainingWords } from "../../webui/js/training.js";
 import { training } from "./fleet.mjs";
 
-const said = (given) =>
-  trainingWords(training(given))
+const said = (given, changes = []) =>
+  trainingWords(training(given), changes)
     .map((part) => part.b ?? part)
     .join("")
     .replaceAll(/[\u2009\u00a0]/g, " ");
@@ -19,7 +19,25 @@ test("it says rate, stage, decay, local steps, codecs and the last round", () =>
       "Sent up: weight differences, int8; down: whole versions. " +
       "Last round: 20.5 k tokens, 40 local steps of its middle worker, 2.6 MB up.",
   );
-  assert.deepEqual(trainingWords(training())[1], { b: "0.00147" });
+  assert.deepEqual(trainingWords(training(), [])[1], { b: "0.00147" });
+});
+
+test("one local step is one", () => {
+  const last_round = { tokens: 1024, payload_bytes: 2_600_000, num_steps: 1 };
+
+  assert.match(said({ last_round }), /tokens, 1 local step of its middle worker,/);
+});
+
+test("what changes with the next version is said at the end", () => {
+  const changes = [
+    { name: "learning_rate", before: 0.002, after: 0.001 },
+    { name: "codec", before: "int8", after: "ternary" },
+  ];
+
+  assert.match(
+    said({}, changes),
+    /up\. From the next version on: learning_rate 0\.002 → 0\.001, codec int8 → ternary\.$/,
+  );
 });
 
 test("rates are in three digits, however small", () => {

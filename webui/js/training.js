@@ -6,8 +6,12 @@ import { bytes, number, short } from "./format.js";
 const SENT = { delta: "weight differences", gradient: "mean gradients" };
 const OPTIMISERS = { muon: "Muon", adamw: "AdamW" };
 
-/** Return the parts of some sentences on a `TrainingView`; {b: text} is emphasised. */
-export function trainingWords(training) {
+/**
+ * Return the parts of some sentences on a `TrainingView`; {b: text} is emphasised.
+ *
+ * `changes` are those of the plan that wait for the next version.
+ */
+export function trainingWords(training, changes) {
   const { learning_rate: rate, peak_rate: peak, weight_decay: decay } = training;
   const rest = [
     ` (peak ${inShort(peak)}), ${stageWords(training)}`,
@@ -15,6 +19,7 @@ export function trainingWords(training) {
     stepWords(training),
     `Sent up: ${SENT[training.round_kind]}, ${training.codec}; down: ${downWords(training)}.`,
     lastRoundWords(training.last_round),
+    changeWords(changes),
   ];
   return ["Learning rate ", { b: inShort(rate) }, rest.filter(Boolean).join(" ")];
 }
@@ -39,8 +44,18 @@ function lastRoundWords(last) {
   const steps =
     last.num_steps === null
       ? ""
-      : `, ${number(last.num_steps)} local steps of its middle worker`;
+      : `, ${stepsWords(last.num_steps)} of its middle worker`;
   return `Last round: ${short(last.tokens)} tokens${steps}, ${bytes(last.payload_bytes)} up.`;
+}
+
+function stepsWords(count) {
+  return `${number(count)} local ${count === 1 ? "step" : "steps"}`;
+}
+
+function changeWords(changes) {
+  if (changes.length === 0) return "";
+  const each = changes.map(({ name, before, after }) => `${name} ${before} → ${after}`);
+  return `From the next version on: ${each.join(", ")}.`;
 }
 
 function inShort(value) {

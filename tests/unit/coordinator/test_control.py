@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coordinator import verbs
 from coordinator.app import KEY_NAME
 from coordinator.control import (
     SOCKET_NAME,
@@ -42,7 +43,6 @@ from coordinator.service.view import FleetView
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import runs
 from coordinator.store.sessions import find_password_hash
-from coordinator.verbs import worker_key
 from tests.fakes import START
 from tests.unit.coordinator.fleets import World
 
@@ -76,7 +76,7 @@ def key_of(world: World, folder: Path, *, key_is_set: bool) -> str:
 
     async def story():
         async with serving(world, folder, key_is_set=key_is_set):
-            return await asyncio.to_thread(worker_key, settings)
+            return await asyncio.to_thread(verbs.worker_key, settings)
 
     return world.do(story())
 
@@ -167,9 +167,10 @@ def test_a_plan_that_waits_for_the_next_version_says_what_waits(
     assert said == [
         f"{ahead}codec fp32 -> ternary",
         f"{ahead}learning_rate 0.002 -> 0.001, warmup_tokens 100000 -> 0, codec fp32 "
-        "-> ternary; the learning rate there goes from 1.28e-06 to 0.001",
-        f"{ahead}learning_rate 0.002 -> 0.001; the learning rate there goes from "
-        "1.28e-06 to 6.4e-07",
+        "-> ternary; at the tokens accepted so far the learning rate goes from "
+        "1.28e-06 to 0.001",
+        f"{ahead}learning_rate 0.002 -> 0.001; at the tokens accepted so far the "
+        "learning rate goes from 1.28e-06 to 6.4e-07",
         "the plan stays as it is",
     ]
 
@@ -373,6 +374,15 @@ def test_a_line_that_is_too_long_is_told_its_limit(running: World, tmp_path: Pat
     assert "at most 4096 bytes" in outcome.error
 
 
+def test_a_command_that_only_another_version_has_is_told_so(
+    running: World, tmp_path: Path
+):
+    outcome = sent(running, tmp_path, b'{"type":"set-round-time","seconds":3}\n')
+
+    assert "of another version of this program" in outcome.error
+    assert "set-round-time" in outcome.error
+
+
 def test_an_amount_that_cannot_be_is_named_and_shown(running: World, tmp_path: Path):
     line = b'{"type":"train-for","seconds":-1}\n'
 
@@ -421,3 +431,14 @@ def ask_against(folder: Path, act: Callable[[socket.socket], None]) -> None:
                 await acting
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("question", [verbs.status, verbs.telemetry])
+def test_a_coordinator_of_another_version_is_one_clear_line(
+    tmp_path: Path, monkeypatch, question
+):
+    settings = CoordinatorSettings.from_env({"BITNET_COORD_DATA": str(tmp_path)})
+    monkeypatch.setattr(verbs, "ask", lambda _folder, _question: "{}")
+
+    with pytest.raises(StartError, match="of another version"):
+        question(settings)

@@ -143,7 +143,12 @@ def test_it_says_who_steps_how_and_what_the_last_round_sent(running: World):
         last_round=msgspec.structs.replace(last, num_steps=None),
     )
 
+    _, single = training_lines(
+        running, last_round=msgspec.structs.replace(last, num_steps=1)
+    )
+
     sent = f"{last.payload_bytes} bytes up."
+    assert ", 1 local step of its middle worker, " in single
     assert delta == (
         "training delta rounds, local steps by muon; fp32 up, ternary links down. "
         f"Last round: 64 tokens, 4 local steps of its middle worker, {sent}"

@@ -11,7 +11,7 @@ from bitnet_ext.ternary import active_isa, choose_isa
 from bitnet_ext.wire.verdicts import Optimiser
 from tests.unit.worker.shapes import SMALL, loaded_model, seeded_weights, silent_hooks
 from worker import muon
-from worker.calibrate import Calibration, arrange, calibrate
+from worker.calibrate import MAX_SEQUENCES, Calibration, arrange, calibrate
 from worker.errors import StoppedError
 from worker.tune import PORTABLE, TORCH, Choices, Setup, Trial
 
@@ -44,6 +44,14 @@ def test_it_runs_for_a_second_and_for_two_steps(seconds_a_step, num_steps) -> No
 
     assert len(found.trials[0].seconds) == num_steps
     assert found.tokens_per_s == pytest.approx(4 * SMALL.seq_len / seconds_a_step)
+
+
+def test_a_step_of_very_many_sequences_is_timed_as_a_shorter_one() -> None:
+    found = calibrate(
+        loaded_model(), 10**6, Optimiser.ADAMW, choices(4), silent_hooks()
+    )
+
+    assert found.num_tokens == MAX_SEQUENCES * SMALL.seq_len
 
 
 def test_its_steps_really_train() -> None:

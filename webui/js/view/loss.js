@@ -53,7 +53,7 @@ export function LossPanel({ view }) {
             appears after the first round.</p>`
           : html`<${Chart} view=${view} series=${series} />`
       }
-      <p class="key"><${Rich} parts=${trainingWords(training)} /></p>
+      <p class="key"><${Rich} parts=${trainingWords(training, run.plan_changes)} /></p>
     </section>
   `;
 }
