@@ -23,8 +23,7 @@ from coordinator.domain.muon import StepSizes
 MOST: Final = 1e9
 Positive = Annotated[float, Meta(gt=0.0, le=MOST)]
 Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
-#: Sequences in one step: a worker holds all of them, and times such steps at its start.
-MAX_BATCH: Final = 4096
+Count = Annotated[int, Meta(ge=1)]
 
 
 class Aggregation(StrEnum):
@@ -89,7 +88,7 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     outer_rate: Positive = 0.9
     outer_momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.8
     #: Sequences in one local step.
-    batch_size: Annotated[int, Meta(ge=1, le=MAX_BATCH)] = 8
+    batch_size: Count = 8
     #: Seconds that each task of a round should take; or they are chosen, within bounds.
     round_s: Positive | Literal["auto"] = AUTO
     round_min_s: Positive = 10.0
@@ -104,7 +103,7 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: else the codec of the links between versions.
     broadcast: Annotated[str, _one_of(BROADCASTS)] = "int8"
     #: Every n-th version is scored on the held-out shard.
-    evaluate_every: Annotated[int, Meta(ge=1, le=10**9)] = 10
+    evaluate_every: Count = 10
 
     def __post_init__(self) -> None:
         """Refuse bounds and stages the wrong way round, and what arrivals lack."""

@@ -16,6 +16,9 @@ from coordinator.domain.plan import AUTO, CHOICES, MOST, TrainingPlan
 #: How many tokens a run is given, in words beside those of its plan; 0: no end.
 BUDGET: Final = "token_budget"
 MAX_TOKENS: Final = 2**62
+#: Sequences in one step, which a worker holds all at once. Plans that are stored may
+#: have more, and must be read.
+MAX_BATCH: Final = 4096
 _ROUND_RULE: Final = f"{AUTO} or a number of seconds above 0, at most {MOST:g}"
 
 
@@ -57,6 +60,8 @@ def plan_in_words(words: Mapping[str, str], base: TrainingPlan) -> TrainingPlan:
     """Return `base` with the fields that are named. Raises WordError."""
     for name, word in words.items():
         check_choice(name, word)
+    if "batch_size" in words:
+        whole_number("batch_size", words["batch_size"], 1, MAX_BATCH)
     try:
         return msgspec.convert(
             msgspec.to_builtins(base) | words, TrainingPlan, strict=False

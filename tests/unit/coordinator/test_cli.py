@@ -320,7 +320,7 @@ def test_a_wrong_amount_is_named_and_shown(capsys, folders, verb, value, name):
     [
         (["learning_rate"], "words must be NAME=VALUE, got 'learning_rate'"),
         (["=3"], "words must be NAME=VALUE, got '=3'"),
-        (["batch_size=4097"], "batch_size: Expected `int` <= 4096"),
+        (["batch_size=4097"], "batch_size must be a whole number from 1 to 4096, got"),
         (["quorum=1", "quorum=0.5"], "quorum must be named once, got 'quorum=0.5' too"),
         (["learning_rate=abc"], "learning_rate: Expected `float`, got `str` - at"),
         (["learning_rate="], "learning_rate: Expected `float`, got `str` - at"),

@@ -15,7 +15,7 @@ from coordinator.domain.plan_change import (
     planned,
     told,
 )
-from coordinator.domain.plan_words import WordError
+from coordinator.domain.plan_words import WordError, plan_in_words
 from tests.unit.coordinator.test_settings import GOOD_PLAN
 
 PLAN = TrainingPlan(warmup_tokens=1000, schedule_tokens=10_000)
@@ -67,7 +67,7 @@ def test_there_is_no_field_that_is_neither_fixed_nor_changeable():
         ),
         (
             {"batch_size": "0"},
-            "batch_size: Expected `int` >= 1 - at `$.batch_size`, got '0'",
+            "batch_size must be a whole number from 1 to 4096, got '0'",
         ),
         (
             {"codec": "int4"},
@@ -245,3 +245,12 @@ def test_the_rate_of_a_longer_run_is_that_of_a_run_which_was_as_long_from_the_st
     assert learning_rate_at(PLAN, 10_000) == 0.0
     assert learning_rate_at(longer, 10_000) == pytest.approx(0.667 * 0.002)
     assert learning_rate_at(longer, 20_000) == 0.0
+
+
+def test_a_plan_of_before_with_larger_steps_is_read_and_may_change_in_all_else():
+    before = TrainingPlan(batch_size=5000)
+    stored = msgspec.json.decode(msgspec.json.encode(before), type=TrainingPlan)
+
+    after = plan_in_words({"learning_rate": "0.001"}, stored)
+
+    assert (after.batch_size, after.learning_rate) == (5000, 1e-3)
