@@ -18,9 +18,18 @@ from coordinator.store.rows import (
 )
 from coordinator.store.tables import claims, rounds, submissions, tasks
 
-#: Made once, as it is asked for each second.
+#: Made once, as they are asked for with each claim, or each second.
 _LIVE: Final = select(rounds).where(
     rounds.c.run_id == bindparam("of_run"), rounds.c.state != "closed"
+)
+_OF_WORKER: Final = (
+    select(claims.c.claim_seq)
+    .where(
+        claims.c.round_id == bindparam("of_round"),
+        claims.c.worker_id == bindparam("of_worker"),
+        claims.c.outcome.is_(None) | (claims.c.outcome != "void"),
+    )
+    .limit(1)
 )
 
 
@@ -144,6 +153,12 @@ def claims_of(connection: Connection, round_id: int) -> list[ClaimRow]:
         .order_by(claims.c.claim_seq)
     )
     return [typed(ClaimRow, row) for row in rows]
+
+
+def has_claim(connection: Connection, round_id: int, worker_id: str) -> bool:
+    """Return whether a worker has a claim in a round that still counts."""
+    row = connection.execute(_OF_WORKER, {"of_round": round_id, "of_worker": worker_id})
+    return row.first() is not None
 
 
 def recent_claims(
