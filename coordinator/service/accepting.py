@@ -26,7 +26,7 @@ from coordinator.service.returning import is_held, lease_lost, settle_round
 from coordinator.service.roster import plan_from, plan_of, seq_len_of
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
-from coordinator.store.blobs import Written
+from coordinator.store.blobs import Kept
 from coordinator.store.rows import RunRow, TaskRow
 
 
@@ -36,7 +36,7 @@ class Arrived:
 
     meta: SubmissionMeta
     #: None where it was known before its payload came.
-    kept: Written | None
+    kept: Kept | None
     codec: Codec
     body_sha256: str
     #: When its body began to arrive.
@@ -171,7 +171,7 @@ def _shortened(connection: Connection, task: TaskRow, tokens: int) -> TaskRow:
 def _record(
     connection: Connection,
     arrived: Arrived,
-    kept: Written,
+    kept: Kept,
     task: TaskRow,
     answer: SubmissionAnswer,
     now: float,

@@ -41,7 +41,7 @@ from coordinator.service.grace import awake
 from coordinator.service.late import booking_late
 from coordinator.service.roster import plan_from
 from coordinator.store import rounds
-from coordinator.store.blobs import BlobKind, Spool, Written
+from coordinator.store.blobs import BlobKind, Kept, Spool
 from coordinator.store.rows import RunRow
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class Intake:
         self._expected: _Expected | None = None
         #: None where the same submission is known already: then only its hash counts.
         self._spool: Spool | None = None
-        self._kept: Written | None = None
+        self._kept: Kept | None = None
         self._began_at = fleet.clock.now()
         # A connection may break, and `close` be called, while a piece is written.
         self._busy = asyncio.Lock()
@@ -181,7 +181,7 @@ class Intake:
         # Its own name: a second try of the same submission must not touch this one.
         name = f"{meta.submission_id}-{self._fleet.rng.token(6).hex()}.frame"
 
-        def work() -> Written:
+        def work() -> Kept:
             expected.check_frame(spool.path.read_bytes(), meta)
             return blobs.keep(spool, BlobKind.PAYLOAD, name)
 
