@@ -29,6 +29,8 @@ def clean_process(monkeypatch: pytest.MonkeyPatch):
         if name.startswith(PREFIX):
             monkeypatch.delenv(name)
     monkeypatch.setenv(PREFIX + "PRESET", "tiny")
+    # Somebody may listen on the usual port of this machine.
+    monkeypatch.setenv(PREFIX + "PORT", "0")
     umask = os.umask(0o022)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
