@@ -217,7 +217,9 @@ def _count(
         tasks.finish_late(connection, task.task_id, now)
     else:
         tasks.finish_task(connection, task.task_id, now)
-    runs.add_accepted_tokens(connection, run.run_id, meta.tokens)
+    runs.add_accepted_tokens(
+        connection, run.run_id, epoch=task.epoch, tokens=meta.tokens, tasks=1
+    )
     workers.count_task(connection, meta.worker_id, tokens=meta.tokens)
     # From claim to acceptance, by our own clock: what a round really waits for.
     done = msgspec.structs.replace(

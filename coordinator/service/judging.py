@@ -161,7 +161,9 @@ def give_tokens_back(
     up, as a failed task, or it would be trained for nothing for ever.
     """
     for row in rows:
-        runs.add_accepted_tokens(connection, row.run_id, -row.tokens)
+        runs.add_accepted_tokens(
+            connection, row.run_id, epoch=row.epoch, tokens=-row.tokens
+        )
         task = tasks.find_task(connection, row.task_id)
         attempt = 0 if task is None else task.attempt
         if attempt < leases.MAX_ATTEMPTS:

@@ -489,16 +489,3 @@ def applied_tokens_by_worker(connection: Connection, run_id: str) -> dict[str, i
         .group_by(submissions.c.worker_id)
     )
     return {worker_id: int(tokens) for worker_id, tokens in rows}
-
-
-def epoch_tokens_accepted(connection: Connection, run_id: str, epoch: int) -> int:
-    """Return the tokens of an epoch that were accepted and not filtered."""
-    return int(
-        connection.execute(
-            select(func.coalesce(func.sum(submissions.c.tokens), 0)).where(
-                submissions.c.run_id == run_id,
-                submissions.c.epoch == epoch,
-                submissions.c.state != SubmissionState.FILTERED,
-            )
-        ).scalar_one()
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, case, func, insert, select, update
 
 from coordinator.store.rows import RangeRow, RunRow, typed
 from coordinator.store.tables import ranges, runs
@@ -38,12 +38,22 @@ def change_run(connection: Connection, run_id: str, **columns: Any) -> None:
     connection.execute(update(runs).where(runs.c.run_id == run_id).values(**columns))
 
 
-def add_accepted_tokens(connection: Connection, run_id: str, tokens: int) -> None:
-    """Count tokens that were just accepted (negative: given back by a filter)."""
+def add_accepted_tokens(
+    connection: Connection, run_id: str, *, epoch: int, tokens: int, tasks: int = 0
+) -> None:
+    """Count tokens that were just accepted (negative: given back by a filter).
+
+    They are of `epoch`; `tasks` were done with them.
+    """
+    of_epoch = case((runs.c.epoch == epoch, tokens), else_=0)
     connection.execute(
         update(runs)
         .where(runs.c.run_id == run_id)
-        .values(tokens_accepted=runs.c.tokens_accepted + tokens)
+        .values(
+            tokens_accepted=runs.c.tokens_accepted + tokens,
+            epoch_tokens_accepted=runs.c.epoch_tokens_accepted + of_epoch,
+            tasks_done=runs.c.tasks_done + tasks,
+        )
     )
 
 

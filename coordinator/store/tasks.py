@@ -350,16 +350,22 @@ def evaluation_of(connection: Connection, run_id: str, version: int) -> TaskRow 
     return None if row is None else typed(TaskRow, row)
 
 
-def count_by_state(connection: Connection, run_id: str) -> dict[str, int]:
-    """Return how many training tasks of a run are in each state."""
+def count_not_done(connection: Connection, run_id: str) -> dict[str, int]:
+    """Return how many training tasks of a run are in each state but `done`.
+
+    Of those there are ever more, and the page asks each second: a run counts them.
+    """
+    states = [state for state in TaskState if state is not TaskState.DONE]
     rows = connection.execute(
         select(tasks.c.state, func.count())
-        .where(tasks.c.run_id == run_id, tasks.c.kind == TaskKind.TRAIN)
+        .where(
+            tasks.c.run_id == run_id,
+            tasks.c.state.in_(states),
+            tasks.c.kind == TaskKind.TRAIN,
+        )
         .group_by(tasks.c.state)
     )
-    return {str(TaskState(state)): 0 for state in TaskState} | {
-        state: count for state, count in rows
-    }
+    return {str(state): 0 for state in states} | {state: count for state, count in rows}
 
 
 def evaluations_open(connection: Connection, run_id: str) -> set[int]:
