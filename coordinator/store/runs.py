@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Connection, case, func, insert, select, update
+from sqlalchemy import Connection, bindparam, case, func, insert, select, update
 
 from coordinator.store.rows import RangeRow, RunRow, typed
 from coordinator.store.tables import ranges, runs
 
-# Of what is asked for each second the statement is made once: that takes longer than
-# to run it.
+# Of what is asked for each second, or with each claim, the statement is made once: that
+# takes longer than to run it.
 _NEWEST: Final = select(runs).order_by(
     runs.c.created_at.desc(), runs.c.root_version.desc()
+)
+_NEXT_RANGE: Final = (
+    select(ranges)
+    .where(ranges.c.run_id == bindparam("of_run"))
+    .order_by(ranges.c.epoch, ranges.c.range_id)
+    .limit(1)
 )
 
 
@@ -64,12 +70,7 @@ def add_range(connection: Connection, **columns: Any) -> None:
 
 def next_range(connection: Connection, run_id: str) -> RangeRow | None:
     """Return the range to cut from next: oldest epoch, then oldest range."""
-    row = connection.execute(
-        select(ranges)
-        .where(ranges.c.run_id == run_id)
-        .order_by(ranges.c.epoch, ranges.c.range_id)
-        .limit(1)
-    ).first()
+    row = connection.execute(_NEXT_RANGE, {"of_run": run_id}).first()
     return None if row is None else typed(RangeRow, row)
 
 
