@@ -17,7 +17,7 @@ PORT ?= 0
 QUICK ?= 0
 PROCESSES ?= 2
 
-.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning bench-learning-1m bench-leases bench-fleet wheel lock vendor clean format
+.PHONY: help setup check test test-asan demo bench-kernels bench-train bench-codecs bench-generate bench-curves bench-learning bench-learning-1m bench-leases bench-fleet bench-load wheel lock vendor clean format
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | \
@@ -99,6 +99,10 @@ bench-fleet: setup ## Train with 1 and 2 workers next to plain loops: MINUTES=10
 	@$(BIN)/python -m tests.bench.bench_fleet $(BENCH_OPTIONS) \
 	    $(if $(filter-out file,$(origin MINUTES)),--minutes $(MINUTES)) \
 	    $(if $(CORPUS),--corpus $(CORPUS))
+
+bench-load: setup ## Serve hundreds of workers that do not train: WORKERS="50 200" PRESETS=small QUICK=1
+	@$(BIN)/python -m tests.bench.bench_load $(BENCH_OPTIONS) \
+	    $(if $(WORKERS),--workers "$(WORKERS)") $(if $(PRESETS),--presets "$(PRESETS)")
 
 wheel: setup ## Build the wheel into dist/
 	bash ci/wheel.sh

@@ -171,15 +171,21 @@ def decode_frame(data: Bytes) -> tuple[FrameHeader, memoryview]:
     checked. Raises LengthError for a frame of another length than its header says,
     FrameError for anything else. The payload's own bytes are checked by `codecs`.
     """
+    header, payload = split_frame(data)
+    view = memoryview(data).cast("B")
+    if _digest(view[:HEADER_BYTES], payload) != view[-TRAILER_BYTES:]:
+        raise FrameError("the checksum does not match: the frame is damaged")
+    return header, payload
+
+
+def split_frame(data: Bytes) -> tuple[FrameHeader, memoryview]:
+    """Do the same without the checksum: for what was checked a moment ago."""
     view = memoryview(data).cast("B").toreadonly()
     header = decode_header(view)
     expected = HEADER_BYTES + header.payload_bytes + TRAILER_BYTES
     if view.nbytes != expected:
         raise LengthError(f"frame must have {expected} bytes, got {view.nbytes}")
-    payload = view[HEADER_BYTES:-TRAILER_BYTES]
-    if _digest(view[:HEADER_BYTES], payload) != view[-TRAILER_BYTES:]:
-        raise FrameError("the checksum does not match: the frame is damaged")
-    return header, payload
+    return header, view[HEADER_BYTES:-TRAILER_BYTES]
 
 
 def decode_header(data: Bytes) -> FrameHeader:

@@ -17,10 +17,11 @@ _WORDS: Final = {"event", "state", "verdict", "reason", "phase", "code", "field"
 _WORDS_TOO: Final = {"kind", "codec", "preset", "isa", "signal", "address", "path"}
 _NUMBERS: Final = {"tokens", "tokens_per_s", "loss", "bits_per_byte", "num_bytes"}
 _NUMBERS_TOO: Final = {"num_steps", "seconds", "lag_ms", "port", "threads", "status"}
+_STAGES: Final = {"judge_s", "step_s", "write_s", "commit_s"}
 
 #: The only `extra` fields that a log line may carry.
 ALLOWED_FIELDS: Final = frozenset(
-    _IDS | _IDS_TOO | _WORDS | _WORDS_TOO | _NUMBERS | _NUMBERS_TOO
+    _IDS | _IDS_TOO | _WORDS | _WORDS_TOO | _NUMBERS | _NUMBERS_TOO | _STAGES
 )
 
 

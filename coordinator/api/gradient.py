@@ -15,8 +15,11 @@ from coordinator.service.submitting import MAX_META_BYTES, Intake
 
 log = logging.getLogger(__name__)
 
-#: Uploads at a time; the next one is told to come again.
+#: Uploads at a time. The next ones wait for a place, first come first served: work of a
+#: round comes back at one time. Who waits longer is told to come again; the client of a
+#: worker gives up sending after 5 s.
 MAX_UPLOADS: Final = 16
+PLACE_S: Final = 4.0
 #: The largest frame taken: fp32 of a model of 250 million parameters.
 MAX_BODY_BYTES: Final = 10**9 + MAX_META_BYTES
 #: A body has to bring this much in each stretch: 70 kbit/s, or it has stalled.
@@ -27,33 +30,37 @@ UPLOAD_S: Final = 3600.0
 
 
 class Uploads:
-    """How many bodies are on their way in, and how slowly one may come."""
+    """The places for bodies on their way in, and how slowly one may come."""
 
     def __init__(
         self,
         limit: int = MAX_UPLOADS,
         *,
+        place_s: float = PLACE_S,
         stretch_s: float = STRETCH_S,
         stretch_bytes: int = STRETCH_BYTES,
     ) -> None:
         self._limit = limit
-        self._count = 0
+        self._places = asyncio.Semaphore(limit)
+        self._place_s = place_s
         self.stretch_s = stretch_s
         self.stretch_bytes = stretch_bytes
 
-    def enter(self) -> None:
-        """Count one more. Raises RefusedError `busy`."""
-        if self._count >= self._limit:
+    async def enter(self) -> None:
+        """Take a place, once there is one. Raises RefusedError `busy`."""
+        try:
+            async with asyncio.timeout(self._place_s):
+                await self._places.acquire()
+        except TimeoutError:
             raise RefusedError(
                 ErrorCode.BUSY,
                 f"{self._limit} submissions are on their way in, come again",
                 retry_after_s=2.0,
-            )
-        self._count += 1
+            ) from None
 
     def leave(self) -> None:
-        """Count one less."""
-        self._count -= 1
+        """Give a place back."""
+        self._places.release()
 
 
 class GradientHandler(ApiHandler):
@@ -76,7 +83,7 @@ class GradientHandler(ApiHandler):
         """Check the key, the type and the room before any of the body is read."""
         await super().prepare()
         check_content_type(self.request.headers.get("Content-Type"), BYTES)
-        self._uploads.enter()
+        await self._uploads.enter()
         self._intake = Intake(self.api.fleet)
         connection: Any = self.request.connection
         connection.set_body_timeout(UPLOAD_S)

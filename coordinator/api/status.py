@@ -26,7 +26,7 @@ class ReadyHandler(StatusHandler):
 
     async def get(self) -> None:
         """Answer 200 when there is a run, 503 with what is missing before."""
-        view = await self.api.feed.snapshot()
+        view = await self.api.feed.glance()
         if view.run is None:
             self.answer({"ready": False, "missing": view.missing}, status=503)
             return

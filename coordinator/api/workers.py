@@ -50,16 +50,15 @@ class WorkHandler(ApiHandler):
         loop = asyncio.get_running_loop()
         until = loop.time() + LONG_POLL_S
         while not (self._gone or fleet.is_stopping):
-            bell = asyncio.ensure_future(fleet.work.wait(LONG_POLL_S))
+            # Before the claim: what rings while it is looked for counts.
+            bell = asyncio.ensure_future(fleet.work.wait(until - loop.time()))
             try:
                 task = await claim(fleet, request)
                 if task is not None:
                     self.answer(task)
                     return
-                left = until - loop.time()
-                if left <= 0:
+                if not await bell:
                     break
-                await asyncio.wait([bell], timeout=left)
             finally:
                 bell.cancel()
         self._answer_none()

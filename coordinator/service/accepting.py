@@ -26,7 +26,7 @@ from coordinator.service.returning import is_held, lease_lost, settle_round
 from coordinator.service.roster import plan_from, plan_of, seq_len_of
 from coordinator.service.seeding import add_epoch_if_done
 from coordinator.store import rounds, runs, tasks, workers
-from coordinator.store.blobs import Written
+from coordinator.store.blobs import Kept
 from coordinator.store.rows import RunRow, TaskRow
 
 
@@ -36,11 +36,22 @@ class Arrived:
 
     meta: SubmissionMeta
     #: None where it was known before its payload came.
-    kept: Written | None
+    kept: Kept | None
     codec: Codec
     body_sha256: str
     #: When its body began to arrive.
     began_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """A submission that was accepted, now or before."""
+
+    answer: SubmissionAnswer
+    #: False where the same submission was accepted before.
+    is_new: bool = False
+    #: Whether its round is to be closed.
+    closes_round: bool = False
 
 
 def acceptable(
@@ -99,7 +110,7 @@ def _check_trained(
 
 def accept(
     connection: Connection, fleet: Fleet, arrived: Arrived, now: float
-) -> tuple[SubmissionAnswer, bool]:
+) -> Accepted:
     """Accept a submission in this transaction, or answer as it was answered before."""
     meta = arrived.meta
     known = rounds.find_submission(connection, meta.submission_id)
@@ -110,7 +121,8 @@ def accept(
                 f"submission_id {meta.submission_id!r} was used for another body",
                 field="submission_id",
             )
-        return msgspec.json.decode(known.answer_json, type=SubmissionAnswer), False
+        answer = msgspec.json.decode(known.answer_json, type=SubmissionAnswer)
+        return Accepted(answer=answer)
     run, task = acceptable(connection, meta, now)
     if plan_of(run).aggregation is Aggregation.PER_ARRIVAL:
         task = _in_live_round(connection, task)
@@ -120,8 +132,8 @@ def accept(
     _record(connection, arrived, arrived.kept, task, answer, now)
     trained = _shortened(connection, task, meta.tokens)
     _count(connection, run, trained, meta, now)
-    _settle(connection, fleet, run, trained, now)
-    return answer, True
+    closes = _settle(connection, fleet, run, trained, now)
+    return Accepted(answer=answer, is_new=True, closes_round=closes)
 
 
 def _in_live_round(connection: Connection, task: TaskRow) -> TaskRow:
@@ -159,7 +171,7 @@ def _shortened(connection: Connection, task: TaskRow, tokens: int) -> TaskRow:
 def _record(
     connection: Connection,
     arrived: Arrived,
-    kept: Written,
+    kept: Kept,
     task: TaskRow,
     answer: SubmissionAnswer,
     now: float,
@@ -205,7 +217,9 @@ def _count(
         tasks.finish_late(connection, task.task_id, now)
     else:
         tasks.finish_task(connection, task.task_id, now)
-    runs.add_accepted_tokens(connection, run.run_id, meta.tokens)
+    runs.add_accepted_tokens(
+        connection, run.run_id, epoch=task.epoch, tokens=meta.tokens, tasks=1
+    )
     workers.count_task(connection, meta.worker_id, tokens=meta.tokens)
     # From claim to acceptance, by our own clock: what a round really waits for.
     done = msgspec.structs.replace(
@@ -236,20 +250,20 @@ def _count(
 
 def _settle(
     connection: Connection, fleet: Fleet, run: RunRow, task: TaskRow, now: float
-) -> None:
-    """Tell the round, or the epoch, that this task is done."""
+) -> bool:
+    """Tell the round, or the epoch, that this task is done; True: the round closes."""
     live = rounds.find_round(connection, task.round_id or 0)
     if plan_of(run).aggregation is Aggregation.PER_ARRIVAL:
         rounds.note_first_submission(connection, live.round_id, now)
         rounds.change_round(connection, live.round_id, state="closing")
-        return
+        return True
     if live.base_version == task.base_version:
         rounds.note_first_submission(connection, live.round_id, now)
-        settle_round(connection, live.round_id)
-        return
+        return settle_round(connection, live.round_id)
     # What is stale only goes along: it neither ends the claims of a round nor closes
     # it, or those that it is open for would find nothing to do. So where it was the
     # last of its epoch, no version that closes the round would begin the next one.
     newest = runs.newest_run(connection)
     if newest is not None:
         add_epoch_if_done(connection, newest, fleet.the_manifest(), now)
+    return False

@@ -157,8 +157,7 @@ class _Claim:
             return False
         if plan.aggregation is Aggregation.PER_ARRIVAL:
             return True
-        claimed = rounds.claims_of(self._connection, live.round_id)
-        return all(claim.worker_id != worker.worker_id for claim in claimed)
+        return not rounds.has_claim(self._connection, live.round_id, worker.worker_id)
 
     def _take_training(
         self, run: RunRow, plan: TrainingPlan, live: RoundRow, worker: WorkerRow

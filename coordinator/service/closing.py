@@ -26,6 +26,7 @@ from coordinator.service.broadcast import publication
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
 from coordinator.service.judging import Judged, judge_round, leave_all_out, record
+from coordinator.service.laps import Laps
 from coordinator.service.lines import rollbacks_of
 from coordinator.service.pacing import measure_round, open_next
 from coordinator.service.pruning import prune_versions
@@ -109,6 +110,7 @@ class RoundCloser:
         closing = await self._fleet.store.read(_find)
         if closing is None:
             return await self._roll_back()
+        laps = Laps(self._fleet.clock)
         base = self._state
         if base is None or base.version != closing.live.base_version:
             base = await self._fleet.off_loop(
@@ -117,13 +119,15 @@ class RoundCloser:
         judged = await self._fleet.off_loop(
             lambda: judge_round(self._fleet.blobs, closing)
         )
+        laps.end("judge_s")
         stepped = await self._fleet.off_loop(
             lambda: next_state(self._fleet.blobs, judged.kept, base, self._spare)
         )
+        laps.end("step_s")
         if stepped is None:
             await self._refuse_all(closing)
         else:
-            await self._publish(judged, base, stepped)
+            await self._publish(judged, base, stepped, laps)
         self._fleet.work.ring()
         self._fleet.changed.ring()
         return True
@@ -137,7 +141,7 @@ class RoundCloser:
         return True
 
     async def _publish(
-        self, judged: Judged, base: ServerState, stepped: ServerState
+        self, judged: Judged, base: ServerState, stepped: ServerState, laps: Laps
     ) -> None:
         fleet, closing = self._fleet, judged.kept
         layout = bytes.fromhex(closing.run.layout_hash)
@@ -153,10 +157,12 @@ class RoundCloser:
         blobs = await fleet.off_loop(
             lambda: write_version(fleet.blobs, stepped, layout, published)
         )
+        laps.end("write_s")
         now = await awake(fleet)
         point = await fleet.store.write(
             lambda connection: _commit(connection, fleet, judged, blobs, now)
         )
+        laps.end("commit_s")
         self._state, self._spare = stepped, base
         # Whole versions lie in the memory of a state, which is used again.
         self._published = published if published.link is not None else None
@@ -169,6 +175,7 @@ class RoundCloser:
                 "round_id": closing.live.round_id,
                 "tokens": point.tokens_total,
                 "loss": point.train_loss,
+                **laps.seconds,
             },
         )
         fleet.publish("version.published", point)

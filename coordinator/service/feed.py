@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-import msgspec
+from msgspec.structs import replace
 
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
 from coordinator.service.lag import LoopLag
 from coordinator.service.looking import look
 from coordinator.service.telemetry import Telemetry, collect
-from coordinator.service.view import FleetUpdate, FleetView, WorkerView
+from coordinator.service.view import FleetUpdate, FleetView, LaneView, WorkerView
 
 #: Least time between two updates.
 MIN_GAP_S: Final = 0.5
 #: Looked at this often even when nothing rings: silence changes verdicts too.
 MAX_GAP_S: Final = 2.0
+#: Looking takes longer the more workers there are: no more than this share of the time.
+LOOK_SHARE: Final = 0.05
 #: The lag is told along with something else, never alone.
 _PARTS: Final = ("missing", "run", "training", "round", "tasks", "ternary")
 
@@ -34,10 +36,12 @@ class Feed:
         *,
         insecure_http: bool,
         is_watched: Callable[[], bool],
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._fleet = fleet
         self._lag = lag
         self._insecure_http = insecure_http
+        self._pause = pause
         #: Tells whether there is a page to keep up to date.
         self._is_watched = is_watched
         #: What pages know; None: it differs, each has its own snapshot.
@@ -69,8 +73,9 @@ class Feed:
         """Publish what changes; never returns."""
         while True:
             await self._fleet.changed.wait(MAX_GAP_S)
+            began = self._fleet.clock.monotonic()
             await self.update()
-            await asyncio.sleep(MIN_GAP_S)
+            await self._pause(gap_s(self._fleet.clock.monotonic() - began))
 
     async def update(self) -> None:
         """Publish what differs from the last look, if anything does.
@@ -102,6 +107,11 @@ class Feed:
         )
 
 
+def gap_s(look_s: float) -> float:
+    """Return how long to wait after a look that took `look_s`."""
+    return max(MIN_GAP_S, look_s * (1.0 - LOOK_SHARE) / LOOK_SHARE)
+
+
 def _is_news(before: WorkerView | None, after: WorkerView) -> bool:
     """Return whether more has changed about a worker than the age of what is known.
 
@@ -114,22 +124,47 @@ def _timeless(row: WorkerView) -> WorkerView:
     still = dataclasses.replace(
         row.facts, heartbeat_age_s=0.0, elapsed_s=0.0, progress_age_s=None
     )
-    return msgspec.structs.replace(row, facts=still)
+    return replace(row, facts=still)
+
+
+def _new_lanes(before: FleetView, after: FleetView) -> Sequence[LaneView] | None:
+    """Return the lanes that differ or are new; None where more of the round differs."""
+    old, new = before.round, after.round
+    if old is None or new is None:
+        return None
+    if replace(old, lanes=[]) != replace(new, lanes=[]):
+        return None
+    if [_claim(lane) for lane in new.lanes[: len(old.lanes)]] != [
+        _claim(lane) for lane in old.lanes
+    ]:
+        return None
+    changed = [
+        now for was, now in zip(old.lanes, new.lanes, strict=False) if was != now
+    ]
+    return [*changed, *new.lanes[len(old.lanes) :]]
+
+
+def _claim(lane: LaneView) -> tuple[str, str, float]:
+    """Return what tells one claim from another."""
+    return lane.worker_id, lane.task_id, lane.claimed_at
 
 
 def difference(before: FleetView | None, after: FleetView) -> FleetUpdate | None:
     """Return what an update must say; None when nothing but the lag has changed."""
     rows = {} if before is None else {row.worker_id: row for row in before.workers}
+    lanes = None if before is None else _new_lanes(before, after)
+    parts = _PARTS if lanes is None else [name for name in _PARTS if name != "round"]
     update = FleetUpdate(
         **{
             name: getattr(after, name)
-            for name in _PARTS
+            for name in parts
             if before is None or getattr(after, name) != getattr(before, name)
         },
         workers=[
             row for row in after.workers if _is_news(rows.get(row.worker_id), row)
         ],
+        lanes=list(lanes or ()),
     )
     if update == FleetUpdate():
         return None
-    return msgspec.structs.replace(update, server=after.server)
+    return replace(update, server=after.server)

@@ -45,14 +45,14 @@ class Bell:
         self._event.set()
         self._event = asyncio.Event()
 
-    async def wait(self, timeout_s: float | None = None) -> None:
-        """Return at the next ring, or after `timeout_s`."""
+    async def wait(self, timeout_s: float | None = None) -> bool:
+        """Return at the next ring, or after `timeout_s`: whether it has rung."""
         event = self._event
         try:
             async with asyncio.timeout(timeout_s):
-                await event.wait()
+                return await event.wait()
         except TimeoutError:
-            return
+            return False
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,7 +7,7 @@ were applied before; it is stored with each submission, and once more only to be
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -15,7 +15,7 @@ import numpy as np
 from sqlalchemy import Connection
 
 from bitnet_ext.codecs import Bytes, Codec, Vector, decode
-from bitnet_ext.frames import decode_frame
+from bitnet_ext.frames import FrameHeader, decode_frame, split_frame
 from bitnet_ext.fused import norm_of
 from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskKind
@@ -31,6 +31,9 @@ from coordinator.store.blobs import BlobKind, Blobs
 from coordinator.store.rows import SubmissionRow
 
 log = logging.getLogger(__name__)
+
+#: Returns header and payload of a frame.
+Parse = Callable[[Bytes], tuple[FrameHeader, memoryview]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +55,17 @@ def judge_round(blobs: Blobs, closing: Closing) -> Judged:
     """
     rows = closing.submissions
 
-    def read(place: int) -> tuple[Codec, Bytes]:
+    def read(place: int, parse: Parse = split_frame) -> tuple[Codec, Bytes]:
         data = blobs.read(BlobKind.PAYLOAD, rows[place].payload_file or "")
-        header, payload = decode_frame(data)
+        header, payload = parse(data)
         return header.codec, payload
 
     shape = shape_from_json(msgspec.json.decode(closing.run.model_json))
     scratch = np.empty(num_params(shape), dtype=np.float32)
+    # Each is read up to three times: its checksum is looked at with the first.
     candidates = [
-        _candidate(closing, row, read(place), scratch) for place, row in enumerate(rows)
+        _candidate(closing, row, read(place, decode_frame), scratch)
+        for place, row in enumerate(rows)
     ]
     judgement = guards.judge(
         candidates,
@@ -156,7 +161,9 @@ def give_tokens_back(
     up, as a failed task, or it would be trained for nothing for ever.
     """
     for row in rows:
-        runs.add_accepted_tokens(connection, row.run_id, -row.tokens)
+        runs.add_accepted_tokens(
+            connection, row.run_id, epoch=row.epoch, tokens=-row.tokens
+        )
         task = tasks.find_task(connection, row.task_id)
         attempt = 0 if task is None else task.attempt
         if attempt < leases.MAX_ATTEMPTS:

@@ -144,9 +144,7 @@ def _run(connection: Connection, fleet: Known, run: RunRow, now: float) -> RunVi
         epoch_tokens=None
         if manifest is None
         else sum(shard.num_tokens for shard in manifest.train_shards()),
-        epoch_tokens_accepted=rounds.epoch_tokens_accepted(
-            connection, run.run_id, run.epoch
-        ),
+        epoch_tokens_accepted=run.epoch_tokens_accepted,
         newest_version=newest.version,
         newest_version_at=newest.created_at,
         best_version=versions.best_version(connection, run.run_id),
@@ -294,13 +292,13 @@ def _tasks(
     seen: Sequence[WorkerView],
     held: Mapping[str, TaskRow],
 ) -> TasksView:
-    counts = tasks.count_by_state(connection, run.run_id)
+    counts = tasks.count_not_done(connection, run.run_id)
     training = {key for key, task in held.items() if task.kind == TaskKind.TRAIN}
     words = [row.verdict for row in seen if row.worker_id in training]
     return TasksView(
         pending=counts[TaskState.PENDING],
         leased=counts[TaskState.LEASED],
-        done=counts[TaskState.DONE],
+        done=run.tasks_done,
         failed=counts[TaskState.FAILED],
         soft_expired=words.count(Verdict.SLOW),
         stuck=words.count(Verdict.STUCK) + words.count(Verdict.LOST),

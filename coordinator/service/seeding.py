@@ -13,7 +13,7 @@ from bitnet_ext.wire.verdicts import TaskKind
 from coordinator.domain.manifest import Manifest
 from coordinator.domain.seams import Rng
 from coordinator.service.roster import seq_len_of
-from coordinator.store import rounds, runs, tasks, workers
+from coordinator.store import runs, tasks, workers
 from coordinator.store.rows import RunRow
 
 log = logging.getLogger(__name__)
@@ -104,9 +104,10 @@ def add_epoch_if_done(
 
 def is_stalled(connection: Connection, run: RunRow) -> bool:
     """Return whether an epoch has ended of which nothing was accepted."""
-    return _has_ended(connection, run) and not rounds.epoch_tokens_accepted(
-        connection, run.run_id, run.epoch
-    )
+    if not _has_ended(connection, run):
+        return False
+    # Anew: a guard of the round that is being closed may just have taken some back.
+    return not runs.find_run(connection, run.run_id).epoch_tokens_accepted
 
 
 def _has_ended(connection: Connection, run: RunRow) -> bool:
@@ -158,5 +159,5 @@ def add_evaluation(
 
 def _next_epoch(connection: Connection, run: RunRow) -> int:
     epoch = run.epoch + 1
-    runs.change_run(connection, run.run_id, epoch=epoch)
+    runs.change_run(connection, run.run_id, epoch=epoch, epoch_tokens_accepted=0)
     return epoch

@@ -34,15 +34,14 @@ from bitnet_ext.wire.messages import SubmissionAnswer, SubmissionMeta
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
 from coordinator.domain.plan import TrainingPlan
-from coordinator.service.accepting import Arrived, accept, acceptable
+from coordinator.service.accepting import Accepted, Arrived, accept, acceptable
 from coordinator.service.bodies import parse
 from coordinator.service.fleet import Fleet
 from coordinator.service.grace import awake
 from coordinator.service.late import booking_late
-from coordinator.service.returning import ring
 from coordinator.service.roster import plan_from
 from coordinator.store import rounds
-from coordinator.store.blobs import BlobKind, Spool, Written
+from coordinator.store.blobs import BlobKind, Kept, Spool
 from coordinator.store.rows import RunRow
 
 T = TypeVar("T")
@@ -65,7 +64,7 @@ class Intake:
         self._expected: _Expected | None = None
         #: None where the same submission is known already: then only its hash counts.
         self._spool: Spool | None = None
-        self._kept: Written | None = None
+        self._kept: Kept | None = None
         self._began_at = fleet.clock.now()
         # A connection may break, and `close` be called, while a piece is written.
         self._busy = asyncio.Lock()
@@ -101,11 +100,15 @@ class Intake:
         await self._flush()
         if self._spool is not None and self._expected is not None:
             await self._keep(self._spool, self._expected, meta)
-        answer, is_new = await self._accept(meta)
-        if is_new:
+        accepted = await self._accept(meta)
+        if accepted.is_new:
             self._kept = None  # a row names it now
-            ring(self._fleet)
-        return answer
+            # Nobody who waits for work is woken: what is accepted frees none, and of a
+            # round of hundreds each would ask in vain each time.
+            self._fleet.changed.ring()
+            if accepted.closes_round:
+                self._fleet.round_ready.ring()
+        return accepted.answer
 
     async def close(self) -> None:
         """Remove what no row names."""
@@ -178,13 +181,13 @@ class Intake:
         # Its own name: a second try of the same submission must not touch this one.
         name = f"{meta.submission_id}-{self._fleet.rng.token(6).hex()}.frame"
 
-        def work() -> Written:
+        def work() -> Kept:
             expected.check_frame(spool.path.read_bytes(), meta)
             return blobs.keep(spool, BlobKind.PAYLOAD, name)
 
         self._kept = await self._on_disk(work)
 
-    async def _accept(self, meta: SubmissionMeta) -> tuple[SubmissionAnswer, bool]:
+    async def _accept(self, meta: SubmissionMeta) -> Accepted:
         now = await awake(self._fleet)
         kept, expected = self._kept, self._expected
         codec = Codec.FP32 if expected is None else expected.codec

@@ -312,3 +312,5 @@ class FleetUpdate(View, frozen=True, kw_only=True, omit_defaults=True):
     ternary: TernaryView | UnsetType | None = UNSET
     server: ServerView | UnsetType = UNSET
     workers: list[WorkerView] = []
+    #: Claims of the round that differ or are new, where nothing else of it has changed.
+    lanes: list[LaneView] = []

@@ -30,8 +30,16 @@ class BlobKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class Kept:
     """A durable blob."""
+
+    name: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A durable blob, and the hash of its bytes."""
 
     name: str
     sha256: str
@@ -39,12 +47,11 @@ class Written:
 
 
 class Spool:
-    """A blob on its way in: hashed while it is written, named when it is kept."""
+    """A blob on its way in: named when it is kept."""
 
     def __init__(self, fs: Fs, path: Path) -> None:
         self._fs = fs
         self._file: NewFile | None = fs.create(path)
-        self._hash = hashlib.sha256()
         self.path = path
         self.num_bytes = 0
 
@@ -53,12 +60,7 @@ class Spool:
         if self._file is None:
             raise ValueError("spool is closed")
         self._file.write(data)
-        self._hash.update(data)
         self.num_bytes += len(data)
-
-    def sha256(self) -> bytes:
-        """Return the hash of what was written so far."""
-        return self._hash.digest()
 
     def keep(self, target: Path) -> None:
         """Make it durable under the name `target`, in the same folder."""
@@ -98,13 +100,10 @@ class Blobs:
             self.folder / kind / f"{_TEMPORARY}{self._rng.token(8).hex()}",
         )
 
-    def keep(self, spool: Spool, kind: BlobKind, name: str) -> Written:
+    def keep(self, spool: Spool, kind: BlobKind, name: str) -> Kept:
         """Make a spool durable under `name`."""
-        written = Written(
-            name=name, sha256=spool.sha256().hex(), num_bytes=spool.num_bytes
-        )
         spool.keep(self.path(kind, name))
-        return written
+        return Kept(name=name, num_bytes=spool.num_bytes)
 
     def write_frame(self, kind: BlobKind, name: str, parts: Iterable[Bytes]) -> Written:
         """Write a whole frame durably: its `sealed_parts`, then their hash.
@@ -112,12 +111,20 @@ class Blobs:
         The trailer is the hash so far, and the hash of the file goes on from there:
         its bytes are hashed once.
         """
-        spool = self.spool(kind)
+        spool, digest = self.spool(kind), hashlib.sha256()
+
+        def write(part: Bytes) -> None:
+            spool.write(part)
+            digest.update(part)
+
         try:
             for part in parts:
-                spool.write(part)
-            spool.write(spool.sha256())
-            return self.keep(spool, kind, name)
+                write(part)
+            write(digest.digest())
+            kept = self.keep(spool, kind, name)
+            return Written(
+                name=name, sha256=digest.hexdigest(), num_bytes=kept.num_bytes
+            )
         finally:
             spool.discard()
 

@@ -18,9 +18,51 @@ from coordinator.store.rows import (
 )
 from coordinator.store.tables import claims, rounds, submissions, tasks
 
-#: Made once, as it is asked for each second.
+#: Made once, as they are asked for with each claim, or each second.
 _LIVE: Final = select(rounds).where(
     rounds.c.run_id == bindparam("of_run"), rounds.c.state != "closed"
+)
+_OF_WORKER: Final = (
+    select(claims.c.claim_seq)
+    .where(
+        claims.c.round_id == bindparam("of_round"),
+        claims.c.worker_id == bindparam("of_worker"),
+        claims.c.outcome.is_(None) | (claims.c.outcome != "void"),
+    )
+    .limit(1)
+)
+_RECENT_CLAIMS: Final = (
+    select(claims)
+    .join(rounds, rounds.c.round_id == claims.c.round_id)
+    .where(
+        claims.c.worker_id == bindparam("of_worker"),
+        rounds.c.run_id == bindparam("of_run"),
+        claims.c.ended_at.is_not(None),
+        claims.c.tokens_done > 0,
+    )
+    .order_by(claims.c.claim_seq.desc())
+    .limit(bindparam("most"))
+)
+_RECENT_SECONDS: Final = (
+    select(
+        submissions.c.tokens,
+        submissions.c.compute_s,
+        submissions.c.accepted_at - submissions.c.claimed_at,
+    )
+    .where(
+        submissions.c.worker_id == bindparam("of_worker"),
+        submissions.c.run_id == bindparam("of_run"),
+    )
+    .order_by(submissions.c.accepted_at.desc(), submissions.c.submission_id)
+    .limit(bindparam("most"))
+)
+_ADD_CLAIM: Final = insert(claims)
+_ROUND: Final = select(rounds).where(rounds.c.round_id == bindparam("of_round"))
+_CHANGE_ROUND: Final = update(rounds).where(rounds.c.round_id == bindparam("of_round"))
+_OF_LEASE: Final = select(claims).where(claims.c.lease_hash == bindparam("of_lease"))
+_CHANGE_CLAIM: Final = update(claims).where(claims.c.claim_seq == bindparam("of_claim"))
+_SUBMISSION: Final = select(submissions).where(
+    submissions.c.submission_id == bindparam("of_submission")
 )
 
 
@@ -52,15 +94,13 @@ def live_round(connection: Connection, run_id: str) -> RoundRow | None:
 
 def find_round(connection: Connection, round_id: int) -> RoundRow:
     """Return a round that has claims."""
-    row = connection.execute(select(rounds).where(rounds.c.round_id == round_id)).one()
+    row = connection.execute(_ROUND, {"of_round": round_id}).one()
     return typed(RoundRow, row)
 
 
 def change_round(connection: Connection, round_id: int, **columns: Any) -> None:
     """Set columns of a round."""
-    connection.execute(
-        update(rounds).where(rounds.c.round_id == round_id).values(**columns)
-    )
+    connection.execute(_CHANGE_ROUND, {"of_round": round_id, **columns})
 
 
 def note_first_submission(connection: Connection, round_id: int, now: float) -> None:
@@ -74,14 +114,12 @@ def note_first_submission(connection: Connection, round_id: int, now: float) -> 
 
 def add_claim(connection: Connection, **columns: Any) -> None:
     """Record that a worker claimed a task in a round."""
-    connection.execute(insert(claims).values(**columns))
+    connection.execute(_ADD_CLAIM, columns)
 
 
 def claim_of_lease(connection: Connection, lease_hash: str) -> ClaimRow | None:
     """Return the claim that a lease was given out for, while that may still count."""
-    row = connection.execute(
-        select(claims).where(claims.c.lease_hash == lease_hash)
-    ).first()
+    row = connection.execute(_OF_LEASE, {"of_lease": lease_hash}).first()
     return None if row is None else typed(ClaimRow, row)
 
 
@@ -110,9 +148,7 @@ def newest_claim_of(connection: Connection, task_id: str) -> ClaimRow | None:
 
 def change_claim(connection: Connection, claim_seq: int, **columns: Any) -> None:
     """Set columns of a claim."""
-    connection.execute(
-        update(claims).where(claims.c.claim_seq == claim_seq).values(**columns)
-    )
+    connection.execute(_CHANGE_CLAIM, {"of_claim": claim_seq, **columns})
 
 
 def void_claims(connection: Connection, round_id: int) -> None:
@@ -146,6 +182,12 @@ def claims_of(connection: Connection, round_id: int) -> list[ClaimRow]:
     return [typed(ClaimRow, row) for row in rows]
 
 
+def has_claim(connection: Connection, round_id: int, worker_id: str) -> bool:
+    """Return whether a worker has a claim in a round that still counts."""
+    row = connection.execute(_OF_WORKER, {"of_round": round_id, "of_worker": worker_id})
+    return row.first() is not None
+
+
 def recent_claims(
     connection: Connection, run_id: str, worker_id: str, *, newest: int
 ) -> list[ClaimRow]:
@@ -153,18 +195,8 @@ def recent_claims(
 
     Those that have ended, of one run.
     """
-    rows = connection.execute(
-        select(claims)
-        .join(rounds, rounds.c.round_id == claims.c.round_id)
-        .where(
-            claims.c.worker_id == worker_id,
-            rounds.c.run_id == run_id,
-            claims.c.ended_at.is_not(None),
-            claims.c.tokens_done > 0,
-        )
-        .order_by(claims.c.claim_seq.desc())
-        .limit(newest)
-    )
+    of = {"of_run": run_id, "of_worker": worker_id, "most": newest}
+    rows = connection.execute(_RECENT_CLAIMS, of)
     return [typed(ClaimRow, row) for row in rows]
 
 
@@ -244,9 +276,7 @@ def add_submission(connection: Connection, **columns: Any) -> None:
 
 def find_submission(connection: Connection, submission_id: str) -> SubmissionRow | None:
     """Return a submission by its id."""
-    row = connection.execute(
-        select(submissions).where(submissions.c.submission_id == submission_id)
-    ).first()
+    row = connection.execute(_SUBMISSION, {"of_submission": submission_id}).first()
     return None if row is None else typed(SubmissionRow, row)
 
 
@@ -380,16 +410,8 @@ def recent_seconds(
 
     One for each of the newest submissions of a worker in a run, newest first.
     """
-    rows = connection.execute(
-        select(
-            submissions.c.tokens,
-            submissions.c.compute_s,
-            submissions.c.accepted_at - submissions.c.claimed_at,
-        )
-        .where(submissions.c.worker_id == worker_id, submissions.c.run_id == run_id)
-        .order_by(submissions.c.accepted_at.desc(), submissions.c.submission_id)
-        .limit(newest)
-    )
+    of = {"of_run": run_id, "of_worker": worker_id, "most": newest}
+    rows = connection.execute(_RECENT_SECONDS, of)
     return [(tokens, compute_s, total_s) for tokens, compute_s, total_s in rows]
 
 
@@ -474,16 +496,3 @@ def applied_tokens_by_worker(connection: Connection, run_id: str) -> dict[str, i
         .group_by(submissions.c.worker_id)
     )
     return {worker_id: int(tokens) for worker_id, tokens in rows}
-
-
-def epoch_tokens_accepted(connection: Connection, run_id: str, epoch: int) -> int:
-    """Return the tokens of an epoch that were accepted and not filtered."""
-    return int(
-        connection.execute(
-            select(func.coalesce(func.sum(submissions.c.tokens), 0)).where(
-                submissions.c.run_id == run_id,
-                submissions.c.epoch == epoch,
-                submissions.c.state != SubmissionState.FILTERED,
-            )
-        ).scalar_one()
-    )

@@ -32,6 +32,8 @@ class RunRow(Struct, frozen=True, kw_only=True):
     root_version: int
     epoch: int
     tokens_accepted: int
+    epoch_tokens_accepted: int
+    tasks_done: int
     created_at: float
     stop_at: float | None
     reset_from_version: int | None

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, bindparam, case, func, insert, select, update
 
 from coordinator.store.rows import RangeRow, RunRow, typed
 from coordinator.store.tables import ranges, runs
 
-# Of what is asked for each second the statement is made once: that takes longer than
-# to run it.
+# Of what is asked for each second, or with each claim, the statement is made once: that
+# takes longer than to run it.
 _NEWEST: Final = select(runs).order_by(
     runs.c.created_at.desc(), runs.c.root_version.desc()
+)
+_NEXT_RANGE: Final = (
+    select(ranges)
+    .where(ranges.c.run_id == bindparam("of_run"))
+    .order_by(ranges.c.epoch, ranges.c.range_id)
+    .limit(1)
 )
 
 
@@ -38,12 +44,22 @@ def change_run(connection: Connection, run_id: str, **columns: Any) -> None:
     connection.execute(update(runs).where(runs.c.run_id == run_id).values(**columns))
 
 
-def add_accepted_tokens(connection: Connection, run_id: str, tokens: int) -> None:
-    """Count tokens that were just accepted (negative: given back by a filter)."""
+def add_accepted_tokens(
+    connection: Connection, run_id: str, *, epoch: int, tokens: int, tasks: int = 0
+) -> None:
+    """Count tokens that were just accepted (negative: given back by a filter).
+
+    They are of `epoch`; `tasks` were done with them.
+    """
+    of_epoch = case((runs.c.epoch == epoch, tokens), else_=0)
     connection.execute(
         update(runs)
         .where(runs.c.run_id == run_id)
-        .values(tokens_accepted=runs.c.tokens_accepted + tokens)
+        .values(
+            tokens_accepted=runs.c.tokens_accepted + tokens,
+            epoch_tokens_accepted=runs.c.epoch_tokens_accepted + of_epoch,
+            tasks_done=runs.c.tasks_done + tasks,
+        )
     )
 
 
@@ -54,12 +70,7 @@ def add_range(connection: Connection, **columns: Any) -> None:
 
 def next_range(connection: Connection, run_id: str) -> RangeRow | None:
     """Return the range to cut from next: oldest epoch, then oldest range."""
-    row = connection.execute(
-        select(ranges)
-        .where(ranges.c.run_id == run_id)
-        .order_by(ranges.c.epoch, ranges.c.range_id)
-        .limit(1)
-    ).first()
+    row = connection.execute(_NEXT_RANGE, {"of_run": run_id}).first()
     return None if row is None else typed(RangeRow, row)
 
 

@@ -81,6 +81,10 @@ runs: Final = Table(
     # end); both or neither.
     Column("next_plan_json", Text),
     Column("next_token_budget", BigInteger),
+    # Training tasks that are done, and accepted tokens of the epoch without those that
+    # were filtered: counted anew, each look of a page would take all rows of the run.
+    Column("tasks_done", BigInteger, nullable=False, server_default="0"),
+    Column("epoch_tokens_accepted", BigInteger, nullable=False, server_default="0"),
     CheckConstraint("state IN ('running','paused','finished')", name="run_state"),
 )
 

@@ -10,7 +10,36 @@ from bitnet_ext.wire.verdicts import TaskKind, TaskState
 from coordinator.store.rows import TaskRow, typed
 from coordinator.store.tables import tasks, versions
 
-#: Made once, as it is asked for each second.
+#: Statements that each claim or heartbeat needs are made once: that takes as long as to
+#: run them.
+_ONE: Final = select(tasks).where(tasks.c.task_id == bindparam("of_task"))
+_OF_CLAIM: Final = select(tasks).where(
+    tasks.c.lease_claim_id == bindparam("of_claim"),
+    tasks.c.state == TaskState.LEASED,
+)
+_HELD_BY: Final = select(tasks).where(
+    tasks.c.lease_worker_id == bindparam("of_worker"),
+    tasks.c.state == TaskState.LEASED,
+)
+_PENDING: Final = (
+    select(tasks)
+    .where(
+        tasks.c.state == TaskState.PENDING,
+        tasks.c.run_id == bindparam("of_run"),
+        tasks.c.kind == bindparam("of_kind"),
+        tasks.c.not_before_at <= bindparam("now"),
+        or_(
+            tasks.c.returned_round_id.is_(None),
+            tasks.c.returned_round_id != bindparam("of_round"),
+        ),
+    )
+    .order_by(tasks.c.epoch, tasks.c.created_at, tasks.c.task_id)
+    .limit(bindparam("most"))
+)
+_ADD: Final = insert(tasks)
+_RENEW: Final = update(tasks).where(
+    tasks.c.task_id == bindparam("of_task"), tasks.c.state == TaskState.LEASED
+)
 _OVERDUE: Final = (
     select(tasks)
     .where(
@@ -42,7 +71,7 @@ _NO_LEASE: Final[dict[str, Any]] = {
 
 def add_task(connection: Connection, **columns: Any) -> None:
     """Insert a pending task."""
-    connection.execute(insert(tasks).values(state=TaskState.PENDING, **columns))
+    connection.execute(_ADD, {"state": TaskState.PENDING, **columns})
 
 
 def add_failed(connection: Connection, **columns: Any) -> None:
@@ -52,7 +81,7 @@ def add_failed(connection: Connection, **columns: Any) -> None:
 
 def find_task(connection: Connection, task_id: str) -> TaskRow | None:
     """Return a task by its id."""
-    row = connection.execute(select(tasks).where(tasks.c.task_id == task_id)).first()
+    row = connection.execute(_ONE, {"of_task": task_id}).first()
     return None if row is None else typed(TaskRow, row)
 
 
@@ -85,19 +114,14 @@ def all_pending(
     Work that came back in round `round_id` waits for the next one.
     """
     rows = connection.execute(
-        select(tasks)
-        .where(
-            tasks.c.state == TaskState.PENDING,
-            tasks.c.run_id == run_id,
-            tasks.c.kind == kind,
-            tasks.c.not_before_at <= now,
-            or_(
-                tasks.c.returned_round_id.is_(None),
-                tasks.c.returned_round_id != (round_id or 0),
-            ),
-        )
-        .order_by(tasks.c.epoch, tasks.c.created_at, tasks.c.task_id)
-        .limit(limit)
+        _PENDING,
+        {
+            "of_run": run_id,
+            "of_kind": kind,
+            "now": now,
+            "of_round": round_id or 0,
+            "most": limit,
+        },
     )
     return [typed(TaskRow, row) for row in rows]
 
@@ -134,21 +158,13 @@ def shorten_task(connection: Connection, task_id: str, num_tokens: int) -> None:
 
 def leased_by_claim(connection: Connection, claim_id: str) -> TaskRow | None:
     """Return the live task of a claim that is being repeated."""
-    row = connection.execute(
-        select(tasks).where(
-            tasks.c.lease_claim_id == claim_id, tasks.c.state == TaskState.LEASED
-        )
-    ).first()
+    row = connection.execute(_OF_CLAIM, {"of_claim": claim_id}).first()
     return None if row is None else typed(TaskRow, row)
 
 
 def leased_to(connection: Connection, worker_id: str) -> list[TaskRow]:
     """Return the tasks that a worker holds."""
-    rows = connection.execute(
-        select(tasks).where(
-            tasks.c.lease_worker_id == worker_id, tasks.c.state == TaskState.LEASED
-        )
-    )
+    rows = connection.execute(_HELD_BY, {"of_worker": worker_id})
     return [typed(TaskRow, row) for row in rows]
 
 
@@ -168,11 +184,7 @@ def overdue(connection: Connection, now: float) -> list[TaskRow]:
 
 def renew_lease(connection: Connection, task_id: str, **columns: Any) -> None:
     """Set columns of a live lease."""
-    connection.execute(
-        update(tasks)
-        .where(tasks.c.task_id == task_id, tasks.c.state == TaskState.LEASED)
-        .values(**columns)
-    )
+    connection.execute(_RENEW, {"of_task": task_id, **columns})
 
 
 def finish_task(connection: Connection, task_id: str, now: float) -> None:
@@ -350,16 +362,22 @@ def evaluation_of(connection: Connection, run_id: str, version: int) -> TaskRow 
     return None if row is None else typed(TaskRow, row)
 
 
-def count_by_state(connection: Connection, run_id: str) -> dict[str, int]:
-    """Return how many training tasks of a run are in each state."""
+def count_not_done(connection: Connection, run_id: str) -> dict[str, int]:
+    """Return how many training tasks of a run are in each state but `done`.
+
+    Of those there are ever more, and the page asks each second: a run counts them.
+    """
+    states = [state for state in TaskState if state is not TaskState.DONE]
     rows = connection.execute(
         select(tasks.c.state, func.count())
-        .where(tasks.c.run_id == run_id, tasks.c.kind == TaskKind.TRAIN)
+        .where(
+            tasks.c.run_id == run_id,
+            tasks.c.state.in_(states),
+            tasks.c.kind == TaskKind.TRAIN,
+        )
         .group_by(tasks.c.state)
     )
-    return {str(TaskState(state)): 0 for state in TaskState} | {
-        state: count for state, count in rows
-    }
+    return {str(state): 0 for state in states} | {state: count for state, count in rows}
 
 
 def evaluations_open(connection: Connection, run_id: str) -> set[int]:

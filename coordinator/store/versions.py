@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.store.rows import EvaluationRow, PointRow, VersionRow, typed
 from coordinator.store.tables import evaluations, rounds, versions
 
 _parents = versions.alias("parents")
+#: Made once, as each claim and each submission asks for them.
+_ONE: Final = select(versions).where(versions.c.version == bindparam("of_version"))
+_AFTER: Final = select(versions).where(versions.c.parent == bindparam("of_version"))
 
 
 def add_version(connection: Connection, **columns: Any) -> None:
@@ -21,17 +24,13 @@ def add_version(connection: Connection, **columns: Any) -> None:
 
 def find_version(connection: Connection, version: int) -> VersionRow | None:
     """Return a version by its number."""
-    row = connection.execute(
-        select(versions).where(versions.c.version == version)
-    ).first()
+    row = connection.execute(_ONE, {"of_version": version}).first()
     return None if row is None else typed(VersionRow, row)
 
 
 def version_after(connection: Connection, version: int) -> VersionRow | None:
     """Return the version that was made of this one; None where it is the newest."""
-    row = connection.execute(
-        select(versions).where(versions.c.parent == version)
-    ).first()
+    row = connection.execute(_AFTER, {"of_version": version}).first()
     return None if row is None else typed(VersionRow, row)
 
 

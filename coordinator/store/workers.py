@@ -22,8 +22,12 @@ from coordinator.store.tables import (
 #: How many log records and events are kept; the oldest go first.
 MAX_LOGS: Final = 20_000
 MAX_EVENTS: Final = 20_000
-#: Made once, as each request of a worker asks for it.
+#: Made once, as each request of a worker asks for them.
 _ONE: Final = select(workers).where(workers.c.worker_id == bindparam("of_worker"))
+_CHANGE: Final = update(workers).where(workers.c.worker_id == bindparam("of_worker"))
+_MEAN_SPEED: Final = select(func.avg(workers.c.tokens_per_s)).where(
+    workers.c.gone_at.is_(None), workers.c.phase != WorkerPhase.STOPPING
+)
 
 
 def find_worker(connection: Connection, worker_id: str) -> WorkerRow | None:
@@ -45,9 +49,7 @@ def add_worker(connection: Connection, **columns: Any) -> None:
 
 def change_worker(connection: Connection, worker_id: str, **columns: Any) -> None:
     """Set columns of a worker."""
-    connection.execute(
-        update(workers).where(workers.c.worker_id == worker_id).values(**columns)
-    )
+    connection.execute(_CHANGE, {"of_worker": worker_id, **columns})
 
 
 def count_task(connection: Connection, worker_id: str, *, tokens: int) -> None:
@@ -83,11 +85,7 @@ def fleet_speed(connection: Connection) -> float | None:
 
     Without those that were put away or have stopped.
     """
-    mean = connection.execute(
-        select(func.avg(workers.c.tokens_per_s)).where(
-            workers.c.gone_at.is_(None), workers.c.phase != WorkerPhase.STOPPING
-        )
-    ).scalar_one()
+    mean = connection.execute(_MEAN_SPEED).scalar_one()
     return None if mean is None else float(mean)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from bitnet_ext import ternary
 
-Value = float | str | dict[str, str | None]
+Value = float | str | dict[str, str | None] | dict[str, float | None]
 
 
 class Figures:

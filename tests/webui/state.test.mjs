@@ -3,7 +3,16 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import { EMPTY, reduce } from "../../webui/js/state.js";
-import { evaluation, evaluations, fleet, run, version, worker } from "./fleet.mjs";
+import {
+  evaluation,
+  evaluations,
+  fleet,
+  lane,
+  round,
+  run,
+  version,
+  worker,
+} from "./fleet.mjs";
 
 const snapshot = (body, seq = 7, at = 100) => ({ kind: "snapshot", seq, at, body });
 const event = (kind, body, seq = 8, at = 101) => ({ kind, seq, at, body });
@@ -50,6 +59,25 @@ test("workers are replaced by id, new ones come last", () => {
     ],
   );
   assert.equal(view.workers[1], before.view.workers[1]);
+});
+
+test("lanes are replaced by claim, new ones come last, and the round stays", () => {
+  const before = started({ round: round([lane("birch"), lane("alder")]) });
+  const changed = [lane("birch", { tokens_done: 900 }), lane("cedar")];
+
+  const { view } = reduce(before, event("fleet.updated", { lanes: changed }));
+
+  assert.deepEqual(
+    view.round.lanes.map(({ worker_id, tokens_done }) => [worker_id, tokens_done]),
+    [
+      ["w-birch", 900],
+      ["w-alder", 500],
+      ["w-cedar", 500],
+    ],
+  );
+  assert.equal(view.round.lanes[1], before.view.round.lanes[1]);
+  assert.equal(view.round.round_id, 5);
+  assert.equal("lanes" in view, false);
 });
 
 test("who is put away leaves the rows, and stands there again once it is back", () => {

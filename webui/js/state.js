@@ -49,10 +49,21 @@ function applyEvent(view, { kind, body }) {
 }
 
 // What an update names replaces the old, null included: "no round is open now".
-function applyUpdate(view, { workers = [], ...parts }) {
+function applyUpdate(view, { workers = [], lanes = [], ...parts }) {
   const merged = { ...view, ...parts };
+  if (merged.round && lanes.length > 0) {
+    merged.round = { ...merged.round, lanes: putByClaim(merged.round.lanes, lanes) };
+  }
   if (workers.length === 0) return merged;
   return withWorkers(merged, mergeWorkers([...view.workers, ...view.gone], workers));
+}
+
+// Hundreds of workers have as many lanes, of which most stay as they are.
+function putByClaim(lanes, changed) {
+  const claim = (lane) => `${lane.worker_id} ${lane.task_id} ${lane.claimed_at}`;
+  const byClaim = new Map(lanes.map((lane) => [claim(lane), lane]));
+  for (const lane of changed) byClaim.set(claim(lane), lane);
+  return [...byClaim.values()];
 }
 
 function mergeWorkers(rows, changed) {

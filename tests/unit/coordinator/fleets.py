@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
 from bitnet_ext.codecs import Codec, encode
 from bitnet_ext.frames import FrameHeader, FrameKind, encode_frame
@@ -71,7 +71,7 @@ from coordinator.store import rounds, runs, tasks, versions, workers
 from coordinator.store.blobs import BlobKind, Blobs
 from coordinator.store.engine import Store
 from coordinator.store.rows import RoundRow, RunRow, TaskRow, WorkerRow
-from coordinator.store.tables import metadata
+from coordinator.store.tables import metadata, submissions
 from tests.fakes import FakeClock, FakeFs, FakeRng, MadeToFailError
 
 T = TypeVar("T")
@@ -282,6 +282,13 @@ class World:
     def change_run(self, **columns: Any) -> None:
         """Set columns of the run."""
         self.write(lambda c: runs.change_run(c, "r-1", **columns))
+
+    def epoch_tokens(self, epoch: int) -> int:
+        """Return the tokens of an epoch that were accepted and not filtered."""
+        query = select(func.sum(submissions.c.tokens)).where(
+            submissions.c.epoch == epoch, submissions.c.state != "filtered"
+        )
+        return int(self.read(lambda c: c.execute(query).scalar_one()) or 0)
 
     def live_round(self) -> RoundRow:
         """Return the round that is open or closing."""

@@ -188,6 +188,18 @@ def check_rows(connection: Connection, *, per_arrival: bool) -> None:
         assert {row.base_version for row in leased} <= {live.base_version}
     assert sum(tokens for (tokens,) in counted) == accepted
     check_tallies(connection, accepted)
+    check_counts(connection)
+
+
+def check_counts(connection: Connection) -> None:
+    """What a run counts as it goes is what its rows add up to."""
+    run = connection.execute(select(runs)).one()
+    done = select(func.count()).where(tasks.c.state == "done", tasks.c.kind == "train")
+    of_epoch = select(func.coalesce(func.sum(submissions.c.tokens), 0)).where(
+        submissions.c.epoch == run.epoch, submissions.c.state != "filtered"
+    )
+    assert run.tasks_done == connection.execute(done).scalar_one()
+    assert run.epoch_tokens_accepted == connection.execute(of_epoch).scalar_one()
 
 
 def check_tallies(connection: Connection, accepted: int) -> None:

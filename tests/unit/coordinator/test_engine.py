@@ -7,12 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from bitnet_ext.wire.verdicts import ErrorCode
 from coordinator.domain.errors import RefusedError
-from coordinator.store.engine import Store, read_once
+from coordinator.store.engine import MOST_TOGETHER, Store, read_once
 
 TIMEOUT_S = 10.0
 
@@ -131,6 +131,104 @@ def test_eight_tasks_share_one_writer_thread_and_lose_no_update(store):
     assert store.read_now(value) == 80
     assert len(threads) == 1
     assert threading.get_ident() not in threads
+
+
+async def hold_the_writer(store):
+    """Let the writer be busy until the gate is set; return gate and write."""
+    gate, begun = threading.Event(), threading.Event()
+
+    def hold(_connection):
+        begun.set()
+        gate.wait(TIMEOUT_S)
+
+    first = asyncio.ensure_future(store.write(hold))
+    await asyncio.to_thread(begun.wait, TIMEOUT_S)
+    return gate, first
+
+
+def together(store, *acts):
+    """Let writes wait for the writer at the same time; return what came of each.
+
+    Also how many commits they took.
+    """
+    commits = []
+    event.listen(store._writer, "commit", commits.append)
+
+    async def story():
+        gate, first = await hold_the_writer(store)
+        rest = [asyncio.ensure_future(store.write(act)) for act in acts]
+        await asyncio.sleep(0)
+        gate.set()
+        return (await asyncio.gather(first, *rest, return_exceptions=True))[1:]
+
+    outcomes = asyncio.run(story())
+    return outcomes, len(commits) - 1
+
+
+def add_one(connection):
+    connection.execute(text("UPDATE n SET v = v + 1"))
+    return value(connection)
+
+
+def test_writes_that_wait_share_one_commit(store):
+    outcomes, num_commits = together(store, *[add_one] * 10)
+
+    assert outcomes == list(range(1, 11))
+    assert num_commits == 1
+    assert store.read_now(value) == 10
+
+
+def test_no_commit_is_shared_by_more_than_its_limit(store):
+    _, num_commits = together(store, *[add_one] * (MOST_TOGETHER + 1))
+
+    assert num_commits == 2
+
+
+def test_of_writes_that_share_a_commit_one_that_fails_is_undone_alone(store):
+    def fail(connection):
+        set_value(connection, 77)
+        raise KeyError("mine")
+
+    def break_a_rule(connection):
+        set_value(connection, 88)
+        set_value(connection, None)
+
+    outcomes, _ = together(store, add_one, fail, break_a_rule, add_one)
+
+    assert outcomes[0] == 1
+    assert isinstance(outcomes[1], KeyError)
+    assert isinstance(outcomes[2], IntegrityError)
+    assert outcomes[3] == 2
+    assert store.read_now(value) == 2
+
+
+def test_nobody_is_told_of_success_where_the_transaction_is_taken_back(store):
+    def take_all_back(connection):
+        # As SQLite does by itself, for one, when the disk is full.
+        connection.exec_driver_sql("ROLLBACK")
+        raise RuntimeError("no room")
+
+    outcomes, _ = together(store, add_one, take_all_back, add_one)
+
+    assert [type(one) for one in outcomes] == [RuntimeError] * 3
+    assert store.read_now(value) == 0
+    assert store.write_now(add_one) == 1  # the next one is fine
+
+
+def test_a_write_that_is_cancelled_while_it_waits_is_not_made(store):
+    async def story():
+        gate, first = await hold_the_writer(store)
+        waiting = asyncio.ensure_future(store.write(add_one))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await asyncio.sleep(0)  # it is told to the writer
+        gate.set()
+        await first
+
+    asyncio.run(story())
+
+    assert store.read_now(value) == 0
 
 
 def test_a_write_in_progress_neither_blocks_readers_nor_shows(store):

@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 import pytest
 
-from coordinator.service.feed import Feed, difference
+from coordinator.service.feed import Feed, difference, gap_s
 from coordinator.service.lag import LoopLag
 from coordinator.service.returning import sweep_leases
 from coordinator.service.view import ServerView
@@ -121,6 +121,92 @@ def test_a_claim_changes_round_tasks_and_its_worker(running: World, feed: Feed):
     assert [worker["worker_id"] for worker in sent["workers"]] == ["w1"]
 
 
+def test_of_many_lanes_only_those_that_have_changed_are_sent(
+    running: World, feed: Feed
+):
+    names = [f"w{number}" for number in range(20)]
+    for name in names:
+        running.register(name)
+    held = {name: running.claimed(name) for name in names[:-1]}
+    before = looked(running, feed)
+    running.heartbeat(held["w7"], "w7", tokens_done=16)
+    running.claimed(names[-1])
+    after = looked(running, feed)
+
+    sent = body_of(difference(before, after))
+
+    assert "round" not in sent
+    assert [lane["worker_id"] for lane in sent["lanes"]] == ["w7", names[-1]]
+    assert [row["worker_id"] for row in sent["workers"]] == [names[-1], "w7"]
+    assert len(msgspec.json.encode(sent)) < len(msgspec.json.encode(after)) / 5
+
+
+def test_a_round_that_differs_in_more_than_lanes_is_sent_whole(
+    running: World, feed: Feed
+):
+    task = running.claimed()
+    before = looked(running, feed)
+    running.submit(task)
+
+    sent = body_of(difference(before, looked(running, feed)))
+
+    assert sent["round"]["state"] == "closing"
+    assert [lane["outcome"] for lane in sent["round"]["lanes"]] == ["back"]
+    assert "lanes" not in sent
+
+
+def test_a_lane_that_counts_no_more_is_gone_from_the_round_that_is_sent(
+    running: World, feed: Feed
+):
+    running.register("w2")
+    task = running.claimed("w1")
+    running.claimed("w2")
+    before = looked(running, feed)
+    view = msgspec.structs.replace(
+        before.round,
+        lanes=[lane for lane in before.round.lanes if lane.worker_id != "w1"],
+    )
+    after = msgspec.structs.replace(before, round=view)
+
+    sent = body_of(difference(before, after))
+
+    assert task is not None
+    assert [lane["worker_id"] for lane in sent["round"]["lanes"]] == ["w2"]
+
+
+@pytest.mark.parametrize(("look_s", "due_s"), [(0.001, 0.5), (0.02, 0.5), (0.1, 1.9)])
+def test_looks_take_a_twentieth_of_the_time_at_most(look_s, due_s):
+    assert gap_s(look_s) == pytest.approx(due_s)
+    assert look_s <= 0.05 * (look_s + gap_s(look_s)) + 1e-9
+
+
+def test_the_feed_waits_longer_after_a_look_that_took_longer(running: World):
+    pauses = []
+
+    async def pause(seconds):
+        pauses.append(seconds)
+        raise asyncio.CancelledError
+
+    feed = Feed(
+        running.fleet,
+        LoopLag(running.clock),
+        insecure_http=False,
+        is_watched=lambda: running.clock.advance(2.0) or True,
+        pause=pause,
+    )
+
+    async def story():
+        running.fleet.changed.ring()
+        looking = asyncio.ensure_future(feed.run())
+        await asyncio.sleep(0)
+        running.fleet.changed.ring()
+        await asyncio.wait([looking])
+
+    running.do(story())
+
+    assert pauses == [pytest.approx(38.0)]
+
+
 def test_what_is_gone_is_sent_as_null(world: World):
     feed = made(world)
     before = looked(world, feed)
@@ -151,7 +237,11 @@ def test_updates_put_together_are_the_view(running: World, feed: Feed):
         sent = body_of(difference(last, view)) or {}
         for row in sent.pop("workers", []):
             workers[row["worker_id"]] = row
+        lanes = {lane["worker_id"]: lane for lane in sent.pop("lanes", [])}
         known |= sent
+        if lanes:
+            held = {lane["worker_id"]: lane for lane in known["round"]["lanes"]} | lanes
+            known["round"] = known["round"] | {"lanes": list(held.values())}
         last = view
 
         whole = msgspec.to_builtins(view)

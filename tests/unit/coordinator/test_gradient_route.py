@@ -44,6 +44,7 @@ class Route:
             metrics_hash=None,
             is_operator=None,  # type: ignore[arg-type]
         )
+        self._uploads = uploads
         given = {"api": api, "uploads": uploads}
         self.server = Server(
             Application([("/gradient", GradientHandler, given)]), limit=50
@@ -51,6 +52,15 @@ class Route:
         self._sockets = bind_sockets(0, "127.0.0.1")
         self._port = self._sockets[0].getsockname()[1]
         self.server.add_sockets(self._sockets)
+
+    async def until(self, *, taken: bool, num_waiting: int) -> None:
+        """Return once all places are taken, and so many uploads wait for one."""
+        while True:
+            places = self._uploads._places
+            found = (places.locked(), len(places._waiters or ()))
+            if found == (taken, num_waiting):
+                return
+            await asyncio.sleep(0.01)
 
     async def send(self, *sent: bytes) -> Connection:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
@@ -91,7 +101,7 @@ def test_a_place_is_free_again_after_an_answer_a_refusal_and_a_broken_line(
     whole = submission(running, task)
 
     async def story() -> None:
-        async with route(running, limit=1) as found:
+        async with route(running, limit=1, place_s=0.0) as found:
             good = await answer(await found.send(head(len(whole)), whole))
             assert good[0] == 200, good
             bad = await answer(await found.send(head(4), b"\0\0\0\0"))
@@ -106,6 +116,28 @@ def test_a_place_is_free_again_after_an_answer_a_refusal_and_a_broken_line(
                 if again[0] != 503:
                     break
             assert again == good  # the same submission gets the same answer
+
+    running.do(story())
+
+
+def test_an_upload_waits_for_a_place_and_who_hangs_up_meanwhile_takes_none(
+    running: World,
+) -> None:
+    whole = submission(running, running.claimed())
+
+    async def story() -> None:
+        async with route(running, limit=1) as found:
+            first = await found.send(head(len(whole)), whole[:50])
+            await found.until(taken=True, num_waiting=0)
+            _, hasty = await found.send(head(len(whole)))
+            second = await found.send(head(len(whole)), whole)
+            await found.until(taken=True, num_waiting=2)
+            hasty.transport.abort()
+            first[1].write(whole[50:])
+            answers = [await answer(first), await answer(second)]
+            assert answers[0] == answers[1] == (200, answers[0][1])
+            late = await answer(await found.send(head(len(whole)), whole))
+            assert late == answers[0]
 
     running.do(story())
 

@@ -144,6 +144,36 @@ def test_what_was_accepted_before_tallies_were_kept_is_in_them(tmp_path):
     assert (claim.tokens_done, claim.progress_at) == (64, 9.0)
 
 
+def test_what_runs_of_before_have_done_is_counted(tmp_path):
+    engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    with engine.begin() as connection:
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0015")
+        _insert(connection, "runs", {"run_id": "r", "state": "running", "epoch": 2})
+        for place, (kind, state, epoch, fate) in enumerate(
+            [
+                ("train", "done", 1, "applied"),
+                ("train", "done", 2, "applied"),
+                ("train", "done", 2, "filtered"),
+                ("train", "pending", 2, None),
+                ("evaluate", "done", 2, None),
+            ]
+        ):
+            row = {"task_id": f"t{place}", "run_id": "r", "epoch": epoch}
+            _insert(connection, "tasks", row | {"kind": kind, "state": state})
+            if fate is not None:
+                version = 2 if fate == "applied" else None
+                sent = {"submission_id": f"s{place}", "tokens": 64, "state": fate}
+                _insert(connection, "submissions", row | sent | {"version": version})
+
+        migrate(connection)
+
+        run = connection.execute(text("SELECT * FROM runs")).one()
+    engine.dispose()
+    assert (run.tasks_done, run.epoch_tokens_accepted) == (3, 64)
+
+
 def test_rounds_of_before_keep_the_round_time_of_their_plan(tmp_path):
     engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
     with engine.begin() as connection:

@@ -162,7 +162,7 @@ def test_what_is_left_of_a_task_of_a_fixed_size_is_a_range_like_all(world: World
     world.submit(task, num_steps=5)
 
     assert all_ranges(world) == [("train-00000", 80, 240)]
-    assert world.read(lambda c: tasks.count_by_state(c, "r-1"))["pending"] == 5
+    assert world.read(lambda c: tasks.count_not_done(c, "r-1"))["pending"] == 5
 
 
 def test_a_part_that_is_left_out_gives_back_what_it_had(running: World):

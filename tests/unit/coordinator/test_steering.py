@@ -148,4 +148,4 @@ def test_without_a_run_nothing_can_be_steered(world: World, ask):
 def test_fixed_tasks_are_all_pending_at_once(unseeded: World):
     unseeded.do(seed_epoch(unseeded.fleet, 300))
 
-    assert unseeded.read(lambda c: tasks.count_by_state(c, "r-1"))["pending"] == 6
+    assert unseeded.read(lambda c: tasks.count_not_done(c, "r-1"))["pending"] == 6

@@ -280,22 +280,37 @@ def test_a_frame_that_grows_too_long_is_refused_before_its_end(running: World):
     assert running.fleet.blobs.names(BlobKind.PAYLOAD) == []
 
 
-@pytest.mark.parametrize("bell", ["round_ready", "work"])
-def test_who_waits_for_a_submission_is_woken(running: World, bell):
-    task = running.claimed()
-    sent = body(running.meta(task), frame(task, 0.5))
+def test_the_last_submission_of_a_round_wakes_who_closes_it_and_none_for_work(
+    running: World,
+):
+    # It frees no work: of hundreds who wait each would ask in vain, each time.
+    running.register("w2")
+    sent = [
+        body(running.meta(task, name), frame(task, 0.5))
+        for name in ("w1", "w2")
+        for task in [running.claimed(name)]
+    ]
 
     async def story():
-        waiting = asyncio.create_task(getattr(running.fleet, bell).wait())
-        await asyncio.sleep(0)  # it waits
-        intake = Intake(running.fleet)
-        await intake.feed(sent)
-        await intake.finish()
-        await intake.close()
-        async with asyncio.timeout(10.0):
-            await waiting
+        fleet, woken = running.fleet, []
+        for one in sent:
+            bells = {"round_ready": fleet.round_ready, "work": fleet.work}
+            waiting = {
+                asyncio.create_task(bell.wait(), name=name)
+                for name, bell in bells.items()
+            }
+            await asyncio.sleep(0)  # they wait
+            intake = Intake(fleet)
+            await intake.feed(one)
+            await intake.finish()
+            await intake.close()
+            done, still = await asyncio.wait(waiting, timeout=0.0)
+            woken.append({task.get_name() for task in done})
+            for task in still:
+                task.cancel()
+        return woken
 
-    running.do(story())
+    assert running.do(story()) == [set(), {"round_ready"}]
 
 
 def test_it_gets_the_same_answer_after_its_round_has_closed(running: World):
