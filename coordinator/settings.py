@@ -16,8 +16,9 @@ from typing import Final
 
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire.messages import MAX_HEARTBEAT_S
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain.errors import StartError
-from coordinator.domain.plan import Aggregation, TrainingPlan
+from coordinator.domain.plan import USUAL_RATES, Aggregation, TrainingPlan
 from coordinator.domain.plan_words import (
     WordError,
     must_be,
@@ -257,6 +258,8 @@ def _plan(env: Mapping[str, str]) -> TrainingPlan:
     }
     if given.get("aggregation") == Aggregation.PER_ARRIVAL:
         given.setdefault("outer_momentum", "0")
+    if given.get("round_kind") == RoundKind.GRADIENT:
+        given.setdefault("learning_rate", str(USUAL_RATES[RoundKind.GRADIENT]))
     try:
         return plan_in_words(given, TrainingPlan())
     except WordError as error:
