@@ -104,6 +104,7 @@ class _AtRest:
     manifest: Manifest | None
     heartbeat_s: float
     corpus_fault: str | None = None
+    disk_fault: str | None = None
     file_faults: Mapping[Served, FileFault] = field(default_factory=dict)
 
 
