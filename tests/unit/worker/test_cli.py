@@ -24,7 +24,7 @@ from bitnet_ext.exports.provenance import Format, Variant
 from bitnet_ext.infer import Model
 from bitnet_ext.layout import PRESETS
 from bitnet_ext.ternary import supported_isas
-from bitnet_ext.wire.verdicts import ErrorCode
+from bitnet_ext.wire.verdicts import ErrorCode, Optimiser
 from tests import exported
 from tests.fakes import unread_pipe
 from tests.unit.worker.fleet import ENV, published
@@ -42,6 +42,7 @@ from worker.evaluate import evaluate
 from worker.generate import Sampling, generate
 from worker.model.transformer import BitNetModel
 from worker.text import Tokenizer
+from worker.trainer import TorchTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -426,6 +427,43 @@ def test_calibrate_prints_a_table_and_json(capsys) -> None:
     assert {row["micro_batch"] for row in result["results"]} <= {1, 2}
     assert all(row["tokens_per_s"] > 0 for row in result["results"])
     assert (result["preset"], result["vocab_size"]) == ("tiny", 64)
+
+
+@pytest.mark.parametrize(
+    ("given", "due"),
+    [
+        ((), Optimiser.MUON),
+        (("--optimiser", "adamw"), Optimiser.ADAMW),
+        (("--round-kind", "delta"), Optimiser.MUON),
+        (("--round-kind", "gradient"), None),
+    ],
+)
+def test_calibrate_times_the_steps_of_a_kind_of_round(
+    capsys, monkeypatch, given, due
+) -> None:
+    timed = []
+    calibrate = TorchTrainer.calibrate
+
+    def noted(self, shape, batch_size, optimiser, hooks):
+        timed.append(optimiser)
+        return calibrate(self, shape, batch_size, optimiser, hooks)
+
+    monkeypatch.setattr(TorchTrainer, "calibrate", noted)
+    quick = ("--threads", "1", "--batch-size", 1, "--vocab-size", 64)
+
+    *_, last = prints(capsys, "calibrate", "--preset", "tiny", *quick, *given)
+
+    assert timed == [due]
+    assert json.loads(last)["round_kind"] == ("delta" if due else "gradient")
+
+
+def test_an_optimiser_of_gradient_rounds_is_refused(capsys) -> None:
+    given = ("--round-kind", "gradient", "--optimiser", "muon")
+
+    assert fails(capsys, "calibrate", "--preset", "tiny", *given) == (
+        "bitnet-worker: error: --optimiser is for --round-kind delta, got 'muon' with "
+        "--round-kind gradient"
+    )
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "eval"])
