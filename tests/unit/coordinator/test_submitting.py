@@ -280,20 +280,12 @@ def test_a_frame_that_grows_too_long_is_refused_before_its_end(running: World):
     assert running.fleet.blobs.names(BlobKind.PAYLOAD) == []
 
 
-def test_the_last_submission_of_a_round_wakes_who_closes_it_and_none_for_work(
-    running: World,
-):
-    # It frees no work: of hundreds who wait each would ask in vain, each time.
-    running.register("w2")
-    sent = [
-        body(running.meta(task, name), frame(task, 0.5))
-        for name in ("w1", "w2")
-        for task in [running.claimed(name)]
-    ]
+def woken_by(world: World, *bodies: bytes) -> list[set[str]]:
+    """Send submissions one after another; return the bells that each has rung."""
 
     async def story():
-        fleet, woken = running.fleet, []
-        for one in sent:
+        fleet, woken = world.fleet, []
+        for one in bodies:
             bells = {"round_ready": fleet.round_ready, "work": fleet.work}
             waiting = {
                 asyncio.create_task(bell.wait(), name=name)
@@ -310,7 +302,30 @@ def test_the_last_submission_of_a_round_wakes_who_closes_it_and_none_for_work(
                 task.cancel()
         return woken
 
-    assert running.do(story()) == [set(), {"round_ready"}]
+    return world.do(story())
+
+
+def test_the_last_submission_of_a_round_wakes_who_closes_it_and_none_for_work(
+    running: World,
+):
+    # It frees no work: of hundreds who wait each would ask in vain, each time.
+    running.register("w2")
+    sent = [
+        body(running.meta(task, name), frame(task, 0.5))
+        for name in ("w1", "w2")
+        for task in [running.claimed(name)]
+    ]
+
+    assert woken_by(running, *sent) == [set(), {"round_ready"}]
+
+
+def test_a_part_wakes_who_waits_for_work_as_the_rest_is_some(running: World):
+    running.register("w2")
+    running.claimed("w2")
+    task = running.claimed()
+    part = running.meta(task, num_steps=1, tokens=16)
+
+    assert woken_by(running, body(part, frame(task, 0.5))) == [{"work"}]
 
 
 def test_it_gets_the_same_answer_after_its_round_has_closed(running: World):
