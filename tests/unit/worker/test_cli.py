@@ -525,6 +525,14 @@ def test_run_that_the_coordinator_refuses_is_one_line(
     assert "refused to register us: unauthorized" in fails(capsys, "run")
     assert not (tmp_path / "alive").exists()
 
+    pasted = f"{coordinator.url}/admin/dashboard"
+    monkeypatch.setenv("BITNET_COORDINATOR_URL", pasted)
+    coordinator.on("POST /admin/dashboard/register", refuses(404, ErrorCode.NOT_FOUND))
+    line = fails(capsys, "run")
+    assert line.startswith("bitnet-worker: error: BITNET_COORDINATOR_URL must be")
+    assert f"got {pasted!r}: not_found" in line
+
+    monkeypatch.setenv("BITNET_COORDINATOR_URL", coordinator.url)
     coordinator.on("POST /register", Reply(404, b"<html>"))
     assert main(["run"]) == 1
     assert "not an answer of a coordinator" in capsys.readouterr().err
