@@ -284,7 +284,7 @@ def _live_feed(
 ) -> LiveFeed:
     return LiveFeed(
         hub=hub,
-        take_snapshot=feed.snapshot,
+        take_snapshot=feed.for_page,
         current_operator=door.watching_operator,
         host_allowed=partial(host_allowed, allowed=settings.allowed_hosts),
         clock=fleet.clock,

@@ -53,6 +53,15 @@ class Feed:
         """Return everything, history included."""
         return await self._look(history=True)
 
+    async def for_page(self) -> FleetView:
+        """Return the same for a page; the next update holds everything once more.
+
+        The page may be shown what comes after one look of ours and goes before the
+        next: no difference of these would ever take it back.
+        """
+        self._last = None
+        return await self.snapshot()
+
     async def glance(self) -> FleetView:
         """Return everything but the history."""
         return await self._look(history=False)

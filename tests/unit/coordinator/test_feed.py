@@ -211,6 +211,19 @@ def test_the_feed_waits_longer_after_a_look_that_took_longer(running: World):
     assert pauses == [pytest.approx(19.0)]
 
 
+def test_what_a_page_saw_between_two_looks_is_taken_back(running: World, feed: Feed):
+    running.do(feed.update())
+    task = running.claimed()
+
+    shown = running.do(feed.for_page())
+
+    running.release(task)  # the round starts over: all is as at the last look
+    running.do(feed.update())
+    assert len(shown.round.lanes) == shown.tasks.leased == 1
+    sent = updates(running)[-1]
+    assert (sent["round"]["lanes"], sent["tasks"]["leased"]) == ([], 0)
+
+
 def test_what_is_gone_is_sent_as_null(world: World):
     feed = made(world)
     before = looked(world, feed)
