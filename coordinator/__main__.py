@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from bitnet_ext.errors import UnknownIsaError
@@ -15,6 +16,8 @@ def main() -> int:
     except UnknownIsaError as error:
         print(f"bitnet-coordinator: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # imports take a second
+        return 128 + signal.SIGINT
     return cli.main()
 
 

@@ -52,7 +52,7 @@ from coordinator.service.sweeping import (
     sweep,
 )
 from coordinator.service.ternary_health import HEALTH_S, examine_due
-from coordinator.settings import CoordinatorSettings
+from coordinator.settings import KEY_RULE, CoordinatorSettings, is_key
 from coordinator.store import clock, workers
 from coordinator.store.blobs import Blobs
 from coordinator.store.engine import Store, clear_errors
@@ -132,7 +132,10 @@ def run_settings(settings: CoordinatorSettings) -> RunSettings:
 
 
 def worker_key(settings: CoordinatorSettings) -> str:
-    """Return the key of the workers: the one set, else one made at the first start."""
+    """Return the key of the workers: the one set, else one made at the first start.
+
+    Raises StartError where that one is damaged: it would let no worker in.
+    """
     if settings.worker_api_key is not None:
         return settings.worker_api_key
     path = settings.data / KEY_NAME
@@ -144,7 +147,13 @@ def worker_key(settings: CoordinatorSettings) -> str:
         with contextlib.suppress(FileExistsError):
             path.hardlink_to(fresh)
         fresh.unlink()
-    return path.read_text().strip()
+    key = path.read_text(errors="replace").strip()
+    if not is_key(key):
+        raise StartError(
+            f"{path} is damaged: it must hold a key, {KEY_RULE}. Put it back from a "
+            "backup, or remove it: another is made, which every worker then needs"
+        )
+    return key
 
 
 async def serve(

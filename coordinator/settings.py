@@ -16,8 +16,9 @@ from typing import Final
 
 from bitnet_ext.layout import UnknownPresetError, preset_shape
 from bitnet_ext.wire.messages import MAX_HEARTBEAT_S
+from bitnet_ext.wire.verdicts import RoundKind
 from coordinator.domain.errors import StartError
-from coordinator.domain.plan import Aggregation, TrainingPlan
+from coordinator.domain.plan import USUAL_RATES, Aggregation, TrainingPlan
 from coordinator.domain.plan_words import (
     WordError,
     must_be,
@@ -28,7 +29,7 @@ from coordinator.domain.plan_words import (
 from coordinator.domain.rollback import RollBack
 
 PREFIX: Final = "BITNET_COORD_"
-MIN_KEY_CHARS: Final = 32
+KEY_RULE: Final = "at least 32 printable ASCII characters without spaces"
 _LEVELS: Final = ("debug", "info", "warning", "error")
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 #: Hosts that stand for all addresses of the machine.
@@ -192,12 +193,14 @@ def _flag(env: Mapping[str, str], name: str) -> bool:
 
 def _key(env: Mapping[str, str], name: str) -> str | None:
     value = env.get(name)
-    if value is not None and re.fullmatch(r"[\x21-\x7e]{32,}", value) is None:
-        raise StartError(
-            f"{PREFIX}{name} must have at least {MIN_KEY_CHARS} printable ASCII "
-            "characters without spaces; it is not shown here"
-        )
+    if value is not None and not is_key(value):
+        raise StartError(f"{PREFIX}{name} must have {KEY_RULE}; it is not shown here")
     return value
+
+
+def is_key(value: str) -> bool:
+    """Return whether this can be a key or token; see KEY_RULE."""
+    return re.fullmatch(r"[\x21-\x7e]{32,}", value) is not None
 
 
 def _hosts(env: Mapping[str, str]) -> frozenset[str]:
@@ -257,6 +260,8 @@ def _plan(env: Mapping[str, str]) -> TrainingPlan:
     }
     if given.get("aggregation") == Aggregation.PER_ARRIVAL:
         given.setdefault("outer_momentum", "0")
+    if given.get("round_kind") == RoundKind.GRADIENT:
+        given.setdefault("learning_rate", str(USUAL_RATES[RoundKind.GRADIENT]))
     try:
         return plan_in_words(given, TrainingPlan())
     except WordError as error:

@@ -104,6 +104,7 @@ class _AtRest:
     manifest: Manifest | None
     heartbeat_s: float
     corpus_fault: str | None = None
+    disk_fault: str | None = None
     file_faults: Mapping[Served, FileFault] = field(default_factory=dict)
 
 
@@ -156,15 +157,29 @@ def _at_rest(
     settings: CoordinatorSettings, act: Callable[[Connection, Known, float], T]
 ) -> T:
     """Run `act` on the database as it is, at the moment up to which it tells."""
-    _check_fleet(settings)
     known = _AtRest(
         manifest=_manifest_if_any(settings), heartbeat_s=settings.heartbeat_s
     )
 
-    def read(connection: Connection) -> T:
-        check_newest(connection)
+    def see(connection: Connection) -> T:
         ran_until = clock.ran_until(connection)
         return act(connection, known, ran_until or time.time())
+
+    return _read(settings, see)
+
+
+def _read(settings: CoordinatorSettings, act: Callable[[Connection], T]) -> T:
+    """Run `act` on the database, whether a coordinator runs or not.
+
+    Raises StartError where that is not one of a fleet, and of the newest schema.
+    """
+    _check_fleet(settings)
+
+    def read(connection: Connection) -> T:
+        if not has_tables(connection, settings.data):
+            raise _no_fleet(settings)
+        check_newest(connection)
+        return act(connection)
 
     return read_once(settings.data / DATABASE_NAME, read)
 
@@ -199,10 +214,14 @@ def worker_key(settings: CoordinatorSettings) -> str:
 def _check_fleet(settings: CoordinatorSettings) -> None:
     """Refuse a data folder that has no fleet; nothing is made there."""
     if not (settings.data / DATABASE_NAME).exists():
-        raise StartError(
-            f"{settings.data} holds no fleet ({DATABASE_NAME}): name its folder with "
-            f"--data or {PREFIX}DATA, or begin one with `bitnet-coordinator serve`"
-        )
+        raise _no_fleet(settings)
+
+
+def _no_fleet(settings: CoordinatorSettings) -> StartError:
+    return StartError(
+        f"{settings.data} holds no fleet ({DATABASE_NAME}): name its folder with "
+        f"--data or {PREFIX}DATA, or begin one with `bitnet-coordinator serve`"
+    )
 
 
 def _may_begin_epoch(wish: Command) -> bool:
@@ -290,10 +309,8 @@ def score(
 
 
 def _chosen(settings: CoordinatorSettings, wish: int | Pick) -> Chosen:
-    """Return the version that is wished for, whether a coordinator runs or not."""
-    _check_fleet(settings)
-    path = settings.data / DATABASE_NAME
-    return read_once(path, lambda connection: choose(connection, wish))
+    """Return the version that is wished for."""
+    return _read(settings, lambda connection: choose(connection, wish))
 
 
 def protected_corpus(settings: CoordinatorSettings) -> str | None:

@@ -31,7 +31,7 @@ from bitnet_ext.layout import (
 from bitnet_ext.output import reader_has_gone
 from bitnet_ext.ternary import supported_isas
 from bitnet_ext.wire.log import configure_logging
-from bitnet_ext.wire.verdicts import Optimiser
+from bitnet_ext.wire.verdicts import Optimiser, RoundKind
 from worker import offline, process, tune
 from worker.calibrate import use_threads
 from worker.errors import SettingsError, WorkerError
@@ -97,7 +97,23 @@ def _variants(device: torch.device, isa: str | None) -> tuple[str, ...]:
     return (isa,) if isa else tune.variants(supported_isas())
 
 
+def _optimiser(arguments: argparse.Namespace) -> Optimiser | None:
+    """Return what makes the steps to time; None: gradients, which nobody steps by.
+
+    Raises SettingsError for an optimiser of gradient rounds.
+    """
+    if arguments.round_kind == RoundKind.DELTA:
+        return Optimiser(arguments.optimiser or Optimiser.MUON)
+    if arguments.optimiser is not None:
+        raise SettingsError(
+            f"--optimiser is for --round-kind {RoundKind.DELTA}, got "
+            f"{arguments.optimiser!r} with --round-kind {arguments.round_kind}"
+        )
+    return None
+
+
 def _calibrate(arguments: argparse.Namespace) -> None:
+    optimiser = _optimiser(arguments)
     shape = preset_shape(arguments.preset, vocab_size=arguments.vocab_size)
     device = find_device(arguments.device)
     variants = _variants(device, chosen_isa(os.environ))
@@ -106,9 +122,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     for threads in arguments.threads:
         trainer = TorchTrainer((threads,), variants, device)
         hooks = Hooks.quiet(time.monotonic)
-        found = trainer.calibrate(
-            shape, arguments.batch_size, Optimiser(arguments.optimiser), hooks
-        )
+        found = trainer.calibrate(shape, arguments.batch_size, optimiser, hooks)
         setup, speed = found.setup, found.tokens_per_s
         print(
             f"{threads:>8} {setup.variant:>12} {setup.micro_batch:>12} {speed:>10.0f}",
@@ -126,6 +140,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         preset=arguments.preset,
         vocab_size=arguments.vocab_size,
         batch_size=arguments.batch_size,
+        round_kind=arguments.round_kind,
         results=results,
     )
 
@@ -197,7 +212,17 @@ def _describe_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=_size, default=BATCH_SIZE)
     parser.add_argument("--vocab-size", type=_size, default=DEFAULT_VOCAB_SIZE)
-    parser.add_argument("--optimiser", choices=tuple(Optimiser), default=Optimiser.MUON)
+    parser.add_argument(
+        "--round-kind",
+        choices=tuple(RoundKind),
+        default=RoundKind.DELTA,
+        help="gradient: steps that only add to a mean gradient (default: delta)",
+    )
+    parser.add_argument(
+        "--optimiser",
+        choices=tuple(Optimiser),
+        help=f"of delta rounds (default: {Optimiser.MUON})",
+    )
 
 
 def _describe_eval(parser: argparse.ArgumentParser) -> None:

@@ -257,9 +257,8 @@ class Client:
             if not response.ok or response.is_redirect:
                 raise _refusal(response, method, path)
         except _NO_ANSWER as error:
-            # The text of the error holds addresses of objects; its type says enough.
             raise RetryLaterError(
-                f"{method} {path}: no answer ({type(error).__name__})"
+                f"{method} {self._base_url}{path}: no answer ({_reason(error)})"
             ) from error
         # A ValueError is what urllib3 makes of an address in a redirect.
         except (requests.RequestException, ValueError) as error:
@@ -277,6 +276,18 @@ def submission_body(meta: SubmissionMeta, frame: bytes) -> bytes:
     """
     block = msgspec.json.encode(meta)
     return b"".join((len(block).to_bytes(4, "little"), block, frame))
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the system said of a failed request, else the type of its error.
+
+    The text of the outer errors holds addresses of objects.
+    """
+    inner = error
+    while isinstance(inner.__context__, Exception):
+        inner = inner.__context__
+    said = inner.strerror if isinstance(inner, OSError) else None
+    return said or type(error).__name__
 
 
 def _cut(download: Download, before: int) -> RetryLaterError:

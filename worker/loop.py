@@ -140,7 +140,7 @@ class Worker:
                 partial(self._kit.client.register, request), self._kit.shutdown.check
             )
         except RefusedError as error:
-            raise refusal(error) from error
+            raise refusal(error, settings.coordinator_url) from error
         run = read_run(answer, settings.preset)
         self._kit.heartbeat.interval_s = max(run.heartbeat_s, MIN_INTERVAL_S)
         log.info(

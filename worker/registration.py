@@ -98,8 +98,13 @@ def read_run(answer: RegisterAnswer, preset: str | None) -> Run:
     )
 
 
-def refusal(error: RefusedError) -> Exception:
+def refusal(error: RefusedError, url: str) -> Exception:
     """Return what a refused registration means: mostly a setting to put right."""
+    if error.code is ErrorCode.NOT_FOUND:
+        return SettingsError(
+            "BITNET_COORDINATOR_URL must be the address of a coordinator, mostly "
+            f"without a path, got {url!r}: {error}"
+        )
     if error.code in _OURS_TO_FIX:
         return SettingsError(f"the coordinator refused to register us: {error}")
     return error

@@ -158,11 +158,16 @@ def _name(env: Mapping[str, str]) -> str:
 def _worker_id(env: Mapping[str, str], name: str) -> str:
     value = env.get("BITNET_WORKER_ID", name)
     if re.fullmatch(ID_PATTERN, value) is None:
-        raise _wrong(
-            "BITNET_WORKER_ID",
-            "1 to 64 letters, digits, dots, dashes or underscores, "
-            "starting with a letter or digit (default: the name)",
-            value,
+        rule = (
+            "1 to 64 letters, digits, dots, dashes or underscores, starting with a "
+            "letter or digit"
+        )
+        if "BITNET_WORKER_ID" in env:
+            raise _wrong("BITNET_WORKER_ID", rule, value)
+        origin = "BITNET_WORKER_NAME" if "BITNET_WORKER_NAME" in env else "host name"
+        raise SettingsError(
+            f"{origin} {value!r} can't be the id of a worker too: set BITNET_WORKER_ID "
+            f"to {rule}"
         )
     return value
 

@@ -7,7 +7,7 @@ tokens, never by the clock, so that a longer budget of time changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated, Final, Literal
@@ -49,6 +49,22 @@ CODECS: Final = ("ternary", "int8", "fp32")
 BROADCASTS: Final = (EXACT, "ternary", "int8")
 
 
+#: The learning rate that is usual for rounds of a kind.
+USUAL_RATES: Final[Mapping[RoundKind, float]] = {
+    RoundKind.DELTA: 2e-3,
+    RoundKind.GRADIENT: 2e-2,
+}
+
+
+class PlanError(ValueError):
+    """Values of a plan that don't go together; the message shows them all."""
+
+    def __init__(self, fields: Sequence[str], fault: str) -> None:
+        super().__init__(fault)
+        #: Whose values these are, the one to blame first.
+        self.fields = fields
+
+
 def _one_of(words: Iterable[str]) -> Meta:
     return Meta(pattern=rf"^({'|'.join(words)})\Z")
 
@@ -66,7 +82,7 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: Where that is Muon: the share of its momentum that the next step keeps.
     local_momentum: Share = 0.95
     #: Peak learning rate: of the local steps, or of the gradient step.
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = USUAL_RATES[RoundKind.DELTA]
     #: Accepted tokens over which the rate rises linearly from zero.
     warmup_tokens: Annotated[int, Meta(ge=0)] = 100_000
     #: Accepted tokens at which the rate is back at zero; 0: it stays at its peak.
@@ -108,14 +124,17 @@ class TrainingPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def __post_init__(self) -> None:
         """Refuse bounds and stages the wrong way round, and what arrivals lack."""
         if self.round_min_s > self.round_max_s:
-            raise ValueError(
-                f"$.round_min_s must be at most round_max_s ({self.round_max_s:g}), "
-                f"not {self.round_min_s:g}"
+            raise PlanError(
+                ("round_min_s", "round_max_s"),
+                f"round_min_s ({self.round_min_s:g}) must be at most round_max_s "
+                f"({self.round_max_s:g})",
             )
         if self.warmup_tokens >= second_stage_tokens(self):
-            raise ValueError(
-                f"$.schedule_tokens must reach its second stage after warmup_tokens "
-                f"({self.warmup_tokens}), not after {second_stage_tokens(self):.0f}"
+            raise PlanError(
+                ("warmup_tokens", "schedule_tokens", "second_stage_at"),
+                f"the second stage, at second_stage_at ({self.second_stage_at:g}) of "
+                f"schedule_tokens ({self.schedule_tokens}), must begin after "
+                f"warmup_tokens ({self.warmup_tokens})",
             )
         if self.aggregation is Aggregation.PER_ARRIVAL:
             _check_arrivals(self)
@@ -131,8 +150,9 @@ def _check_arrivals(plan: TrainingPlan) -> None:
         ("quorum", 1.0, plan.quorum),
     ):
         if got != due:
-            raise ValueError(
-                f"$.{field} must be {due} with aggregation {plan.aggregation}"
+            raise PlanError(
+                (field, "aggregation"),
+                f"{field} must be {due} with aggregation {plan.aggregation}",
             )
 
 
@@ -182,16 +202,18 @@ def scheduled(plan: TrainingPlan, token_budget: int) -> TrainingPlan:
 
     Where it does not say when the rate is back at zero, that is the end of the run. A
     run without an end, or so short that it is warming up for half of it, stays at
-    its peak. Raises ValueError for a schedule that ends before the run does: at rate
+    its peak. Raises PlanError for a schedule that ends before the run does: at rate
     zero nothing learns.
     """
     if plan.schedule_tokens is None:
         fits = has_stages(plan, token_budget)
         return replace(plan, schedule_tokens=token_budget if fits else 0)
     if plan.schedule_tokens and not 0 < token_budget <= plan.schedule_tokens:
-        raise ValueError(
-            f"must be 0 or at least the token budget, "
-            f"{token_budget or 'which is without end'}, got {plan.schedule_tokens}"
+        end = f" or at least token_budget ({token_budget})"
+        raise PlanError(
+            ("schedule_tokens", "token_budget"),
+            f"schedule_tokens ({plan.schedule_tokens}) must be 0"
+            f"{end if token_budget else ', as token_budget (0) is no end'}",
         )
     return plan
 

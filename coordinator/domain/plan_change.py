@@ -12,12 +12,12 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from bitnet_ext.wire.verdicts import RoundKind
-from coordinator.domain.plan import TrainingPlan, scheduled
+from coordinator.domain.plan import USUAL_RATES, PlanError, TrainingPlan, scheduled
 from coordinator.domain.plan_words import (
     BUDGET,
     WordError,
     check_choice,
+    clash,
     must_be,
     plan_in_words,
     token_budget,
@@ -26,11 +26,6 @@ from coordinator.domain.plan_words import (
 #: What stays as it is for a whole run, and why.
 FIXED: Final[Mapping[str, str]] = {
     "aggregation": "what is out was claimed for rounds of the other kind",
-}
-#: The learning rate that is usual for rounds of a kind.
-USUAL_RATES: Final[Mapping[RoundKind, float]] = {
-    RoundKind.DELTA: 2e-3,
-    RoundKind.GRADIENT: 2e-2,
 }
 #: What may change, by name.
 CHANGEABLE: Final = tuple(
@@ -82,8 +77,8 @@ def planned(
     plan = plan_in_words(of_plan, base)
     try:
         return Planned(plan=scheduled(plan, budget), token_budget=budget)
-    except ValueError as error:
-        raise WordError("schedule_tokens", f" {error}") from None
+    except PlanError as error:
+        raise clash(words, error) from None
 
 
 def differences(before: Planned, after: Planned) -> list[Change]:

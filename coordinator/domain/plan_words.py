@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, cast, get_type_hints
 
 import msgspec
+from msgspec import inspect
+from msgspec.structs import replace
 
-from coordinator.domain.plan import AUTO, CHOICES, MOST, TrainingPlan
+from bitnet_ext.wire.verdicts import RoundKind
+from coordinator.domain.plan import AUTO, CHOICES, MOST, PlanError, TrainingPlan
 
 #: How many tokens a run is given, in words beside those of its plan; 0: no end.
 BUDGET: Final = "token_budget"
@@ -19,7 +22,10 @@ MAX_TOKENS: Final = 2**62
 #: Sequences in one step, which a worker holds all at once. Plans that are stored may
 #: have more, and must be read.
 MAX_BATCH: Final = 4096
+#: What local steps and the outer step alone go by: a gradient round has neither.
+DELTA_ONLY: Final = ("local_optimiser", "local_momentum", "outer_rate")
 _ROUND_RULE: Final = f"{AUTO} or a number of seconds above 0, at most {MOST:g}"
+_TYPES: Final = get_type_hints(TrainingPlan, include_extras=True)
 
 
 class WordError(ValueError):
@@ -56,21 +62,53 @@ def check_choice(name: str, word: str) -> None:
         raise must_be(name, f"one of {', '.join(choices)}", word)
 
 
+def clash(words: Mapping[str, str], error: PlanError) -> WordError:
+    """Return the error of the word that doesn't go together with the rest."""
+    name = next((name for name in error.fields if name in words), error.fields[0])
+    # A plan of before may already break a rule that is younger than it.
+    shown = f" can't be {words[name]!r}" if name in words else ""
+    return WordError(name, f"{shown}: {error}")
+
+
 def plan_in_words(words: Mapping[str, str], base: TrainingPlan) -> TrainingPlan:
     """Return `base` with the fields that are named. Raises WordError."""
-    for name, word in words.items():
-        check_choice(name, word)
-    if "batch_size" in words:
-        whole_number("batch_size", words["batch_size"], 1, MAX_BATCH)
+    values = {name: _value(name, word) for name, word in words.items()}
     try:
-        return msgspec.convert(
-            msgspec.to_builtins(base) | words, TrainingPlan, strict=False
-        )
-    except msgspec.ValidationError as error:
-        found = re.search(r"\$\.([a-z0-9_]+)", str(error))
-        name = found.group(1) if found else ""
-        if name == "round_s":
-            raise must_be(name, _ROUND_RULE, words[name]) from None
-        # A number may be wrong beside another one, and not be named itself.
-        shown = f", got {words[name]!r}" if name in words else ""
-        raise WordError(name, f": {error}{shown}") from None
+        plan = replace(base, **values)
+    except PlanError as error:
+        raise clash(words, error) from None
+    if plan.round_kind is RoundKind.GRADIENT:
+        for name in DELTA_ONLY:
+            if name in words:
+                fault = f" means nothing in gradient rounds, got {words[name]!r}"
+                raise WordError(name, fault)
+    return plan
+
+
+def _value(name: str, word: str) -> object:
+    """Return the value of one field. Raises WordError."""
+    check_choice(name, word)
+    if name == "batch_size":
+        return whole_number(name, word, 1, MAX_BATCH)
+    try:
+        value = msgspec.convert(word, _TYPES[name], strict=False)
+    except msgspec.ValidationError:
+        raise must_be(name, _rule(name), word) from None
+    # No plan is computed with more: floats end, and so do the integers of SQLite.
+    if isinstance(value, int) and value > MAX_TOKENS:
+        raise must_be(name, _rule(name), word)
+    return value
+
+
+def _rule(name: str) -> str:
+    """Return in words what a number has to be."""
+    if name == "round_s":
+        return _ROUND_RULE
+    kind = inspect.type_info(_TYPES[name])
+    if isinstance(kind, inspect.FloatType):
+        least = f"above {kind.gt:g}" if kind.gt is not None else f"from {kind.ge:g}"
+        most = f"below {kind.lt:g}" if kind.lt is not None else f"at most {kind.le:g}"
+        return f"a number {least}, {most}"
+    # A union is a number, or none yet.
+    whole = kind.types[0] if isinstance(kind, inspect.UnionType) else kind
+    return f"a whole number from {cast(inspect.IntType, whole).ge} to {MAX_TOKENS}"

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Final
 
 from bitnet_ext.wire.verdicts import RoundKind
+from coordinator.domain.figures import in_digits
 from coordinator.domain.plan import AUTO, Aggregation, TrainingPlan
 
 #: The round time of a run that begins, within its bounds.
@@ -151,7 +152,8 @@ def _told_overhead(round_s: float, rounds: Sequence[Measured]) -> str:
     if found is None:
         return "Overhead not measured yet."
     share = 100.0 * found.overhead_s / round_s
-    return f"Overhead {found.overhead_s:.2g} s of {round_s:g} s = {share:.2g} %."
+    overhead = in_digits(found.overhead_s, 2)
+    return f"Overhead {overhead} s of {round_s:g} s = {in_digits(share, 2)} %."
 
 
 def _told_choice(plan: TrainingPlan, rounds: Sequence[Measured]) -> str:
@@ -164,7 +166,7 @@ def _told_choice(plan: TrainingPlan, rounds: Sequence[Measured]) -> str:
         return f"Chosen {bounds} once {MIN_ROUNDS} rounds are measured."
     found = usual(rounds)
     if found is not None and found.shortest_s > found.overhead_s / AIM:
-        return f"Tasks need {found.shortest_s:.2g} s; chosen {bounds}."
+        return f"Tasks need {in_digits(found.shortest_s, 2)} s; chosen {bounds}."
     return f"Chosen {bounds}."
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from coordinator.domain.figures import in_digits
 from coordinator.domain.leases import HARD_FACTOR
 
 #: So many of the newest tasks count, each for this share of the one after it.
@@ -132,10 +133,10 @@ def is_alarming(ratio: float | None) -> bool:
 def ratio_alarm(ratio: float, recent: Sequence[Trained]) -> str:
     """Return the sentence that says how wrong the predictions for a worker are."""
     pairs = "; ".join(
-        f"{actual:.3g} s, predicted {predicted:.3g} s"
+        f"{in_digits(actual, 3)} s, predicted {in_digits(predicted, 3)} s"
         for actual, predicted in durations(recent)
     )
     return (
-        f"Its tasks take {ratio:.2g} times as long as predicted "
+        f"Its tasks take {in_digits(ratio, 2)} times as long as predicted "
         f"(limits {LEAST_RATIO:g} and {MOST_RATIO:g}). The last ones: {pairs}."
     )

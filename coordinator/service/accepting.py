@@ -52,6 +52,8 @@ class Accepted:
     is_new: bool = False
     #: Whether its round is to be closed.
     closes_round: bool = False
+    #: Whether there is work now that was not there: the rest of a part, or an epoch.
+    frees_work: bool = False
 
 
 def acceptable(
@@ -132,8 +134,13 @@ def accept(
     _record(connection, arrived, arrived.kept, task, answer, now)
     trained = _shortened(connection, task, meta.tokens)
     _count(connection, run, trained, meta, now)
-    closes = _settle(connection, fleet, run, trained, now)
-    return Accepted(answer=answer, is_new=True, closes_round=closes)
+    closes, begins_epoch = _settle(connection, fleet, run, trained, now)
+    return Accepted(
+        answer=answer,
+        is_new=True,
+        closes_round=closes,
+        frees_work=begins_epoch or trained.num_tokens < task.num_tokens,
+    )
 
 
 def _in_live_round(connection: Connection, task: TaskRow) -> TaskRow:
@@ -250,20 +257,24 @@ def _count(
 
 def _settle(
     connection: Connection, fleet: Fleet, run: RunRow, task: TaskRow, now: float
-) -> bool:
-    """Tell the round, or the epoch, that this task is done; True: the round closes."""
+) -> tuple[bool, bool]:
+    """Tell the round, or the epoch, that this task is done.
+
+    Return whether the round is to be closed, and whether an epoch has begun.
+    """
     live = rounds.find_round(connection, task.round_id or 0)
     if plan_of(run).aggregation is Aggregation.PER_ARRIVAL:
         rounds.note_first_submission(connection, live.round_id, now)
         rounds.change_round(connection, live.round_id, state="closing")
-        return True
+        return True, False
     if live.base_version == task.base_version:
         rounds.note_first_submission(connection, live.round_id, now)
-        return settle_round(connection, live.round_id)
+        return settle_round(connection, live.round_id), False
     # What is stale only goes along: it neither ends the claims of a round nor closes
     # it, or those that it is open for would find nothing to do. So where it was the
     # last of its epoch, no version that closes the round would begin the next one.
     newest = runs.newest_run(connection)
-    if newest is not None:
-        add_epoch_if_done(connection, newest, fleet.the_manifest(), now)
-    return False
+    begins_epoch = newest is not None and add_epoch_if_done(
+        connection, newest, fleet.the_manifest(), now
+    )
+    return False, begins_epoch

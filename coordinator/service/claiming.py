@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -38,6 +39,8 @@ from coordinator.service.seeding import budget_left, task_id
 from coordinator.service.stretches import P, next_in_corpus
 from coordinator.store import rounds, runs, tasks, versions, workers
 from coordinator.store.rows import RoundRow, RunRow, TaskRow, WorkerRow
+
+log = logging.getLogger(__name__)
 
 #: Less than this before the end of the run is not worth a task.
 MIN_TASK_S: Final = 1.0
@@ -70,12 +73,23 @@ async def claim(fleet: Fleet, request: ClaimRequest) -> Task | None:
 async def _check_disk(fleet: Fleet) -> None:
     """Give out no work whose result could not be stored."""
     free = await fleet.off_loop(fleet.blobs.free_bytes)
+    fault = None
     if free < MIN_FREE_BYTES:
-        raise RefusedError(
-            ErrorCode.DISK_LOW,
-            f"the data folder must have {MIN_FREE_BYTES} bytes free, has {free}",
-            retry_after_s=30.0,
-        )
+        fault = f"the data folder must have {MIN_FREE_BYTES} bytes free, has {free}"
+    _note_disk(fleet, fault)
+    if fault is not None:
+        raise RefusedError(ErrorCode.DISK_LOW, fault, retry_after_s=30.0)
+
+
+def _note_disk(fleet: Fleet, fault: str | None) -> None:
+    """Let everybody see what a claim found; an event would need room itself."""
+    before, fleet.disk_fault = fleet.disk_fault, fault
+    if fault is not None and before is None:
+        log.error("no work is given out: %s", fault, extra={"event": "disk.low"})
+    elif fault is None and before is not None:
+        log.info("there is room again", extra={"event": "disk.mended"})
+    if fault != before:
+        fleet.changed.ring()
 
 
 class _Claim:

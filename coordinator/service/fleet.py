@@ -82,6 +82,10 @@ class Known(Protocol):
         """Why the corpus that is there cannot be used."""
 
     @property
+    def disk_fault(self) -> str | None:
+        """Why the last claim found no room for a result; None where it did."""
+
+    @property
     def file_faults(self) -> Mapping[Served, FileFault]:
         """Files that tasks need and can't get."""
 
@@ -128,6 +132,8 @@ class Fleet:
     is_stopping: bool = False
     #: Why the corpus that is there cannot be used; None where it can, or is none.
     corpus_fault: str | None = None
+    #: Why the last claim found no room for a result: none is given out until one does.
+    disk_fault: str | None = None
     #: Files that tasks need and can't get: no work is given out while there are any.
     file_faults: dict[Served, FileFault] = field(default_factory=dict)
     #: What the shards of the manifest were like when they were hashed, by id.

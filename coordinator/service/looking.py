@@ -118,6 +118,8 @@ def _missing(connection: Connection, fleet: Known, run: RunRow) -> str | None:
     if fleet.file_faults:
         reasons = "; ".join(fault.reason for fault in fleet.file_faults.values())
         return f"No work is given out until a file is whole again: {reasons}"
+    if fleet.disk_fault is not None:
+        return f"No work is given out until there is room: {fleet.disk_fault}"
     if run.epoch == 0:
         return _NO_TASKS
     if run.state == RUNNING and is_stalled(connection, run):

@@ -28,7 +28,12 @@ from bitnet_ext.layout import (
 from coordinator.domain.errors import EXIT_DAMAGED, StartError
 from coordinator.domain.initial import initial_weights
 from coordinator.domain.manifest import MANIFEST_NAME, Manifest, load_manifest
-from coordinator.domain.plan import TOKENS_PER_PARAMETER, TrainingPlan, scheduled
+from coordinator.domain.plan import (
+    TOKENS_PER_PARAMETER,
+    PlanError,
+    TrainingPlan,
+    scheduled,
+)
 from coordinator.domain.round_time import first_round_s
 from coordinator.domain.stages import constant_reason
 from coordinator.service.bookkeeping import book_reset
@@ -197,8 +202,8 @@ def _run_columns(
 def _scheduled(plan: TrainingPlan, budget: int) -> TrainingPlan:
     try:
         return scheduled(plan, budget)
-    except ValueError as error:
-        raise StartError(f"BITNET_COORD_SCHEDULE_TOKENS {error}") from None
+    except PlanError as error:
+        raise StartError(f"BITNET_COORD_SCHEDULE_TOKENS: {error}") from None
 
 
 def told_schedule(run: RunRow) -> str:

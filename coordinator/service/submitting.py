@@ -103,9 +103,11 @@ class Intake:
         accepted = await self._accept(meta)
         if accepted.is_new:
             self._kept = None  # a row names it now
-            # Nobody who waits for work is woken: what is accepted frees none, and of a
-            # round of hundreds each would ask in vain each time.
+            # Who waits for work is woken only where there is some: of a round of
+            # hundreds each would ask in vain with each submission.
             self._fleet.changed.ring()
+            if accepted.frees_work:
+                self._fleet.work.ring()
             if accepted.closes_round:
                 self._fleet.round_ready.ring()
         return accepted.answer

@@ -41,7 +41,6 @@ from worker.errors import LeaseLostError, RefusedError
 NUM_TASKS = 10
 HASTY = "tests.integration.hasty_coordinator"
 SETTINGS = {
-    "OUTER_RATE": 1.0,
     "OUTER_MOMENTUM": 0.0,
     "EVALUATE_EVERY": 10**6,
     "HEARTBEAT_S": 60,
@@ -61,8 +60,8 @@ GRADIENTS = {
 }
 # A one among zeros loses nothing in a ternary payload either.
 WAYS = [
-    {"CODEC": "fp32"},
-    {"CODEC": "ternary"},
+    {"CODEC": "fp32", "OUTER_RATE": 1.0},
+    {"CODEC": "ternary", "OUTER_RATE": 1.0},
     {"CODEC": "fp32", **GRADIENTS},
     {"CODEC": "ternary", **GRADIENTS},
 ]

@@ -40,14 +40,13 @@ SETTINGS = {
     "EVALUATE_EVERY": 1000,
     "WARMUP_TOKENS": 0,
     "KEEP_VERSIONS": 1000,
-    "OUTER_RATE": RATE,
     "OUTER_MOMENTUM": DECAY,
     "SEED": 7,
 }
 #: Of gradient rounds; the rate goes by the tokens that were seen on the wire.
 PEAK, WARMUP = 2e-2, 10_000
 OF_KIND = {
-    RoundKind.DELTA: {},
+    RoundKind.DELTA: {"OUTER_RATE": RATE},
     RoundKind.GRADIENT: {"LEARNING_RATE": PEAK, "WARMUP_TOKENS": WARMUP},
 }
 MAY_TRAIN_INVENTED_TEXT = {"BITNET_ALLOW_SYNTHETIC_SHARDS": "true"}

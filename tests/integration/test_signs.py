@@ -32,6 +32,7 @@ PLAIN = {
 }
 RATE = 5e-3
 GRADIENTS = {
+    "OUTER_RATE": "",
     "ROUND_KIND": "gradient",
     "LEARNING_RATE": RATE,
     "WEIGHT_DECAY": 0.0,

@@ -426,6 +426,30 @@ class World:
         meta = self.meta(task, worker_id, **trained)
         return self.send(body(meta, frame(task, value)))
 
+    def woken_by(self, *bodies: bytes) -> list[set[str]]:
+        """Send bodies one after another; return the bells that each of them rang."""
+
+        async def story() -> list[set[str]]:
+            fleet, woken = self.fleet, []
+            for one in bodies:
+                bells = {"round_ready": fleet.round_ready, "work": fleet.work}
+                waiting = {
+                    asyncio.create_task(bell.wait(), name=name)
+                    for name, bell in bells.items()
+                }
+                await asyncio.sleep(0)  # they wait
+                intake = Intake(fleet)
+                await intake.feed(one)
+                await intake.finish()
+                await intake.close()
+                done, still = await asyncio.wait(waiting, timeout=0.0)
+                woken.append({task.get_name() for task in done})
+                for task in still:
+                    task.cancel()
+            return woken
+
+        return self.do(story())
+
     def score(self, task: Task, nats: float = 200.0, **fields: Any) -> EvaluationAnswer:
         """Submit the score of an evaluation task, changed by `fields`."""
         shard = self.fleet.the_manifest().held_out_shard()

@@ -415,8 +415,9 @@ def test_a_stale_result_that_ends_an_epoch_begins_the_next(world: World):
     late, other = out_of_touch(world, STALE)
     next_round(world, other)
     world.write(lambda c: c.execute(delete(ranges)))
+    sent = body(world.meta(late, "w1"), frame(late, 0.5))
 
-    world.submit(late, "w1")
+    assert world.woken_by(sent) == [{"work"}]
 
     assert world.run_row().epoch == 2
     assert world.live_round().state == "open"

@@ -324,8 +324,8 @@ def test_a_wrong_amount_is_named_and_shown(capsys, folders, verb, value, name):
         (["=3"], "words must be NAME=VALUE, got '=3'"),
         (["batch_size=4097"], "batch_size must be a whole number from 1 to 4096, got"),
         (["quorum=1", "quorum=0.5"], "quorum must be named once, got 'quorum=0.5' too"),
-        (["learning_rate=abc"], "learning_rate: Expected `float`, got `str` - at"),
-        (["learning_rate="], "learning_rate: Expected `float`, got `str` - at"),
+        (["learning_rate=abc"], "learning_rate must be a number above 0, at most"),
+        (["learning_rate="], "learning_rate must be a number above 0, at most"),
         (["codec=int8", "pace=1"], "pace can't be set in a run; there are accept_late"),
         (["round_s=nan"], "round_s must be auto or a number of seconds above 0"),
         (["token_budget=-5"], "token_budget must be a whole number from 0"),
@@ -378,6 +378,19 @@ def test_a_misspelt_variable_is_refused(capsys, tmp_path, monkeypatch):
     line = refused(capsys, "worker-key", "--data", str(tmp_path))
 
     assert PREFIX + "PROT is not a setting" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"cut" * 10, b"\xff" * 40])
+def test_a_damaged_key_that_would_let_no_worker_in_is_named(
+    capsys, folders, tmp_path, content
+):
+    said(capsys, "seed-real-tasks", *folders)
+    key = tmp_path / "data/worker-api-key"
+    key.write_bytes(content)
+
+    assert f"{key} is damaged" in refused(capsys, "worker-key", *folders)
+
+    assert key.read_bytes() == content
 
 
 def test_a_weak_key_is_refused_and_not_shown(capsys, tmp_path, monkeypatch):
@@ -498,6 +511,36 @@ def test_an_empty_database_beside_weights_is_not_begun_anew(
 
     assert weights
     assert sorted((tmp_path / "data/state").iterdir()) == weights
+
+
+READ_ONLY = [
+    ["status"],
+    ["dump-telemetry"],
+    ["eval"],
+    ["export", "--format", "hf", "--out", "nowhere"],
+]
+
+
+@pytest.mark.parametrize("command", READ_ONLY, ids=lambda words: words[0])
+def test_an_empty_database_beside_weights_is_called_so_by_who_only_reads(
+    capsys, folders, tmp_path, command
+):
+    said(capsys, "seed-real-tasks", *folders)
+    (tmp_path / "data/fleet.db").write_bytes(b"")
+
+    assert main([*command, *folders]) == 4
+
+    assert "empty or gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", READ_ONLY, ids=lambda words: words[0])
+def test_an_empty_database_alone_is_no_fleet_to_read(
+    capsys, folders, tmp_path, command
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/fleet.db").touch()
+
+    assert "holds no fleet" in refused(capsys, *command, *folders)
 
 
 def test_an_empty_database_alone_is_a_new_one(capsys, folders, tmp_path):

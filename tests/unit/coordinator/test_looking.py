@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 import pytest
 from sqlalchemy import insert, select
 
 from bitnet_ext.layout import num_params
 from bitnet_ext.wire.verdicts import RoundKind
+from coordinator.domain.errors import RefusedError
+from coordinator.service.claiming import MIN_FREE_BYTES
 from coordinator.service.fleet import Known
 from coordinator.service.grace import extend_leases
 from coordinator.service.looking import look
@@ -59,6 +63,29 @@ def test_a_corpus_that_cannot_be_used_is_named_on_the_page(world: World):
     world.fleet.corpus_fault = "shard 7 is damaged"
 
     assert "shard 7 is damaged" in looked(world).missing
+
+
+def test_a_disk_without_room_for_a_result_is_seen_until_a_claim_finds_room(
+    running: World, caplog
+):
+    caplog.set_level(logging.INFO, "coordinator.service.claiming")
+    running.register("w1")
+    running.fs.free = MIN_FREE_BYTES - 1
+    for _ in range(2):
+        with pytest.raises(RefusedError):
+            running.claim()
+
+    assert looked(running).missing == (
+        "No work is given out until there is room: the data folder must have "
+        f"{MIN_FREE_BYTES} bytes free, has {MIN_FREE_BYTES - 1}"
+    )
+
+    running.fs.free = MIN_FREE_BYTES
+    running.claim()
+
+    assert looked(running).missing is None
+    events = [getattr(record, "event", None) for record in caplog.records]
+    assert events == ["disk.low", "disk.mended"]
 
 
 def test_before_the_first_epoch_it_says_what_to_do_next(world: World):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from coordinator.domain.plan import TrainingPlan, learning_rate_at
+from coordinator.domain.plan import Aggregation, TrainingPlan, learning_rate_at
 from coordinator.domain.plan_change import (
     CHANGEABLE,
     FIXED,
@@ -15,7 +15,7 @@ from coordinator.domain.plan_change import (
     planned,
     told,
 )
-from coordinator.domain.plan_words import WordError, plan_in_words
+from coordinator.domain.plan_words import DELTA_ONLY, WordError, plan_in_words
 from tests.unit.coordinator.test_settings import GOOD_PLAN
 
 PLAN = TrainingPlan(warmup_tokens=1000, schedule_tokens=10_000)
@@ -62,8 +62,29 @@ def test_there_is_no_field_that_is_neither_fixed_nor_changeable():
     [
         (
             {"learning_rate": "abc"},
-            "learning_rate: Expected `float`, got `str` - at `$.learning_rate`, "
-            "got 'abc'",
+            "learning_rate must be a number above 0, at most 1e+09, got 'abc'",
+        ),
+        ({"beta1": "nan"}, "beta1 must be a number from 0, below 1, got 'nan'"),
+        ({"quorum": "2"}, "quorum must be a number above 0, at most 1, got '2'"),
+        (
+            {"evaluate_every": "0"},
+            "evaluate_every must be a whole number from 1 to 4611686018427387904, "
+            "got '0'",
+        ),
+        (
+            {"schedule_tokens": "4611686018427387905"},
+            "schedule_tokens must be a whole number from 0 to 4611686018427387904, "
+            "got '4611686018427387905'",
+        ),
+        (
+            {"warmup_tokens": "-1"},
+            "warmup_tokens must be a whole number from 0 to 4611686018427387904, "
+            "got '-1'",
+        ),
+        (
+            {"warmup_tokens": "6000"},
+            "warmup_tokens can't be '6000': the second stage, at second_stage_at (0.5) "
+            "of schedule_tokens (10000), must begin after warmup_tokens (6000)",
         ),
         (
             {"batch_size": "0"},
@@ -80,7 +101,8 @@ def test_there_is_no_field_that_is_neither_fixed_nor_changeable():
         ),
         (
             {"round_max_s": "5"},
-            "round_min_s: $.round_min_s must be at most round_max_s (5), not 10",
+            "round_max_s can't be '5': round_min_s (10) must be at most round_max_s "
+            "(5)",
         ),
         (
             {"token_budget": "1e6"},
@@ -89,7 +111,8 @@ def test_there_is_no_field_that_is_neither_fixed_nor_changeable():
         ),
         (
             {"schedule_tokens": "9999"},
-            "schedule_tokens must be 0 or at least the token budget, 10000, got 9999",
+            "schedule_tokens can't be '9999': schedule_tokens (9999) must be 0 or at "
+            "least token_budget (10000)",
         ),
         (
             {"round_kind": "gradients"},
@@ -144,17 +167,31 @@ def test_a_kind_that_is_taken_back_takes_a_rate_of_its_own_too():
     assert ask({"round_kind": "delta", "learning_rate": "2e-3"}, asked=asked) == RUN
 
 
+@pytest.mark.parametrize("name", DELTA_ONLY)
+def test_what_gradient_rounds_have_none_of_is_refused_there(name):
+    word, _ = GOOD_PLAN[name.upper()]
+    gradients = ask({"round_kind": "gradient", "learning_rate": "0.02"})
+    back = {"round_kind": "delta", "learning_rate": "0.002", name: word}
+
+    assert error_of({name: word}, asked=gradients) == (
+        f"{name} means nothing in gradient rounds, got {word!r}"
+    )
+    assert [change.name for change in differences(RUN, ask(back, asked=gradients))] == [
+        name
+    ]
+
+
 def test_arrivals_still_lack_what_only_rounds_have():
-    plan = TrainingPlan(aggregation="per-arrival", outer_momentum=0.0)
+    plan = TrainingPlan(aggregation=Aggregation.PER_ARRIVAL, outer_momentum=0.0)
     run = Planned(plan=plan, token_budget=0)
 
     assert error_of({"round_kind": "gradient", "learning_rate": "0.02"}, run) == (
-        "round_kind: $.round_kind must be delta with aggregation per-arrival, "
-        "got 'gradient'"
+        "round_kind can't be 'gradient': round_kind must be delta with aggregation "
+        "per-arrival"
     )
 
     assert error_of({"quorum": "0.5"}, run) == (
-        "quorum: $.quorum must be 1.0 with aggregation per-arrival, got '0.5'"
+        "quorum can't be '0.5': quorum must be 1.0 with aggregation per-arrival"
     )
 
 
@@ -209,10 +246,21 @@ def test_a_schedule_of_its_own_stays_and_has_to_reach_the_end():
         "token_budget 10000 -> 90000"
     )
     assert error_of({"token_budget": "15001"}, own) == (
-        "schedule_tokens must be 0 or at least the token budget, 15001, got 15000"
+        "token_budget can't be '15001': schedule_tokens (15000) must be 0 or at least "
+        "token_budget (15001)"
     )
     assert changes({"token_budget": "15001", "schedule_tokens": "0"}, own) == (
         "schedule_tokens 15000 -> 0, token_budget 10000 -> 15001"
+    )
+
+
+def test_a_plan_that_was_wrong_before_is_named_by_its_own_field():
+    plan = msgspec.structs.replace(PLAN, schedule_tokens=15_000)
+    endless = Planned(plan=plan, token_budget=0)
+
+    assert error_of({"quorum": "0.5"}, endless) == (
+        "schedule_tokens: schedule_tokens (15000) must be 0, as token_budget (0) is no "
+        "end"
     )
 
 

@@ -275,6 +275,12 @@ def test_a_jitter_of_ten_percent_does_not_make_it_flap(overhead_s, jitter):
             took(0.6),
             "Overhead 0.6 s of 40 s = 1.5 %. Fixed.",
         ),
+        (
+            PLAN,
+            took(113.0, 113.0, 113.0, shortest_s=4000.0),
+            "Overhead 110 s of 40 s = 280 %. Tasks need 4000 s; chosen between 10 and "
+            "600 s.",
+        ),
     ],
 )
 def test_the_reason_has_the_numbers(plan, rounds, due):

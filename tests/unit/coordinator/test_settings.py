@@ -9,6 +9,7 @@ import pytest
 
 from coordinator.domain.errors import StartError
 from coordinator.domain.plan import TrainingPlan
+from coordinator.domain.plan_words import DELTA_ONLY
 from coordinator.settings import PREFIX, CoordinatorSettings
 
 KEY = "k" * 31 + "!"
@@ -112,6 +113,15 @@ BAD = [
 ]
 
 
+WHOLE = [
+    "WARMUP_TOKENS",
+    "SCHEDULE_TOKENS",
+    "BATCH_SIZE",
+    "EVALUATE_EVERY",
+    "TOKEN_BUDGET",
+]
+
+
 def read(**given: str) -> CoordinatorSettings:
     return CoordinatorSettings.from_env({PREFIX + k: v for k, v in given.items()})
 
@@ -151,7 +161,8 @@ def test_bounds_the_wrong_way_round_are_shown_both():
         read(ROUND_MAX_S="5")
 
     assert str(caught.value) == (
-        f"{PREFIX}ROUND_MIN_S: $.round_min_s must be at most round_max_s (5), not 10"
+        f"{PREFIX}ROUND_MAX_S can't be '5': round_min_s (10) must be at most "
+        "round_max_s (5)"
     )
 
 
@@ -177,10 +188,35 @@ def test_every_number_of_the_plan_is_read(name):
 
 def test_arrivals_have_no_momentum_unless_one_is_asked_for_and_refused():
     assert read(AGGREGATION="per-arrival").plan.outer_momentum == 0.0
-    with pytest.raises(StartError, match=r"OUTER_MOMENTUM: .* per-arrival.*'0.8'"):
+    with pytest.raises(StartError, match=r"OUTER_MOMENTUM can't be '0.8': .*arrival"):
         read(AGGREGATION="per-arrival", OUTER_MOMENTUM="0.8")
-    with pytest.raises(StartError, match=r"ROUND_KIND: .* per-arrival.*'gradient'"):
+    with pytest.raises(StartError, match=r"ROUND_KIND can't be 'gradient': .*arrival"):
         read(AGGREGATION="per-arrival", ROUND_KIND="gradient")
+
+
+def test_the_rate_that_nobody_sets_is_the_usual_one_of_the_kind_of_round():
+    assert read().plan.learning_rate == 2e-3
+    assert read(ROUND_KIND="delta").plan.learning_rate == 2e-3
+    assert read(ROUND_KIND="gradient").plan.learning_rate == 2e-2
+    chosen = read(ROUND_KIND="gradient", LEARNING_RATE="0.005").plan
+    assert chosen.learning_rate == 0.005
+
+
+@pytest.mark.parametrize("name", DELTA_ONLY)
+def test_what_gradient_rounds_have_none_of_is_refused_with_them(name):
+    word, _ = GOOD_PLAN[name.upper()]
+    with pytest.raises(StartError) as caught:
+        read(ROUND_KIND="gradient", **{name.upper(): word})
+
+    assert str(caught.value) == (
+        f"{PREFIX}{name.upper()} means nothing in gradient rounds, got {word!r}"
+    )
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_number_that_no_plan_can_be_computed_with_is_refused(name):
+    with pytest.raises(StartError, match=rf"{name} must be a whole number from . to"):
+        read(**{name: "9" * 400})
 
 
 def test_there_is_no_setting_that_these_tests_leave_out():

@@ -291,26 +291,16 @@ def test_the_last_submission_of_a_round_wakes_who_closes_it_and_none_for_work(
         for task in [running.claimed(name)]
     ]
 
-    async def story():
-        fleet, woken = running.fleet, []
-        for one in sent:
-            bells = {"round_ready": fleet.round_ready, "work": fleet.work}
-            waiting = {
-                asyncio.create_task(bell.wait(), name=name)
-                for name, bell in bells.items()
-            }
-            await asyncio.sleep(0)  # they wait
-            intake = Intake(fleet)
-            await intake.feed(one)
-            await intake.finish()
-            await intake.close()
-            done, still = await asyncio.wait(waiting, timeout=0.0)
-            woken.append({task.get_name() for task in done})
-            for task in still:
-                task.cancel()
-        return woken
+    assert running.woken_by(*sent) == [set(), {"round_ready"}]
 
-    assert running.do(story()) == [set(), {"round_ready"}]
+
+def test_a_part_wakes_who_waits_for_work_as_the_rest_is_some(running: World):
+    running.register("w2")
+    running.claimed("w2")
+    task = running.claimed()
+    part = running.meta(task, num_steps=1, tokens=16)
+
+    assert running.woken_by(body(part, frame(task, 0.5))) == [{"work"}]
 
 
 def test_it_gets_the_same_answer_after_its_round_has_closed(running: World):

@@ -24,7 +24,7 @@ from bitnet_ext.exports.provenance import Format, Variant
 from bitnet_ext.infer import Model
 from bitnet_ext.layout import PRESETS
 from bitnet_ext.ternary import supported_isas
-from bitnet_ext.wire.verdicts import ErrorCode
+from bitnet_ext.wire.verdicts import ErrorCode, Optimiser
 from tests import exported
 from tests.fakes import unread_pipe
 from tests.unit.worker.fleet import ENV, published
@@ -42,6 +42,7 @@ from worker.evaluate import evaluate
 from worker.generate import Sampling, generate
 from worker.model.transformer import BitNetModel
 from worker.text import Tokenizer
+from worker.trainer import TorchTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -428,6 +429,43 @@ def test_calibrate_prints_a_table_and_json(capsys) -> None:
     assert (result["preset"], result["vocab_size"]) == ("tiny", 64)
 
 
+@pytest.mark.parametrize(
+    ("given", "due"),
+    [
+        ((), Optimiser.MUON),
+        (("--optimiser", "adamw"), Optimiser.ADAMW),
+        (("--round-kind", "delta"), Optimiser.MUON),
+        (("--round-kind", "gradient"), None),
+    ],
+)
+def test_calibrate_times_the_steps_of_a_kind_of_round(
+    capsys, monkeypatch, given, due
+) -> None:
+    timed = []
+    calibrate = TorchTrainer.calibrate
+
+    def noted(self, shape, batch_size, optimiser, hooks):
+        timed.append(optimiser)
+        return calibrate(self, shape, batch_size, optimiser, hooks)
+
+    monkeypatch.setattr(TorchTrainer, "calibrate", noted)
+    quick = ("--threads", "1", "--batch-size", 1, "--vocab-size", 64)
+
+    *_, last = prints(capsys, "calibrate", "--preset", "tiny", *quick, *given)
+
+    assert timed == [due]
+    assert json.loads(last)["round_kind"] == ("delta" if due else "gradient")
+
+
+def test_an_optimiser_of_gradient_rounds_is_refused(capsys) -> None:
+    given = ("--round-kind", "gradient", "--optimiser", "muon")
+
+    assert fails(capsys, "calibrate", "--preset", "tiny", *given) == (
+        "bitnet-worker: error: --optimiser is for --round-kind delta, got 'muon' with "
+        "--round-kind gradient"
+    )
+
+
 @pytest.mark.parametrize("verb", ["calibrate", "eval"])
 def test_a_device_that_torch_does_not_find_is_one_line(
     capsys, frame, corpus, monkeypatch, verb
@@ -487,6 +525,14 @@ def test_run_that_the_coordinator_refuses_is_one_line(
     assert "refused to register us: unauthorized" in fails(capsys, "run")
     assert not (tmp_path / "alive").exists()
 
+    pasted = f"{coordinator.url}/admin/dashboard"
+    monkeypatch.setenv("BITNET_COORDINATOR_URL", pasted)
+    coordinator.on("POST /admin/dashboard/register", refuses(404, ErrorCode.NOT_FOUND))
+    line = fails(capsys, "run")
+    assert line.startswith("bitnet-worker: error: BITNET_COORDINATOR_URL must be")
+    assert f"got {pasted!r}: not_found" in line
+
+    monkeypatch.setenv("BITNET_COORDINATOR_URL", coordinator.url)
     coordinator.on("POST /register", Reply(404, b"<html>"))
     assert main(["run"]) == 1
     assert "not an answer of a coordinator" in capsys.readouterr().err

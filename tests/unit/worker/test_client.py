@@ -115,13 +115,27 @@ def test_a_refusal_keeps_its_code_and_retry_after(coordinator, client) -> None:
     assert refused.value.code is ErrorCode.STALE_BASE
 
 
-def test_nobody_listening_is_worth_another_try() -> None:
+def test_nobody_listening_is_worth_another_try_and_says_where_and_why() -> None:
     client = Client("http://127.0.0.1:1", KEY)
 
-    with pytest.raises(RetryLaterError, match="POST /heartbeat: no answer"):
+    with pytest.raises(RetryLaterError) as caught:
         client.heartbeat(BEAT)
 
     client.close()
+    assert str(caught.value) == (
+        "POST http://127.0.0.1:1/heartbeat: no answer (Connection refused)"
+    )
+
+
+def test_https_asked_of_plain_http_says_that_it_is_about_tls(coordinator) -> None:
+    address = coordinator.url.replace("http:", "https:")
+    client = Client(address, KEY)
+
+    with pytest.raises(RetryLaterError) as caught:
+        client.heartbeat(BEAT)
+
+    client.close()
+    assert f"POST {address}/heartbeat: no answer ([SSL" in str(caught.value)
 
 
 def test_a_redirect_is_refused_and_the_key_stays(coordinator, client) -> None:

@@ -95,6 +95,7 @@ def test_the_name_of_the_machine_is_the_default_name(monkeypatch) -> None:
         ("BITNET_COORDINATOR_URL", "http://coordinator/?a=b"),
         ("BITNET_WORKER_NAME", "n" * 65),
         ("BITNET_WORKER_NAME", "tab\there"),
+        ("BITNET_WORKER_NAME", "two words"),
         ("BITNET_WORKER_ID", "-dash-first"),
         ("BITNET_WORKER_ID", "a space"),
         ("BITNET_CPU_THREADS", "0"),
