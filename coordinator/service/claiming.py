@@ -27,7 +27,7 @@ from coordinator.domain.plan import Aggregation, TrainingPlan, hyper_parameters
 from coordinator.service.bookkeeping import recent_work
 from coordinator.service.fleet import RUNNING, Fleet
 from coordinator.service.grace import awake
-from coordinator.service.returning import expire_overdue
+from coordinator.service.returning import expire_overdue, ring
 from coordinator.service.roster import (
     check_protocol,
     heartbeat_s,
@@ -62,10 +62,15 @@ async def claim(fleet: Fleet, request: ClaimRequest) -> Task | None:
         return None
     await _check_disk(fleet)
     now = await awake(fleet)
-    task = await fleet.store.write(
-        lambda connection: _Claim(connection, fleet, request, now).make()
-    )
-    if task is not None:
+
+    def act(connection: Connection) -> tuple[int, Task | None]:
+        num_ended = expire_overdue(connection, fleet, now)
+        return num_ended, _Claim(connection, fleet, request, now).make()
+
+    num_ended, task = await fleet.store.write(act)
+    if num_ended:  # the next sweep finds nothing to wake anybody for
+        ring(fleet)
+    elif task is not None:
         fleet.changed.ring()
     return task
 
@@ -105,7 +110,6 @@ class _Claim:
 
     def make(self) -> Task | None:
         """Find a task, lease it, and return its terms."""
-        expire_overdue(self._connection, self._fleet, self._now)
         worker = known_worker(self._connection, self._request.worker_id)
         repeated = tasks.leased_by_claim(self._connection, self._request.claim_id)
         if repeated is not None:

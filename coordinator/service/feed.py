@@ -20,8 +20,10 @@ from coordinator.service.view import FleetUpdate, FleetView, LaneView, WorkerVie
 MIN_GAP_S: Final = 0.5
 #: Looked at this often even when nothing rings: silence changes verdicts too.
 MAX_GAP_S: Final = 2.0
-#: Looking takes longer the more workers there are: no more than this share of the time.
+#: Looking takes longer the more workers there are: no more than this share of the time,
 LOOK_SHARE: Final = 0.05
+#: but a look that was held up, once, is no reason to leave pages as they are for long.
+MOST_GAP_S: Final = 30.0
 #: The lag is told along with something else, never alone.
 _PARTS: Final = ("missing", "run", "training", "round", "tasks", "ternary")
 
@@ -109,7 +111,8 @@ class Feed:
 
 def gap_s(look_s: float) -> float:
     """Return how long to wait after a look that took `look_s`."""
-    return max(MIN_GAP_S, look_s * (1.0 - LOOK_SHARE) / LOOK_SHARE)
+    due_s = look_s * (1.0 - LOOK_SHARE) / LOOK_SHARE
+    return min(max(MIN_GAP_S, due_s), MOST_GAP_S)
 
 
 def _is_news(before: WorkerView | None, after: WorkerView) -> bool:

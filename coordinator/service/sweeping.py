@@ -76,6 +76,7 @@ async def _end_run(fleet: Fleet) -> None:
     ended = await fleet.store.write(lambda connection: _finish(connection, fleet, now))
     if ended:
         log.info("run finished", extra={"event": "run.finished", "run_id": run.run_id})
+    fleet.round_ready.ring()  # what came late may wait to be merged
     fleet.work.ring()
     fleet.changed.ring()
 
@@ -92,7 +93,6 @@ def _finish(connection: Connection, fleet: Fleet, now: float) -> bool:
     if rounds.accepted_in_round(connection, live.round_id):
         # Only what came late from rounds before: nobody else will close this one.
         rounds.change_round(connection, live.round_id, state="closing")
-        fleet.round_ready.ring()
         return False
     newest = versions.newest_version(connection, run.run_id).version
     scored = tasks.evaluation_of(connection, run.run_id, newest)

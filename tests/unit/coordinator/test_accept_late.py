@@ -395,6 +395,23 @@ def test_a_run_that_ends_with_a_stale_result_merges_it_first(world: World):
     assert (row.task_id, row.base_version) == (late.task_id, 1)
 
 
+def test_who_merges_the_last_stale_result_is_woken_once_that_is_decided(
+    world: World, monkeypatch
+):
+    late, other = out_of_touch(world, STALE, token_budget=128)
+    next_round(world, other)
+    world.submit(late, "w1")
+    found = []
+    # Before the commit there would be nothing to find.
+    monkeypatch.setattr(
+        world.fleet.round_ready, "ring", lambda: found.append(world.live_round().state)
+    )
+
+    world.do(_end_run(world.fleet))
+
+    assert found == ["closing"]
+
+
 def test_a_stale_result_alone_makes_no_version_when_others_give_up(world: World):
     late, other = out_of_touch(world, STALE)
     next_round(world, other)

@@ -407,6 +407,25 @@ def test_an_expired_lease_is_found_without_a_sweep(running: World):
     assert running.claimed("w2").task_id == first.task_id
 
 
+def test_a_claim_that_finds_an_expired_lease_wakes_who_waits_for_that(
+    running: World,
+):
+    running.claimed("w1")
+    running.register("w2")
+    running.clock.advance(31.0)
+
+    async def story() -> None:
+        bells = [running.fleet.work, running.fleet.round_ready]
+        waiting = [asyncio.create_task(bell.wait()) for bell in bells]
+        await asyncio.sleep(0)  # they wait
+        await claim(running.fleet, claim_request("w2", "c-2"))
+        _, still = await asyncio.wait(waiting, timeout=0.0)
+        assert not still
+
+    running.do(story())
+    assert running.sweep() == 0  # it would have come too late to tell them
+
+
 def test_a_worker_whose_lease_ran_out_can_claim_again(running: World):
     first = running.claimed()
     running.clock.advance(30.0)
