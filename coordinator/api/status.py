@@ -46,7 +46,7 @@ class MetricsHandler(StatusHandler):
 
     async def get(self) -> None:
         """Answer with one line for each figure."""
-        view = await self.api.feed.snapshot()
+        view = await self.api.feed.glance()
         self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.finish(metrics_text(view, worst_lag_s=self.api.lag.worst_ever_s))
 

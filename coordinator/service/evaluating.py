@@ -24,7 +24,7 @@ from coordinator.service.lines import (
 from coordinator.service.returning import held_task, lease_lost
 from coordinator.service.view import EvaluationPoint
 from coordinator.store import runs, tasks, versions, workers
-from coordinator.store.rows import EvaluationRow, VersionRow
+from coordinator.store.rows import EvaluationRow, ScoreRow
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +49,19 @@ async def take_evaluation(
     return answer
 
 
-def evaluation_point(row: EvaluationRow, version: VersionRow) -> EvaluationPoint:
-    """Return what the page shows of a score."""
+def evaluation_point(
+    row: EvaluationRow | ScoreRow, tokens_total: int
+) -> EvaluationPoint:
+    """Return what the page shows of a score, after training on so many tokens."""
     return EvaluationPoint(
         version=row.version,
-        tokens_total=version.tokens_total,
+        tokens_total=tokens_total,
         loss=row.nats / row.tokens,
         bits_per_byte=bits_per_byte(row),
     )
 
 
-def bits_per_byte(row: EvaluationRow) -> float:
+def bits_per_byte(row: EvaluationRow | ScoreRow) -> float:
     """Return the summed cross-entropy in bits for each UTF-8 byte of the text."""
     return row.nats / math.log(2.0) / row.bytes
 
@@ -156,7 +158,7 @@ def _record(
     if row is None:
         raise LookupError(f"evaluation {request.submission_id} has no row")
     _alarm_if_due(connection, row, now)
-    return evaluation_point(row, version)
+    return evaluation_point(row, version.tokens_total)
 
 
 def _alarm_if_due(connection: Connection, row: EvaluationRow, now: float) -> None:

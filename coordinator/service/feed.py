@@ -63,7 +63,7 @@ class Feed:
         return await self.snapshot()
 
     async def glance(self) -> FleetView:
-        """Return everything but the history."""
+        """Return everything but the history, of which it has the newest score."""
         return await self._look(history=False)
 
     async def telemetry(self) -> Telemetry:

@@ -76,7 +76,7 @@ def line_of(connection: Connection, run_id: str) -> dict[int, float]:
 def _losses(connection: Connection, run_id: str) -> dict[int, float]:
     return {
         score.version: score.nats / score.tokens
-        for score in versions.evaluations_of(connection, run_id)
+        for score in versions.scores_of(connection, run_id)
     }
 
 

@@ -13,6 +13,7 @@ from bitnet_ext.layout import num_params, shape_from_json
 from bitnet_ext.wire.verdicts import TaskKind, TaskState, Verdict
 from coordinator.domain.accounting import tally
 from coordinator.domain.eta import MANY_ARRIVALS, NUM_ROUNDS, Closed, estimate, windows
+from coordinator.domain.history import NUM_NEWEST, stride, thinned
 from coordinator.domain.plan import Aggregation
 from coordinator.domain.rollback import loss_alarm
 from coordinator.domain.round_time import reason, usual
@@ -69,7 +70,7 @@ def look(
     insecure_http: bool,
     history: bool,
 ) -> FleetView:
-    """Return the view at `now`; without `history` its points are left out."""
+    """Return the view at `now`; without `history` no point but the newest score."""
     run = runs.newest_run(connection)
     server = ServerView(loop_lag_ms=round(loop_lag_ms, 1))
     if run is None:
@@ -102,7 +103,7 @@ def look(
         ternary=next(iter(newest_health(connection, run.run_id, 1)), None),
         server=server,
         versions=_versions(connection, run) if history else [],
-        evaluations=_evaluations(connection, run) if history else [],
+        evaluations=_evaluations(connection, run, history=history),
     )
 
 
@@ -390,14 +391,33 @@ def _worker(
 
 
 def _versions(connection: Connection, run: RunRow) -> list[VersionPoint]:
-    return [version_point(row) for row in versions.points_of(connection, run.run_id)]
-
-
-def _evaluations(connection: Connection, run: RunRow) -> list[EvaluationPoint]:
-    by_number = {
-        row.version: row for row in versions.versions_of(connection, run.run_id)
+    """Return points for the charts: of a long run not all."""
+    num = versions.count_versions(connection, run.run_id)
+    newest = versions.newest_version(connection, run.run_id).version
+    # A mark on the chart says from which version the run went back.
+    backs = versions.rollbacks_of(connection, run.run_id)
+    always = {run.root_version} | {
+        v for row in backs for v in (row.version - 1, row.version)
     }
-    return [
-        evaluation_point(row, by_number[row.version])
-        for row in versions.evaluations_of(connection, run.run_id)
-    ]
+    rows = versions.some_points_of(
+        connection,
+        run.run_id,
+        stride=stride(num),
+        all_from=newest - NUM_NEWEST + 1,
+        always=always,
+    )
+    return [version_point(row) for row in rows]
+
+
+def _evaluations(
+    connection: Connection, run: RunRow, *, history: bool
+) -> list[EvaluationPoint]:
+    """Return scores for the charts, the best among them; or the newest alone."""
+    if history:
+        every = versions.scores_of(connection, run.run_id)
+        best = min(every, key=lambda row: row.nats / row.tokens, default=None)
+        rows = thinned(every, keep=best)
+    else:
+        newest = versions.newest_score(connection, run.run_id)
+        rows = [] if newest is None else [newest]
+    return [evaluation_point(row, row.tokens_total) for row in rows]

@@ -218,6 +218,16 @@ class PointRow(Struct, frozen=True, kw_only=True):
     tokens_before: int | None
 
 
+class ScoreRow(Struct, frozen=True, kw_only=True):
+    """The score of a version, and what it was trained on."""
+
+    version: int
+    nats: float
+    tokens: int
+    bytes: int
+    tokens_total: int
+
+
 class EvaluationRow(Struct, frozen=True, kw_only=True):
     """A row of `evaluations`."""
 

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
 
 from bitnet_ext.wire.verdicts import RoundKind
-from coordinator.store.rows import EvaluationRow, PointRow, VersionRow, typed
+from coordinator.store.rows import (
+    EvaluationRow,
+    PointRow,
+    ScoreRow,
+    VersionRow,
+    typed,
+)
 from coordinator.store.tables import evaluations, rounds, versions
 
 _parents = versions.alias("parents")
 #: Made once, as each claim and each submission asks for them.
 _ONE: Final = select(versions).where(versions.c.version == bindparam("of_version"))
 _AFTER: Final = select(versions).where(versions.c.parent == bindparam("of_version"))
+#: What charts show of a version, with the start of its round and its parent's tokens;
+_POINTS: Final = select(
+    versions.c.version,
+    versions.c.created_at,
+    versions.c.tokens_total,
+    versions.c.num_submissions,
+    versions.c.train_loss,
+    versions.c.rolled_back_to,
+    rounds.c.first_claim_at,
+    _parents.c.tokens_total.label("tokens_before"),
+).select_from(
+    versions.outerjoin(rounds, rounds.c.round_id == versions.c.round_id).outerjoin(
+        _parents, _parents.c.version == versions.c.parent
+    )
+)
+#: and of a score, with the tokens that its version was trained on.
+_SCORES: Final = select(
+    evaluations.c.version,
+    evaluations.c.nats,
+    evaluations.c.tokens,
+    evaluations.c.bytes,
+    versions.c.tokens_total,
+).join(versions, versions.c.version == evaluations.c.version)
 
 
 def add_version(connection: Connection, **columns: Any) -> None:
@@ -153,14 +182,28 @@ def score_of(connection: Connection, version: int) -> EvaluationRow | None:
     return None if row is None else typed(EvaluationRow, row)
 
 
-def evaluations_of(connection: Connection, run_id: str) -> list[EvaluationRow]:
-    """Return every score of a run, by version."""
+def scores_of(connection: Connection, run_id: str) -> list[ScoreRow]:
+    """Return what the page shows of every score of a run, by version."""
     rows = connection.execute(
-        select(evaluations)
-        .where(evaluations.c.run_id == run_id)
-        .order_by(evaluations.c.version)
+        _SCORES.where(evaluations.c.run_id == run_id).order_by(evaluations.c.version)
     )
-    return [typed(EvaluationRow, row) for row in rows]
+    return [typed(ScoreRow, row) for row in rows]
+
+
+def newest_score(connection: Connection, run_id: str) -> ScoreRow | None:
+    """Return the score of the newest version that has one."""
+    row = connection.execute(
+        _SCORES.where(evaluations.c.run_id == run_id)
+        .order_by(evaluations.c.version.desc())
+        .limit(1)
+    ).first()
+    return None if row is None else typed(ScoreRow, row)
+
+
+def count_versions(connection: Connection, run_id: str) -> int:
+    """Return how many versions a run has."""
+    count = select(func.count()).where(versions.c.run_id == run_id)
+    return int(connection.execute(count).scalar_one())
 
 
 def newest_evaluation_s(connection: Connection, run_id: str) -> float:
@@ -192,23 +235,33 @@ def points_of(
     With `newest`, only so many of the last ones.
     """
     rows = connection.execute(
-        select(
-            versions.c.version,
-            versions.c.created_at,
-            versions.c.tokens_total,
-            versions.c.num_submissions,
-            versions.c.train_loss,
-            versions.c.rolled_back_to,
-            rounds.c.first_claim_at,
-            _parents.c.tokens_total.label("tokens_before"),
-        )
-        .select_from(
-            versions.outerjoin(
-                rounds, rounds.c.round_id == versions.c.round_id
-            ).outerjoin(_parents, _parents.c.version == versions.c.parent)
-        )
-        .where(versions.c.run_id == run_id)
+        _POINTS.where(versions.c.run_id == run_id)
         .order_by(versions.c.version.desc())
         .limit(newest)
     )
     return [typed(PointRow, row) for row in rows][::-1]
+
+
+def some_points_of(
+    connection: Connection,
+    run_id: str,
+    *,
+    stride: int,
+    all_from: int,
+    always: Collection[int],
+) -> list[PointRow]:
+    """Return the same of those whose number `stride` divides, oldest first.
+
+    Beside them all from `all_from` on, and those in `always`.
+    """
+    is_shown = or_(
+        versions.c.version % stride == 0,
+        versions.c.version >= all_from,
+        versions.c.version.in_(always),
+    )
+    rows = connection.execute(
+        _POINTS.where(versions.c.run_id == run_id, is_shown).order_by(
+            versions.c.version
+        )
+    )
+    return [typed(PointRow, row) for row in rows]

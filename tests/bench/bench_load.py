@@ -32,6 +32,33 @@ ROUND_S: Final = 30.0
 NUM_ROUNDS: Final = 4
 QUICK_ROUND_S: Final = 20.0
 QUICK_NUM_ROUNDS: Final = 2
+#: Columns of the three tables, after the number of workers.
+ANSWERS: Final = (
+    "claim, ms p50 / p99",
+    "heartbeat",
+    "submission",
+    "metrics, worst",
+    "lag, worst",
+)
+ROUNDS: Final = (
+    "rounds",
+    "a round, s",
+    "to close it",
+    "judging",
+    "step",
+    "files",
+    "commit",
+)
+COSTS: Final = (
+    "tasks",
+    "CPU share",
+    "CPU ms/task",
+    "MiB",
+    "page kB/s",
+    "database B/task",
+    "leases expired",
+    "refused",
+)
 #: Tokens that invented text has for each word, at least; words in a file.
 _TOKENS_A_WORD: Final = 1.1
 _WORDS: Final = 20_000
@@ -154,55 +181,49 @@ def _middle(values: Sequence[float]) -> float | None:
 
 def print_loads(preset: str, loads: Sequence[Load]) -> None:
     """Print the tables of one preset, a row for each number of workers."""
-    rows = [
-        [
-            f"{load.num_workers}",
-            *(
-                f"{_ms(times, 0.5)} / {_ms(times, 0.99)}"
-                for times in (load.claim_s, load.heartbeat_s, load.submit_s)
-            ),
-            f"{1000.0 * max(load.scrape_s, default=0.0):.0f}",
-            f"{1000.0 * load.lag_s:.0f}",
-        ]
-        for load in loads
+    for title, header, cells in (
+        ("answers", ANSWERS, _answers),
+        ("rounds", ROUNDS, _rounds),
+        ("what it takes", COSTS, _costs),
+    ):
+        rows = [[f"{load.num_workers}", *cells(load)] for load in loads]
+        print_table(f"{preset}: {title}", ["workers", *header], rows)
+
+
+def _answers(load: Load) -> list[str]:
+    times = (load.claim_s, load.heartbeat_s, load.submit_s)
+    return [
+        *(f"{_ms(seconds, 0.5)} / {_ms(seconds, 0.99)}" for seconds in times),
+        f"{1000.0 * max(load.scrape_s, default=0.0):.0f}",
+        f"{1000.0 * load.lag_s:.0f}",
     ]
-    header = ["workers", "claim, ms p50 / p99", "heartbeat", "submission"]
-    print_table(f"{preset}: answers", [*header, "metrics, worst", "lag, worst"], rows)
-    rows = [
-        [
-            f"{load.num_workers}",
-            f"{len(load.closings)} of {load.num_rounds}",
-            f"{_middle([one.took_s for one in load.closings])} of {load.round_s:.0f}",
-            f"{_middle([one.close_s for one in load.closings])}",
-            *(
-                f"{_middle([one.stages.get(stage, 0.0) for one in load.closings])}"
-                for stage in STAGES
-            ),
-        ]
-        for load in loads
+
+
+def _rounds(load: Load) -> list[str]:
+    closings = load.closings
+    return [
+        f"{len(closings)} of {load.num_rounds}",
+        f"{_middle([one.took_s for one in closings])} of {load.round_s:.0f}",
+        f"{_middle([one.close_s for one in closings])}",
+        *(
+            f"{_middle([one.stages.get(stage, 0.0) for one in closings])}"
+            for stage in STAGES
+        ),
     ]
-    header = ["workers", "rounds", "a round, s", "to close it", "judging", "step"]
-    print_table(f"{preset}: rounds", [*header, "files", "commit"], rows)
-    rows = [
-        [
-            f"{load.num_workers}",
-            f"{load.num_tasks}",
-            f"{load.cpu_s / max(load.seconds, 1e-9):.3f}",
-            f"{1000.0 * load.cpu_s / max(load.num_tasks, 1):.1f}",
-            f"{load.peak_bytes / 2**20:.0f}",
-            f"{load.feed_bytes / max(load.seconds, 1e-9) / 1000.0:.1f}",
-            f"{load.database_bytes / max(load.num_tasks, 1):.0f}",
-            f"{load.num_expired}",
-            ", ".join(f"{n} {what}" for what, n in load.refusals.items()) or "none",
-        ]
-        for load in loads
+
+
+def _costs(load: Load) -> list[str]:
+    seconds, num_tasks = max(load.seconds, 1e-9), max(load.num_tasks, 1)
+    return [
+        f"{load.num_tasks}",
+        f"{load.cpu_s / seconds:.3f}",
+        f"{1000.0 * load.cpu_s / num_tasks:.1f}",
+        f"{load.peak_bytes / 2**20:.0f}",
+        f"{load.feed_bytes / seconds / 1000.0:.1f}",
+        f"{load.database_bytes / num_tasks:.0f}",
+        f"{load.num_expired}",
+        ", ".join(f"{count} {what}" for what, count in load.refusals.items()) or "none",
     ]
-    header = ["workers", "tasks", "CPU share", "CPU ms/task", "MiB", "page kB/s"]
-    print_table(
-        f"{preset}: what it takes",
-        [*header, "database B/task", "leases expired", "refused"],
-        rows,
-    )
 
 
 if __name__ == "__main__":

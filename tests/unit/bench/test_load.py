@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from tests.bench.bench_load import _numbers, report
+from tests.bench.bench_load import _numbers, print_loads, report
 from tests.bench.load import Closing, Load
 from tests.bench.report import Figures
 from tests.bench.talk import Connection
@@ -61,8 +61,9 @@ def test_what_is_only_counted_is_not_kept():
     assert (answer.num_bytes, answer.body) == (1_000_000, b"")
 
 
-def test_figures_of_a_load_are_of_its_tasks_and_seconds():
-    load = Load(
+@pytest.fixture
+def a_load() -> Load:
+    return Load(
         num_workers=2,
         round_s=10.0,
         seconds=20.0,
@@ -84,9 +85,22 @@ def test_figures_of_a_load_are_of_its_tasks_and_seconds():
         refusals=Counter({"/gradient busy": 3}),
         num_expired=1,
     )
+
+
+def test_tables_of_loads_say_what_was_refused(a_load, capsys):
+    print_loads("tiny", [a_load])
+
+    said = capsys.readouterr().out
+    assert "## tiny: what it takes" in said
+    assert "100.0 / 5000.0" in said
+    assert "2 of 2  11.0 of 10" in said
+    assert "3 /gradient busy" in said
+
+
+def test_figures_of_a_load_are_of_its_tasks_and_seconds(a_load):
     figures = Figures(["tiny_2"])
 
-    report(figures, "tiny", load)
+    report(figures, "tiny", a_load)
 
     found = figures._values["tiny_2"]
     assert isinstance(found, dict)

@@ -396,6 +396,8 @@ def test_a_score_is_in_the_history_and_names_the_best(world: World):
     assert view.run.best_version == 1
     (point,) = view.evaluations
     assert (point.version, point.loss) == (1, 2.0)
+    # The figures of `/metrics` need the newest, and no more of the history.
+    assert looked(world, history=False).evaluations == [point]
 
 
 def test_tasks_that_were_given_up_are_named_newest_first(running: World):
