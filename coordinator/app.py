@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from sqlalchemy.exc import DBAPIError
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
@@ -28,7 +29,7 @@ from coordinator.api.gradient import gradient_routes
 from coordinator.api.status import status_routes
 from coordinator.api.workers import worker_routes
 from coordinator.control import ControlServer
-from coordinator.domain.errors import StartError
+from coordinator.domain.errors import RefusedError, StartError
 from coordinator.live.hub import Hub
 from coordinator.live.socket import LiveFeed, live_route
 from coordinator.login.door import Door
@@ -195,7 +196,16 @@ async def serve(
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        await _keep_clock_at_last(fleet)
+
+
+async def _keep_clock_at_last(fleet: Fleet) -> None:
+    """Store the lease clock once more; where that fails, that of the last time does."""
+    try:
         await keep_clock(fleet)
+    except (RefusedError, DBAPIError) as error:
+        about = {"event": "clock.not_stored"}
+        log.warning("the clock was not stored: %s", error, extra=about)
 
 
 def _background(

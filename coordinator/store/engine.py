@@ -15,7 +15,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
@@ -271,5 +271,8 @@ class Store:
     def _checkpoint(self) -> None:
         with self._writer.connect() as connection:
             raw = connection.connection.cursor()
-            raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            # Without room for it nothing is lost: whoever opens the file next reads
+            # what is left in the log.
+            with suppress(_driver.OperationalError):
+                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             raw.close()

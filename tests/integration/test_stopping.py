@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -122,6 +123,21 @@ def test_a_start_on_a_taken_port_makes_nothing_and_keeps_no_password_back(
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60.0)
     assert lines[1].startswith("Admin password, shown this once: ")
+
+
+def test_a_coordinator_whose_disk_takes_nothing_more_stops_as_any_other(
+    process: CoordinatorProcess, tmp_path: Path
+) -> None:
+    hand = hand_of(process, tmp_path)
+    task = hand.claim()
+    # From now on no file takes more than its first byte.
+    resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (1, 1))
+
+    assert process.stop() == 0
+
+    process.start_again()
+    assert task is not None
+    hand.evaluate(task)  # what was committed is there
 
 
 def serve(folder: Path, port: int) -> subprocess.Popen[str]:
