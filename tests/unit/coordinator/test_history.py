@@ -1,4 +1,4 @@
-"""Charts of a long run get few points, and those that matter."""
+"""A long run costs who looks at it no more: few points for charts, as fast a look."""
 
 from __future__ import annotations
 
@@ -92,3 +92,45 @@ def test_a_page_that_opens_late_gets_the_points_of_its_charts(world: World):
     assert {1232, 1234, 1235, 1236} <= set(shown)
     assert not {1231, 1233, 1237} & set(shown)
     assert shown[-NUM_NEWEST:] == list(range(5501, 6001))
+
+
+def steps_of_a_look(world: World) -> int:
+    """Return how much SQLite does for a look, in thousands of its instructions."""
+    counted = []
+
+    def act(connection):
+        raw = connection.connection.dbapi_connection
+        raw.set_progress_handler(lambda: counted.append(1) or 0, 1000)
+        look(
+            connection,
+            world.fleet,
+            now=world.clock.now(),
+            loop_lag_ms=0.0,
+            insecure_http=False,
+            history=False,
+        )
+        raw.set_progress_handler(None, 0)
+
+    world.read(act)
+    return len(counted)
+
+
+def test_a_look_takes_no_longer_the_more_was_trained(running: World):
+    running.submit(running.claimed())
+    running.close_round()
+    before = steps_of_a_look(running)
+
+    def train_for_days(connection):
+        (task,) = connection.execute(select(tables.tasks)).mappings()
+        (sent,) = connection.execute(select(tables.submissions)).mappings()
+        for number in range(5000):
+            names = {"task_id": f"t{number}", "submission_id": f"s{number}"}
+            of_task = dict(task) | {"task_id": names["task_id"]}
+            connection.execute(insert(tables.tasks).values(of_task))
+            # Of an earlier version: the last round is looked at as a whole.
+            old = dict(sent) | names | {"version": 1}
+            connection.execute(insert(tables.submissions).values(old))
+
+    running.write(train_for_days)
+
+    assert steps_of_a_look(running) <= before + 1

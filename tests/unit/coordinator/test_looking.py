@@ -6,7 +6,6 @@ import logging
 
 import msgspec
 import pytest
-from sqlalchemy import insert, select
 
 from bitnet_ext.layout import num_params
 from bitnet_ext.wire.verdicts import RoundKind
@@ -17,7 +16,7 @@ from coordinator.service.grace import extend_leases
 from coordinator.service.looking import look
 from coordinator.service.sweeping import keep_clock
 from coordinator.service.view import FleetView
-from coordinator.store import clock, runs, tables, workers
+from coordinator.store import clock, runs, workers
 from coordinator.verbs import _AtRest
 from tests.fakes import START
 from tests.unit.coordinator.fleets import NUM_PARAMS, PLAN, SHAPE, World
@@ -585,45 +584,3 @@ def test_nothing_that_opens_a_door_is_ever_in_the_view(running: World):
     for secret in (task.lease_id, row.lease_hash, "c-secret-claim", "s" * 32):
         assert secret not in shown
     assert task.task_id in shown
-
-
-def steps_of_a_look(world: World) -> int:
-    """Return how much SQLite does for a look, in thousands of its instructions."""
-    counted = []
-
-    def act(connection):
-        raw = connection.connection.dbapi_connection
-        raw.set_progress_handler(lambda: counted.append(1) or 0, 1000)
-        look(
-            connection,
-            world.fleet,
-            now=world.clock.now(),
-            loop_lag_ms=0.0,
-            insecure_http=False,
-            history=False,
-        )
-        raw.set_progress_handler(None, 0)
-
-    world.read(act)
-    return len(counted)
-
-
-def test_a_look_takes_no_longer_the_more_was_trained(running: World):
-    running.submit(running.claimed())
-    running.close_round()
-    before = steps_of_a_look(running)
-
-    def train_for_days(connection):
-        (task,) = connection.execute(select(tables.tasks)).mappings()
-        (sent,) = connection.execute(select(tables.submissions)).mappings()
-        for number in range(5000):
-            names = {"task_id": f"t{number}", "submission_id": f"s{number}"}
-            of_task = dict(task) | {"task_id": names["task_id"]}
-            connection.execute(insert(tables.tasks).values(of_task))
-            # Of an earlier version: the last round is looked at as a whole.
-            old = dict(sent) | names | {"version": 1}
-            connection.execute(insert(tables.submissions).values(old))
-
-    running.write(train_for_days)
-
-    assert steps_of_a_look(running) <= before + 1
