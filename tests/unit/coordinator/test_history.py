@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import insert, select
+from sqlalchemy import Connection, insert, select
 
 from coordinator.domain.history import MOST_OLDER, NUM_NEWEST, stride, thinned
 from coordinator.service.looking import look
+from coordinator.service.view import FleetView
 from coordinator.store import tables
 from tests.unit.coordinator.fleets import World
 
@@ -52,6 +54,17 @@ def test_what_is_shown_of_a_longer_run_was_shown_before():
         assert {point for point in after if point < max(before)} <= before
 
 
+def looked(connection: Connection, world: World, *, history: bool) -> FleetView:
+    return look(
+        connection,
+        world.fleet,
+        now=world.clock.now(),
+        loop_lag_ms=0.0,
+        insecure_http=False,
+        history=history,
+    )
+
+
 def grow(world: World, num: int, *, back: int) -> None:
     """Add so many versions to a run; `back` is an earlier one again."""
     root = dict(world.read(lambda c: c.execute(select(tables.versions)).one()._mapping))
@@ -73,17 +86,8 @@ def test_a_page_that_opens_late_gets_the_points_of_its_charts(world: World):
     world.start_run()
     grow(world, 6000, back=1235)
 
-    def view(connection):
-        return look(
-            connection,
-            world.fleet,
-            now=world.clock.now(),
-            loop_lag_ms=0.0,
-            insecure_http=False,
-            history=True,
-        )
-
-    shown = [point.version for point in world.read(view).versions]
+    view = world.read(lambda c: looked(c, world, history=True))
+    shown = [point.version for point in view.versions]
 
     assert shown == sorted(set(shown))
     assert len(shown) < NUM_NEWEST + MOST_OLDER
@@ -94,31 +98,30 @@ def test_a_page_that_opens_late_gets_the_points_of_its_charts(world: World):
     assert shown[-NUM_NEWEST:] == list(range(5501, 6001))
 
 
-def steps_of_a_look(world: World) -> int:
-    """Return how much SQLite does for a look, in thousands of its instructions."""
+def steps_of(world: World, act: Callable[[Connection], object]) -> int:
+    """Return how much SQLite does for it, in thousands of its instructions."""
     counted = []
 
-    def act(connection):
+    def watched(connection):
         raw = connection.connection.dbapi_connection
         raw.set_progress_handler(lambda: counted.append(1) or 0, 1000)
-        look(
-            connection,
-            world.fleet,
-            now=world.clock.now(),
-            loop_lag_ms=0.0,
-            insecure_http=False,
-            history=False,
-        )
+        act(connection)
         raw.set_progress_handler(None, 0)
 
-    world.read(act)
+    world.read(watched)
     return len(counted)
 
 
 def test_a_look_takes_no_longer_the_more_was_trained(running: World):
+    def a_look(connection):
+        looked(connection, running, history=False)
+
+    def all_rows(connection):
+        connection.execute(select(tables.tasks)).all()
+
     running.submit(running.claimed())
     running.close_round()
-    before = steps_of_a_look(running)
+    before = steps_of(running, a_look)
 
     def train_for_days(connection):
         (task,) = connection.execute(select(tables.tasks)).mappings()
@@ -133,4 +136,5 @@ def test_a_look_takes_no_longer_the_more_was_trained(running: World):
 
     running.write(train_for_days)
 
-    assert steps_of_a_look(running) <= before + 1
+    assert steps_of(running, a_look) <= before + 1
+    assert steps_of(running, all_rows) > 100  # what is looked through is counted
